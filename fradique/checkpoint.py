@@ -1,0 +1,254 @@
+"""Checkpoints: atomic, checksummed, safetensors + JSON; the newest complete one, and the best.
+
+A run folder holds `step-00002000/`, … (the last k) and `best/`. Each is made beside its place, synced, and
+renamed; `manifest.json`, with the sha256 of every other file, is written last. So a folder under its final
+name is complete, and a file that was damaged later is found out by its sum.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint folder holds, in memory."""
+
+    config: dict[str, Any]  # model.json: the GPTConfig
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # `<field>/<parameter>`
+    state: dict[str, Any]  # state.json: step, best loss, scaler, clock
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a file with `text`: readers see the old one or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / f"step-{step:08d}"
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The step checkpoints of a run, oldest first."""
+    found = [p for p in run.glob("step-*") if p.name[5:].isdigit() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `folder`, whole or not at all. Raises ValueError where it cannot be written."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        safetensors.torch.save_file(_contiguous(checkpoint.model), beside / "model.safetensors")
+        safetensors.torch.save_file(_contiguous(checkpoint.optimizer), beside / "optimizer.safetensors")
+        (beside / "model.json").write_text(as_json(checkpoint.config), encoding="utf-8")
+        (beside / "state.json").write_text(as_json(checkpoint.state), encoding="utf-8")
+        for path in beside.glob("*.safetensors"):  # written for the owner alone; others may read them too
+            shutil.copymode(beside / "model.json", path)
+        sums = {path.name: sha256(path) for path in sorted(beside.iterdir())}
+        manifest = as_json({"format": FORMAT, "sha256": sums})
+        (beside / "manifest.json").write_text(manifest, encoding="utf-8")
+        for path in [*beside.iterdir(), beside]:
+            _sync(path)
+        _move_into_place(beside, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"the checkpoint {folder} could not be written: {error}. Earlier checkpoints are untouched; make "
+            "room or the folder writable, then go on with --init_from=resume"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def keep(run: Path, checkpoint: Checkpoint, *, best: bool, last: int) -> None:
+    """Save a step of a run, as `best` too where it is that, and let all but the `last` steps go.
+
+    Raises ValueError where the weights are not finite: nothing is written, and what is there stays.
+    """
+    step = checkpoint.state["step"]
+    if not all_finite(checkpoint.model):
+        raise ValueError(
+            f"the weights at step {step} are not finite and are not saved; the checkpoints in {run} are "
+            "good: go on from the last with --init_from=resume and a lower learning_rate"
+        )
+    save(step_folder(run, step), checkpoint)
+    if best:  # a copy of its own, so that no damage takes both; to write with, no optimizer is needed
+        save(run / "best", replace(checkpoint, optimizer={}))
+    prune(run, last)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk. Windows cannot sync folders, and need not."""
+    if path.is_dir() and os.name == "nt":
+        return
+    number = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _move_into_place(beside: Path, folder: Path) -> None:
+    """Rename; a folder that is in the way steps aside first and is found again by `recover` after a crash."""
+    aside = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    beside.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def recover(run: Path) -> None:
+    """Clear up after a crash: put back what had stepped aside, remove what was never finished."""
+    for aside in run.glob(".*.old"):
+        place = run / aside.name[1 : -len(".old")]
+        if place.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(place)
+    for unfinished in run.glob(".*.tmp"):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the last `keep` step checkpoints. `best/` stays."""
+    for folder in step_folders(run)[:-keep]:
+        doomed = folder.with_name(f".{folder.name}.tmp")  # under this name it is no checkpoint any more
+        with suppress(OSError):  # a folder that will not go is no reason to stop a run
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if HAS_FILE_DIGEST else _digest(file)
+
+
+HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
+
+
+def _digest(file: Any) -> str:
+    total = hashlib.sha256()
+    while block := file.read(1 << 20):
+        total.update(block)
+    return total.hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError naming the first file of a checkpoint that is missing or has another sum."""
+    manifest = read_json(folder / "manifest.json")
+    sums = manifest.get("sha256")
+    if manifest.get("format") != FORMAT or not isinstance(sums, dict):
+        raise ValueError(f"{folder / 'manifest.json'} is of another version or damaged")
+    for name in ("model.safetensors", "model.json", "optimizer.safetensors", "state.json"):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / name} is missing")
+        if sums.get(name) != sha256(folder / name):
+            raise ValueError(f"{folder / name} is damaged: its sha256 is not the one in manifest.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file where it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return value
+
+
+def load(folder: Path, with_optimizer: bool = True) -> Checkpoint:
+    """Read a checkpoint, on the CPU, after verifying it. Raises ValueError naming what is damaged."""
+    verify(folder)
+    try:
+        model = safetensors.torch.load_file(folder / "model.safetensors")
+        optimizer = safetensors.torch.load_file(folder / "optimizer.safetensors") if with_optimizer else {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return Checkpoint(read_json(folder / "model.json"), model, optimizer, read_json(folder / "state.json"))
+
+
+def newest(run: Path, warn: Callable[[str], None]) -> Path:
+    """The newest complete step checkpoint of a run. One that is damaged is named to `warn` and passed over.
+
+    Raises ValueError where none is left.
+    """
+    folders = step_folders(run)
+    for folder in reversed(folders):
+        try:
+            verify(folder)
+        except ValueError as error:
+            warn(f"{error}; skipping this checkpoint")
+        else:
+            return folder
+    raise ValueError(
+        f"{run} holds no checkpoint to go on from"
+        + (f": all {len(folders)} are damaged" if folders else "")
+        + ("; its best/ can be used with --init_from=" + str(run) if (run / "best").exists() else "")
+    )
+
+
+def fit(expected: dict[str, Tensor], found: dict[str, Tensor], source: str) -> None:
+    """Raise ValueError with every tensor of `found` that is missing, extra, or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not in this model" for name in found if name not in expected]
+    problems += [
+        f"{name} is {tuple(found[name].shape)} there and {tuple(tensor.shape)} in this model"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        listed = "\n  - ".join(problems)
+        raise ValueError(f"{source} does not fit this model, {len(problems)} tensors differ:\n  - {listed}")
+
+
+def load_into(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy tensors into the parameters of those names. Raises ValueError, by `fit`, where any differs."""
+    parameters = dict(model.named_parameters())  # a tied parameter stands here once, under its first name
+    fit(parameters, tensors, source)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def all_finite(tensors: dict[str, Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity: what is not finite is never saved over a good one."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

@@ -1,0 +1,295 @@
+"""Shards -> batches, a pure function of (seed, step, rank).
+
+A corpus is a folder with `train.bin` and `val.bin` (or `train_00000.bin`, …): raw little-endian token ids, as
+`fradique.corpus` or nanoGPT writes them. Shards are mapped, not read. Training walks through the windows of
+an epoch in an order that a keyed permutation gives for any index alone, so nothing needs to be remembered to
+go on at any step, on any number of ranks.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fradique import tokenizer as tokenizers
+
+SCAN_LIMIT = (
+    1 << 29
+)  # bytes of a split whose ids are all checked at start-up; batches are checked in any case
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of tokens to predict: `length` inputs from `start` in `shard`, targets one further on."""
+
+    shard: int
+    start: int
+    length: int
+
+
+class Split:
+    """One side of a corpus, train or val: mapped shards, and how many bytes of text they stand for."""
+
+    def __init__(self, paths: list[Path], dtype: str, vocab_size: int, text_bytes: int | None) -> None:
+        self.paths, self.vocab_size, self.text_bytes = paths, vocab_size, text_bytes
+        self.shards = [map_tokens(path, dtype) for path in paths]
+        self.tokens = sum(len(shard) for shard in self.shards)
+
+    def count_windows(self, block_size: int) -> int:
+        """Whole windows in all shards. A window needs block_size + 1 tokens of one shard."""
+        return int(self._ends(block_size)[-1])
+
+    def _ends(self, block_size: int) -> np.ndarray:
+        """(n_shards,) windows up to the end of each shard."""
+        return np.cumsum([max(0, len(shard) - 1) // block_size for shard in self.shards])
+
+    def windows(self, places: np.ndarray, block_size: int, shift: np.ndarray | int = 0) -> list[Window]:
+        """The windows at `places` (B,) on the grid of whole windows, moved on by `shift` tokens."""
+        ends = self._ends(block_size)
+        shards = np.searchsorted(ends, places, side="right")  # (B,)
+        firsts = np.concatenate([[0], ends])[shards]
+        lasts = np.array([len(shard) - 1 - block_size for shard in self.shards])[shards]
+        starts = np.minimum((places - firsts) * block_size + shift, lasts)  # the last has all its targets
+        return [Window(int(i), int(start), block_size) for i, start in zip(shards, starts, strict=True)]
+
+    def read(self, windows: list[Window]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64, (B, T) each, of windows of one length T.
+
+        Raises ValueError where an id is not in the vocabulary, naming the file and the position.
+        """
+        length = windows[0].length
+        rows = np.empty((len(windows), length + 1), dtype=np.int64)
+        for row, w in zip(rows, windows, strict=True):
+            row[:] = self.shards[w.shard][w.start : w.start + length + 1]
+        if rows.max() >= self.vocab_size:
+            b, t = np.unravel_index(int(rows.argmax()), rows.shape)
+            raise self._beyond(windows[b].shard, windows[b].start + int(t), int(rows[b, t]))
+        tokens = torch.from_numpy(rows)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def check_ids(self) -> None:
+        """Raise ValueError for the first id beyond the vocabulary, in splits of up to SCAN_LIMIT bytes."""
+        if sum(shard.nbytes for shard in self.shards) > SCAN_LIMIT:
+            return
+        for i, shard in enumerate(self.shards):
+            if len(shard) and (top := int(shard.max())) >= self.vocab_size:
+                raise self._beyond(i, int(shard.argmax()), top)
+
+    def _beyond(self, shard: int, position: int, token: int) -> ValueError:
+        return ValueError(
+            f"{self.paths[shard]}: token {token} at position {position} is beyond the vocabulary of "
+            f"{self.vocab_size}; the file and its tokenizer do not belong together: prepare the corpus again"
+        )
+
+    def fixed_windows(self, block_size: int, count: int) -> list[Window]:
+        """`count` windows spread evenly over the split (all, if it has fewer): the same every time."""
+        there = self.count_windows(block_size)
+        count = min(count, there)
+        return self.windows(np.arange(count) * there // count, block_size)
+
+    def all_windows(self, block_size: int) -> list[Window]:
+        """Windows that predict each token of the split once (but a shard's first); the last may be short."""
+        return [
+            Window(i, start, min(block_size, len(shard) - 1 - start))
+            for i, shard in enumerate(self.shards)
+            for start in range(0, len(shard) - 1, block_size)
+        ]
+
+    def batches(
+        self, windows: list[Window], batch_size: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of `windows`, batch_size at a time, windows of one length together."""
+        by_length: dict[int, list[Window]] = {}
+        for window in windows:
+            by_length.setdefault(window.length, []).append(window)
+        groups = [
+            same[i : i + batch_size] for same in by_length.values() for i in range(0, len(same), batch_size)
+        ]
+        for group in groups[rank::world]:
+            yield self.read(group)
+
+    def count_text_bytes(self, tokenizer: tokenizers.Tokenizer) -> int:
+        """UTF-8 bytes of the text that the split encodes: from meta.json, else summed over its tokens."""
+        if self.text_bytes is not None:
+            return self.text_bytes
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths()
+        chunk = 1 << 24  # tokens at a time, so that memory stays bounded
+        return sum(
+            int(lengths[shard[i : i + chunk]].sum())
+            for shard in self.shards
+            for i in range(0, len(shard), chunk)
+        )
+
+
+class Sampler:
+    """Which windows a training step sees: row r of step s is number s * rows + r in an endless sequence.
+
+    The sequence runs through epochs. In each, every window is seen once, in an order of its own, and the grid
+    of windows is shifted by a random number of tokens, so that words stand in every place of the context.
+    """
+
+    def __init__(self, split: Split, block_size: int, seed: int) -> None:
+        self.split, self.block_size, self.seed = split, block_size, seed
+        self.windows_per_epoch = split.count_windows(block_size)
+
+    def windows(self, first: int, count: int) -> list[Window]:
+        """Windows number first, …, first + count - 1 of the sequence."""
+        epochs, places = np.divmod(np.arange(first, first + count), self.windows_per_epoch)  # (count,)
+        keys = mix(np.uint64(hash_numbers(self.seed)) ^ epochs.astype(np.uint64))
+        places = permute(places, self.windows_per_epoch, keys)
+        shifts = (mix(~keys) % np.uint64(self.block_size)).astype(np.int64)
+        return self.split.windows(places, self.block_size, shifts)
+
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (count, block_size) each."""
+        return self.split.read(self.windows(first, count))
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each element: the finaliser of SplitMix64 (Steele et al. 2014), modulo 2^64."""
+    x = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_numbers(*numbers: int) -> int:
+    """A seed, 0 <= seed < 2^63, that differs wherever one of the numbers does."""
+    state = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        state = mix(state ^ np.uint64(number))
+    return int(state[0] >> np.uint64(1))
+
+
+def permute(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where `places` (B,) stand in pseudo-random permutations of range(n), one a key (B,).
+
+    A Feistel network of four rounds permutes the next power of four; what falls outside range(n) walks on
+    until it is inside (Black & Rogaway 2002): fewer than four times, on average. No permutation is stored.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    places = places.astype(np.uint64)
+    walking = np.ones(len(places), dtype=bool)
+    while walking.any():
+        left, right = places[walking] >> half, places[walking] & mask
+        for turn in range(4):
+            left, right = right, left ^ (mix(keys[walking] ^ mix(right) + np.uint64(turn)) & mask)
+        places[walking] = left << half | right
+        walking = places >= n
+    return places.astype(np.int64)
+
+
+def map_tokens(path: Path, dtype: str) -> np.ndarray:
+    """The tokens of a shard, mapped. Raises ValueError where the file cannot be whole."""
+    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if size % width:
+        raise ValueError(
+            f"{path} has {size} bytes, which is no whole number of {dtype} tokens: the file is truncated or "
+            "not a token file; prepare the corpus again"
+        )
+    if size == 0:
+        return np.empty(0, dtype=dtype)
+    return np.asarray(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus: both splits and the tokenizer that made them."""
+
+    folder: Path
+    train: Split
+    val: Split
+    tokenizer: tokenizers.Tokenizer
+
+
+def open_corpus(folder: Path, block_size: int) -> Corpus:
+    """Open `data/<corpus>/`, ours (meta.json) or nanoGPT's (meta.pkl, or none: GPT-2's tokens).
+
+    Raises ValueError, saying what to do, where it is missing, damaged, or too small for one block.
+    """
+    if not _shards(folder, "train") or not _shards(folder, "val"):
+        raise ValueError(_no_corpus(folder))
+    meta = _read_meta(folder / "meta.json") if (folder / "meta.json").exists() else None
+    tokenizer = _tokenizer(folder, meta)
+    splits = {}
+    for name in ("train", "val"):
+        splits[name] = split = _open_split(folder, name, meta, tokenizer.vocab_size)
+        if split.count_windows(block_size) < 1:
+            raise ValueError(
+                f"{folder}: the {name} split has {split.tokens} tokens, too few for one block of "
+                f"{block_size} and its target; a longer text, or block_size <= {max(1, split.tokens - 1)}"
+            )
+        split.check_ids()
+    return Corpus(folder, splits["train"], splits["val"], tokenizer)
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    whole = folder / f"{split}.bin"
+    return [whole] if whole.exists() else sorted(folder.glob(f"{split}_[0-9]*.bin"))
+
+
+def _open_split(folder: Path, name: str, meta: dict | None, vocab_size: int) -> Split:
+    if meta is None:
+        return Split(_shards(folder, name), "uint16", vocab_size, None)
+    entries = meta["splits"][name]["shards"]
+    for entry in entries:
+        path, expected = folder / entry["file"], entry["tokens"] * np.dtype(meta["dtype"]).itemsize
+        if not path.exists():
+            raise ValueError(f"{path} is named in meta.json but is not there; prepare the corpus again")
+        if (size := path.stat().st_size) != expected:
+            raise ValueError(
+                f"{path} has {size} bytes where meta.json says {expected}: the file is truncated or was "
+                "replaced; prepare the corpus again"
+            )
+    paths = [folder / entry["file"] for entry in entries]
+    return Split(paths, meta["dtype"], vocab_size, meta["splits"][name]["bytes"])
+
+
+def _read_meta(path: Path) -> dict:
+    """meta.json, checked: its format, its dtype, and that its shards are plain names in the folder."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        sound = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32")
+        for name in ("train", "val"):
+            split = meta["splits"][name]
+            sound &= isinstance(split["bytes"], int) and split["bytes"] >= 0
+            for shard in split["shards"]:
+                sound &= isinstance(shard["tokens"], int) and shard["tokens"] >= 0
+                sound &= shard["file"] == Path(shard["file"]).name != ""
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); prepare the corpus again") from error
+    if not sound:
+        raise ValueError(f"{path} is damaged or of another version; prepare the corpus again")
+    return meta
+
+
+def _tokenizer(folder: Path, meta: dict | None) -> tokenizers.Tokenizer:
+    if meta is not None or (folder / "tokenizer.json").exists():
+        return tokenizers.load(folder / "tokenizer.json")
+    if (folder / "meta.pkl").exists():
+        return tokenizers.from_meta_pkl(folder / "meta.pkl")
+    return tokenizers.GPT2Tokenizer()  # as nanoGPT has it: no meta.pkl means GPT-2's BPE
+
+
+def _no_corpus(folder: Path) -> str:
+    """What to say where a corpus is not prepared: the command that makes it, or those that are there."""
+    if (folder / "prepare.py").exists():
+        return f"the corpus {folder} is not prepared yet; make it with: python {folder / 'prepare.py'}"
+    ready = sorted(p.parent.name for p in folder.parent.glob("*/train*.bin"))
+    makers = sorted(p.parent.name for p in folder.parent.glob("*/prepare.py"))
+    return (
+        f"there is no corpus in {folder}; "
+        + (f"prepared: {', '.join(dict.fromkeys(ready))}; " if ready else "")
+        + (f"that can be prepared: {', '.join(makers)}; " if makers else "")
+        + "your own text: python data/custom/prepare.py --input book.txt --name my_book"
+    )
+
+
+assert sys.byteorder == "little", "shards are little-endian and are mapped as they are"

@@ -1,0 +1,70 @@
+"""How good a model is on a split: mean loss on fixed windows, or on all of it with bits per byte.
+
+The ranks share the work and all get the same numbers. Nothing is drawn at random: two evaluations of the same
+weights are equal.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fradique.dataset import Corpus, Split, Window
+from fradique.runtime import Runtime
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, split: Split, windows: list[Window], batch_size: int, place: Runtime
+) -> float:
+    """Mean cross-entropy over all targets of `windows`, in nats a token."""
+    total, count = 0.0, 0
+    training = model.training
+    model.eval()
+    for x, y in split.batches(windows, batch_size, place.rank, place.world):
+        x, y = place.move(x, y)
+        with place.autocast():
+            total += model(x, y)[1].item() * y.numel()
+        count += y.numel()
+    model.train(training)
+    total, count = place.sum(total, count)
+    return total / count
+
+
+def fixed_losses(
+    model: nn.Module, corpus: Corpus, block_size: int, batch_size: int, batches: int, place: Runtime
+) -> dict[str, float]:
+    """Loss of train and val on `batches` batches of windows spread over each: the same ones every time."""
+    return {
+        name: mean_loss(
+            model, split, split.fixed_windows(block_size, batches * batch_size), batch_size, place
+        )
+        for name, split in (("train", corpus.train), ("val", corpus.val))
+    }
+
+
+@dataclass(frozen=True)
+class WholeSplit:
+    """A model on a whole split, each token predicted once (but a shard's first)."""
+
+    loss: float  # nats a token
+    perplexity: float  # e^loss
+    bits_per_byte: float  # of the UTF-8 text: models with different tokenizers compare
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f}, perplexity {self.perplexity:.3f}, {self.bits_per_byte:.4f} bits per byte"
+        )
+
+
+def whole_validation(
+    model: nn.Module, corpus: Corpus, block_size: int, batch_size: int, place: Runtime
+) -> WholeSplit:
+    """The validation split from end to end, in windows side by side."""
+    split = corpus.val
+    loss = mean_loss(model, split, split.all_windows(block_size), batch_size, place)
+    predicted = split.tokens - len(split.shards)
+    text_bytes = split.count_text_bytes(corpus.tokenizer) * predicted / split.tokens
+    bits = loss * predicted / math.log(2)
+    return WholeSplit(loss, math.exp(min(loss, 700.0)), bits / text_bytes)

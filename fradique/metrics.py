@@ -1,0 +1,223 @@
+"""What a run tells: metrics.jsonl, a progress bar, log lines, and wandb where it is asked for."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fradique import checkpoint
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
+SAMPLE_HEADER = "=== step {step} ===\n"
+SAMPLE_START = re.compile(r"^=== step (\d+) ===\n", re.MULTILINE)
+
+
+class RunLog:
+    """The voice of a run: silent on ranks that do not `speak`; without a `folder` it writes no file.
+
+    On a terminal a bar shows loss, speed and time left; elsewhere (a file, a scheduler's log) lines do.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        speak: bool,
+        total: float,
+        unit: str,
+        start: float = 0,
+        wandb: dict[str, Any] | None = None,
+    ) -> None:
+        self.speak, self.folder = speak, folder
+        self.wandb = start_wandb(folder, **wandb) if wandb and folder and speak else None
+        self.file = (folder / METRICS).open("a", encoding="utf-8") if folder and speak else None
+        on_terminal = speak and sys.stderr.isatty()
+        self.bar = (
+            tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True, bar_format=_bar_format(unit))
+            if on_terminal
+            else None
+        )
+
+    def say(self, text: str) -> None:
+        if self.speak:
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        if self.speak:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to wandb."""
+        if not self.speak:
+            return
+        if self.file is not None:
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
+            self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log(record, step=record["step"])
+
+    def progress(self, place: float, record: dict[str, Any]) -> None:
+        """Move the bar to `place` (steps or seconds) and show the loss and speed of a training record."""
+        if self.bar is None:
+            self.say(_line(record))
+            return
+        self.bar.n = min(place, self.bar.total)
+        self.bar.set_postfix_str(_speed(record))
+
+    def sample(self, step: int, text: str) -> None:
+        if self.speak and self.folder is not None:
+            with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
+                file.write(f"{SAMPLE_HEADER.format(step=step)}{text}\n\n")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        self.bar = self.file = self.wandb = None
+
+
+class Pace:
+    """How long a run has taken, how fast it goes, and whether its time is up.
+
+    The clock counts all of it, importing and evaluating too; the speed counts training alone.
+    """
+
+    def __init__(self, started: float, earlier: float, budget: float | None) -> None:
+        self.started, self.earlier, self.budget = started, earlier, budget
+        self.now = earlier  # seconds, as all ranks agreed last
+        self.closing = 0.0  # seconds that what follows the last step is expected to take
+        self.marked, self.marked_step, self.away = time.monotonic(), 0, 0.0
+
+    def elapsed(self) -> float:
+        return self.earlier + time.monotonic() - self.started
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is not training: evaluation, checkpoints, samples."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.away += time.monotonic() - start
+
+    def mark(self, step: int) -> None:
+        self.marked, self.marked_step, self.away = time.monotonic(), step, 0.0
+
+    def step_seconds(self, step: int) -> float:
+        """Seconds a step since the last mark, without the time aside. Marks."""
+        spent = time.monotonic() - self.marked - self.away
+        per_step = max(spent, 1e-9) / max(1, step - self.marked_step)
+        self.mark(step)
+        return per_step
+
+    def time_is_up(self) -> bool:
+        return self.budget is not None and self.now + self.closing >= self.budget
+
+
+def _bar_format(unit: str) -> str:
+    place = "{n:.0f}/{total:.0f} " + unit if unit == "s" else "{n_fmt}/{total_fmt} steps"
+    return "{percentage:3.0f}%|{bar}| " + place + " [{elapsed}<{remaining}{postfix}]"
+
+
+def _speed(record: dict[str, Any]) -> str:
+    shown = [f"loss {record['loss']:.3f}", f"{human(record['tokens_per_second'])} tok/s"]
+    if record.get("mfu") is not None:
+        shown.append(f"MFU {record['mfu']:.1%}")
+    return ", ".join(shown)
+
+
+def _line(record: dict[str, Any]) -> str:
+    milliseconds = 1000 * record["step_seconds"]
+    return f"step {record['step']}: {_speed(record)}, {milliseconds:.1f} ms a step, lr {record['lr']:.2e}"
+
+
+def human(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """75.3 -> 1m15s."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f}s"
+    return (
+        f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    )
+
+
+DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+
+def seconds(text: str) -> float | None:
+    """90, 90s, 10m, 1h30m -> seconds; "" -> None. Raises ValueError where it is no length of time."""
+    if not text:
+        return None
+    parts = DURATION.fullmatch(text.strip().lower())
+    total = (
+        sum(float(p or 0) * unit for p, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+        if parts
+        else 0
+    )
+    if total <= 0:
+        raise ValueError(f"time_budget = {text!r} is no length of time: write 90s, 10m or 1h30m")
+    return total
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, oldest first. A last line that a crash cut short is passed over."""
+    path = folder / METRICS
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Forget what was written after `step`: a resumed run goes through those steps again."""
+    kept = [record for record in read(folder) if record["step"] <= step]
+    checkpoint.write_atomically(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+    samples = folder / SAMPLES
+    if samples.exists():
+        parts = SAMPLE_START.split(samples.read_text(encoding="utf-8"))  # "", step, text, step, text, …
+        steps = zip(parts[1::2], parts[2::2], strict=True)
+        kept_text = (SAMPLE_HEADER.format(step=n) + text for n, text in steps if int(n) <= step)
+        checkpoint.write_atomically(samples, "".join(kept_text))
+
+
+def start_wandb(folder: Path, project: str, name: str, config: dict[str, Any]) -> Any:
+    """Begin a wandb run, or go on with the one of this folder. Raises ValueError where wandb cannot start."""
+    try:
+        import wandb
+
+        return wandb.init(
+            project=project, name=name, config=config, dir=str(folder), id=_wandb_id(folder), resume="allow"
+        )
+    except Exception as error:  # wandb's errors have many classes; a user needs one message
+        raise ValueError(
+            f"wandb_log=True, but wandb could not start: {error}. Log in with `wandb login`, or set "
+            "WANDB_MODE=offline to keep the log on this machine, or leave wandb_log off"
+        ) from error
+
+
+def _wandb_id(folder: Path) -> str:
+    """A name for the run that is kept in its folder, so that a resumed run goes on in the same chart."""
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+        checkpoint.write_atomically(path, f"{time.time_ns():x}")
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,107 @@
+"""The run folder: who may write in it, and what it says of how the run was made."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fradique import checkpoint, metrics
+from fradique import tokenizer as tokenizers
+
+SETTINGS, TOKENIZER, CURVE = "settings.json", "tokenizer.json", "loss.png"
+OURS = (SETTINGS, TOKENIZER, CURVE, "metrics.jsonl", "samples.txt", "wandb_id.txt", "wandb", "best")
+
+
+def check_free(run: Path, overwrite: bool) -> None:
+    """Raise ValueError where `run` holds another run and `overwrite` is not set, or is no folder."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"out_dir={run} is a file: choose another folder")
+    if not overwrite and (
+        (run / SETTINGS).exists() or checkpoint.step_folders(run) or (run / "best").exists()
+    ):
+        raise ValueError(
+            f"out_dir={run} already holds a run: go on with it by --init_from=resume, begin anew by "
+            "--overwrite (which deletes it), or choose another --out_dir"
+        )
+
+
+def clear(run: Path) -> None:
+    """Delete what a run wrote into `run`, and nothing else."""
+    for path in [run / name for name in OURS] + checkpoint.step_folders(run):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def take(
+    run: Path,
+    settings: dict[str, Any],
+    decided: dict[str, Any],
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    go_on_from: int | None,
+) -> None:
+    """Make the folder ours, and let it stand by itself: settings.json and tokenizer.json.
+
+    A run that goes on forgets what it wrote after step `go_on_from`; a new one (None) deletes what is there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.recover(run)
+    if go_on_from is None:
+        clear(run)
+    else:
+        metrics.rewind(run, go_on_from)
+    about = {"settings": settings, "decided": decided, "versions": versions(), "git_commit": git_commit()}
+    checkpoint.write_atomically(run / SETTINGS, checkpoint.as_json(about))
+    tokenizers.save(tokenizer, run / TOKENIZER)
+
+
+def saved_settings(run: Path) -> dict[str, Any]:
+    """The settings of a run. Raises ValueError where `run` holds none, saying which runs there are."""
+    if not (run / SETTINGS).exists():
+        others = sorted(str(path.parent) for path in run.parent.glob(f"*/{SETTINGS}"))
+        known = f"; runs beside it: {', '.join(others)}" if others else ""
+        raise ValueError(f"{run} holds no run to go on with (no {SETTINGS}){known}")
+    settings = checkpoint.read_json(run / SETTINGS).get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{run / SETTINGS} is damaged: it has no settings")
+    return settings
+
+
+def check_tokenizer(run: Path, tokenizer: tokenizers.Tokenizer, corpus: Path) -> None:
+    """Raise ValueError where a corpus was not encoded with the tokenizer of the run that goes on with it."""
+    if tokenizers.load(run / TOKENIZER) != tokenizer:
+        raise ValueError(
+            f"the run in {run} was trained with another tokenizer than {corpus} is encoded with now ("
+            f"{tokenizer.kind}, {tokenizer.vocab_size} tokens): prepare the corpus as it was, or begin anew"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers of a run may depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "numpy", "safetensors", "tokenizers", "tiktoken"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with "+" where files differ from it; None outside a checkout."""
+    home = Path(sys.argv[0]).resolve().parent
+    try:
+        answers = [
+            subprocess.run(
+                ["git", "-C", str(home), *words], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answers[0] + ("+" if answers[1] else "")

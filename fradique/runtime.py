@@ -1,0 +1,265 @@
+"""Where a run computes: device, dtype, rank and world, decided once and handed round in one frozen object."""
+
+import os
+import re
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Peak dense FLOP/s in bf16 (V100, T4: fp16), from the maker's data sheets, for MFU. The first match wins.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+# A guess of the FLOP/s a run reaches, to tell whether it is long enough to repay compiling.
+GUESSED_FLOPS = {"cpu": 1.5e11, "mps": 2e12, "cuda": 1e14}
+# Seconds of training from which compiling is repaid: it takes half a minute to a minute by itself.
+WORTH_COMPILING = {"cpu": 600.0, "mps": float("inf"), "cuda": 60.0}
+# The width from which bf16 beats fp32 on a CPU that has it: below, casting costs more than it saves.
+CPU_BF16_WIDTH = 192
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What was decided. Rank 0 of `world` processes writes and speaks."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the forward pass, through autocast; weights stay float32
+    compile: bool
+    rank: int = 0
+    world: int = 1
+    notes: tuple[str, ...] = ()  # what was chosen automatically, and why
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def move(self, *tensors: Tensor) -> list[Tensor]:
+        """Tensors on the device; on CUDA without waiting for the copy."""
+        if self.device.type != "cuda":
+            return [tensor.to(self.device) for tensor in tensors]
+        return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """Each value's maximum over the ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: tuple[float, ...], how: dist.ReduceOp) -> list[float]:
+        if self.world == 1:
+            return list(values)
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        together = torch.tensor(values, dtype=exact, device=self.device)
+        dist.all_reduce(together, how)
+        return together.tolist()
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, forward: nn.Module) -> nn.Module:
+        """The model as the ranks share it: gradients are averaged in its backward pass."""
+        if self.world == 1:
+            return forward
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(forward, device_ids=ids)
+
+    def peak_flops(self) -> float | None:
+        """FLOP/s of all devices of the run together where the card is known; else None."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next(
+            (peak * self.world for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None
+        )
+
+    def describe(self) -> str:
+        where = str(self.device)
+        if self.device.type == "cuda":
+            where += f" ({torch.cuda.get_device_name(self.device)})"
+        elif self.device.type == "cpu":
+            where += f" ({torch.get_num_threads()} threads)"
+        processes = f", {self.world} processes" if self.world > 1 else ""
+        return f"{where}{processes}, {str(self.dtype).removeprefix('torch.')}"
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool | str = False,
+    backend: str = "auto",
+    n_embd: int = 0,
+    run_flops: float = 0.0,
+    run_seconds: float | None = None,
+) -> Runtime:
+    """Decide once. `run_flops` (or `run_seconds`, where a budget is set) tells whether compiling is repaid.
+
+    Joins the process group when torchrun started this process. Raises ValueError where a device or dtype was
+    asked for that this machine does not have.
+    """
+    rank, local_rank, world = (
+        int(os.environ.get(key, default))
+        for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    place = choose_device(device, local_rank, world)
+    notes = []
+    kind, why = choose_dtype(dtype, place, n_embd)
+    if dtype == "auto":
+        notes.append(f"dtype=auto: {kind} ({why})")
+    compiled, why = choose_compile(compile, place, run_flops, run_seconds)
+    if compile == "auto":
+        notes.append(f"compile=auto: {compiled} ({why})")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    if "RANK" in os.environ and world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if backend == "auto" and place.type == "cuda" else _cpu(backend))
+    return Runtime(place, DTYPES[kind], compiled, rank, world, tuple(notes))
+
+
+def _cpu(backend: str) -> str:
+    return "gloo" if backend == "auto" else backend
+
+
+def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.device:
+    """`auto`: CUDA, else MPS, else CPU. Under torchrun each process takes the card of its local rank."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps and world == 1 else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name}: not a device; use auto, cpu, mps, cuda or cuda:N") from error
+    if device.type not in GUESSED_FLOPS:
+        raise ValueError(f"device={name}: use auto, cpu, mps, cuda or cuda:N")
+    if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
+        raise ValueError(
+            f"device={name}: torch {torch.__version__} sees no {device.type} device here; use auto"
+        )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, n_embd: int) -> tuple[str, str]:
+    """The dtype of the forward pass, and why."""
+    if name != "auto":
+        if name == "float16" and device.type != "cuda":
+            raise ValueError(f"dtype=float16 needs a GradScaler on CUDA; use float32 or bfloat16 on {device}")
+        return name, "as set"
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "the card has it") if bf16 else ("float16", "the card has no bfloat16")
+    if device.type == "mps":
+        return "float32", "the safe choice on MPS"
+    if not cpu_has_bf16():
+        return "float32", "this CPU has no bfloat16 arithmetic"
+    if n_embd < CPU_BF16_WIDTH:
+        return "float32", f"n_embd < {CPU_BF16_WIDTH}: casts would cost more than bfloat16 saves"
+    return "bfloat16", "this CPU has bfloat16 arithmetic"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether matrix products in bfloat16 run on instructions made for them (AMX or AVX-512 BF16)."""
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch's own, not yet public
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def choose_compile(
+    wanted: bool | str, device: torch.device, flops: float, seconds: float | None
+) -> tuple[bool, str]:
+    """Whether to compile, and why: `auto` does where the run is long enough to repay it."""
+    if wanted != "auto":
+        return bool(wanted), "as set"
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
+        return False, "no C++ compiler is at hand"
+    seconds = flops / GUESSED_FLOPS[device.type] if seconds is None else seconds
+    enough = WORTH_COMPILING[device.type]
+    length = f"about {seconds:.0f} s of training"
+    return (True, f"{length} repay it") if seconds >= enough else (False, f"{length} would not repay it")
+
+
+def compiled(model: nn.Module, try_it: Callable[[nn.Module], None], warn: Callable[[str], None]) -> nn.Module:
+    """torch.compile(model), once `try_it` has run on it; the model, after one warning, where that fails."""
+    fast = torch.compile(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # inductor's hints are for its own developers
+            try_it(fast)
+    except Exception as error:  # whatever a compiler may raise: eager gives the same numbers
+        warn(f"torch.compile failed ({type(error).__name__}: {_first_line(error)}); going on without it")
+        torch._dynamo.reset()
+        return model
+    return fast
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+class StopSignal:
+    """SIGTERM, SIGHUP and Ctrl-C, remembered until the step is done; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+                if number := getattr(signal, name, None):  # Windows has no SIGHUP
+                    self.before[number] = signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.number == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+    def heard(self, runtime: Runtime) -> bool:
+        """Whether any rank was told to stop; then all of them know."""
+        if runtime.world > 1:
+            self.number = int(runtime.max(self.number)[0])
+        return self.number != 0
+
+    def forget(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

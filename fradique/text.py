@@ -1,0 +1,141 @@
+"""Text files -> pieces of text: found, checked, decoded and cut, however large, with bounded memory."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK_BYTES = 1 << 20  # read at a time
+PIECE_CHARS = 1 << 18  # a piece of text, where there is a place to cut it...
+MAX_PIECE_CHARS = 1 << 21  # ...and where there is none
+
+# The end of the last word with a space after it. GPT-2's pattern never matches across such a place, and does
+# not look past it: cut there, a text has the tokens that it has uncut. (Python's \S is a little stricter.)
+_LAST_WORD_END = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that can be streamed as often as needed."""
+
+    source: str  # where it comes from, for people to read in meta.json
+    chunks: Callable[[], Iterator[str]]
+
+
+def files_text(files: Sequence[Path], source: str) -> Text:
+    """UTF-8 files one after another, a newline between two of them where the first does not end with one."""
+    return Text(source, lambda: _concatenated(files))
+
+
+def _concatenated(files: Sequence[Path]) -> Iterator[str]:
+    last = "\n"
+    for path in files:
+        if last != "\n":
+            yield "\n"
+        for chunk in read_file(path):
+            last = chunk[-1]
+            yield chunk
+
+
+def read_file(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
+    """The text of a UTF-8 file in chunks, none empty: newlines as they are, a byte-order mark left out.
+
+    Raises ValueError that names the file and the offset of the first byte that is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, started = 0, False  # offset: of the block in the file
+    with path.open("rb") as file:
+        while True:
+            block = file.read(block_bytes)
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last block began
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, offset - pending + error.start, error.object[error.start]) from None
+            if text and not started:
+                text, started = text.removeprefix("\ufeff"), True
+            if text:
+                yield text
+            if not block:
+                return
+            offset += len(block)
+
+
+def not_utf8(path: Path, offset: int, byte: int) -> ValueError:
+    """What to tell the user about a `byte` at `offset` of `path` that no UTF-8 text has there."""
+    encoding = "UTF-16" if offset == 0 and byte in (0xFE, 0xFF) else "WINDOWS-1252"
+    return ValueError(
+        f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset} (counted from 0). If it is text in "
+        f"another encoding, convert it, for example with: iconv -f {encoding} -t UTF-8 {path.name} > "
+        f"{path.stem}-utf8.txt, and give the result to --input"
+    )
+
+
+def cut_pieces(
+    chunks: Iterable[str], piece_chars: int = PIECE_CHARS, max_piece_chars: int = MAX_PIECE_CHARS
+) -> Iterator[str]:
+    """Cut a stream into pieces of about `piece_chars` that have, together, the tokens of the whole.
+
+    Where `max_piece_chars` go by without an exact place to cut, the cut comes anyway, so that memory stays
+    bounded: the tokens may differ there, the text never does.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        if len(rest) < piece_chars:
+            continue
+        match = _LAST_WORD_END.match(rest)
+        end = match.end() if match else len(rest) if len(rest) >= max_piece_chars else 0
+        if end:
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def find_files(inputs: Sequence[Path], endings: Sequence[str] = (".txt",)) -> list[Path]:
+    """The files that --input names: a folder stands for what lies in it, in the order of the names.
+
+    An empty file in a folder is left out, and a byte-order mark is told, both with a note on standard error.
+    Raises ValueError for a path that is not there, an empty file, a folder without any file of `endings`, and
+    anything that cannot be read twice; OSError for what cannot be read at all.
+    """
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            files += _files_below(path, endings)
+        elif not path.exists():
+            raise ValueError(f"--input: there is no file or folder {path}")
+        elif not path.is_file():
+            raise ValueError(f"--input: {path} is read more than once: save it to a plain file first")
+        elif path.stat().st_size == 0:
+            raise ValueError(f"--input: {path} is empty")
+        else:
+            files.append(path)
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(3) == codecs.BOM_UTF8:
+                note(f"{path} begins with a byte-order mark, which is left out")
+    return files
+
+
+def _files_below(folder: Path, endings: Sequence[str]) -> list[Path]:
+    found = [path for path in folder.rglob("*") if path.name.lower().endswith(tuple(endings))]
+    files = []
+    for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()):
+        if path.is_file() and path.stat().st_size:
+            files.append(path)
+        else:
+            note(f"{path} is empty, or not a file, and left out")
+    if not files:
+        raise ValueError(f"--input: there is no {' or '.join(endings)} file with anything in it in {folder}")
+    return files
+
+
+def note(message: str) -> None:
+    """Tell the user something on standard error that stops nothing."""
+    print(f"note: {message}", file=sys.stderr)

@@ -1,0 +1,180 @@
+"""Write text with a trained model: settings -> model and tokenizer -> prompt -> text, streamed.
+
+python sample.py --out_dir=out/eca-char --start="A figura é poética"
+python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
+echo "Era uma vez" | python sample.py --out_dir=out/eca-char --start=-
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from configurator import Resolved, command, setting
+from fradique import checkpoint, pretrained, runtime
+from fradique import tokenizer as tokenizers
+from model import GPT, GPTConfig
+
+
+# fmt: off
+@dataclass(frozen=True)
+class SampleSettings:
+    """python sample.py --out_dir=out/<run> [--start=...] [--key=value ...]
+
+    Continues a prompt with a trained model and prints the text as it is made.
+    """
+
+    out_dir: str = setting("out", "the run folder", group="model")
+    init_from: str = setting("resume", "resume: the run in out_dir; else gpt2, …, a run folder, ckpt.pt, or Hugging Face folder")
+    checkpoint: str = setting("best", "which of the run's: best | newest | the number of a step")
+
+    start: str = setting("\n", "the prompt: text, FILE:path, or - for standard input", group="text")
+    num_samples: int = setting(1, "how many continuations, made as one batch", lo=1)
+    max_new_tokens: int = setting(500, "the length of each", lo=0)
+    stop: str = setting("", "end a sample before this text; empty: go on to max_new_tokens")
+
+    temperature: float = setting(0.8, "0: always the likeliest token; 1: as the model has learnt it", lo=0.0, group="drawing")
+    top_k: int = setting(0, "draw from the k likeliest tokens; 0: from all", lo=0)
+    top_p: float = setting(1.0, "draw from the likeliest whose probabilities reach p", above=0.0, hi=1.0)
+    min_p: float = setting(0.0, "draw from those at least p times as likely as the likeliest", lo=0.0, hi=1.0)
+    repetition_penalty: float = setting(1.0, "above 1: tokens that have occurred become less likely", above=0.0)
+    seed: int = setting(1337, "the same seed gives the same text", lo=0, hi=2**62)
+
+    device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N", group="machine")
+    dtype: str = setting("auto", "auto: float32 on a CPU, else what the card has", choices=("auto", *runtime.DTYPES))
+    cache: bool = setting(True, "keep keys and values; False: compute the whole context for each token")
+    debug: bool = setting(False, "show the traceback of an error")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that is ready to write, and the tokenizer that goes with it."""
+
+    model: GPT
+    tokenizer: tokenizers.Tokenizer
+    runtime: runtime.Runtime
+
+
+def open_writer(
+    source: str, *, checkpoint_name: str = "best", device: str = "auto", dtype: str = "auto"
+) -> Writer:
+    """A run folder, or weights of others, as model and tokenizer. Raises ValueError where they do not fit."""
+    weights = pretrained.load(source, checkpoint_name)
+    if weights.tokenizer is None:
+        raise ValueError(
+            f"{source} comes without a tokenizer: put the corpus it was trained on into data/, "
+            "or the tokenizer.json of that corpus beside it"
+        )
+    model = GPT(GPTConfig(**weights.config))
+    checkpoint.load_into(model, weights.tensors, weights.source)
+    if weights.tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {weights.tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    place = runtime.start(device=device, dtype=dtype)  # n_embd unset: a CPU keeps to float32
+    return Writer(model.to(place.device).eval(), weights.tokenizer, place)
+
+
+def read_prompt(start: str) -> str:
+    """The prompt that `--start` means. Raises ValueError where the file cannot be read as UTF-8."""
+    if start == "-":
+        return sys.stdin.read()
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
+
+
+def encode_prompt(writer: Writer, prompt: str) -> torch.Tensor:
+    """Token ids (T,), at least one: an empty prompt becomes the end-of-text token, or a line break."""
+    if not prompt:
+        prompt = "\n" if writer.tokenizer.end_of_text is None else "<|endoftext|>"
+    ids = writer.tokenizer.encode(prompt, allow_special=True)
+    return torch.from_numpy(ids.astype("int64"))
+
+
+class Row:
+    """The text of one sample as it grows, cut at `stop`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str) -> None:
+        self.decoder, self.stop = tokenizers.StreamDecoder(tokenizer), stop
+        self.held = ""  # the end of the text so far, which may turn out to be the beginning of `stop`
+        self.done = False
+
+    def feed(self, token: int) -> str:
+        """The text that can be shown once `token` is there."""
+        return "" if self.done else self._release(self.held + self.decoder.feed([token]))
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        text = "" if self.done else self._release(self.held + self.decoder.flush())
+        rest, self.held = ("" if self.done else self.held), ""
+        return text + rest
+
+    def _release(self, text: str) -> str:
+        if not self.stop:
+            return text
+        if (at := text.find(self.stop)) >= 0:
+            self.done, self.held = True, ""
+            return text[:at]
+        keep = next(n for n in range(len(self.stop) - 1, -1, -1) if text.endswith(self.stop[:n]))
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def write(writer: Writer, prompt: str, settings: SampleSettings) -> Iterator[list[str]]:
+    """Continue `prompt`: what each of the num_samples rows has to show next, again and again until the end."""
+    ids = encode_prompt(writer, prompt).to(writer.runtime.device)
+    rows = [Row(writer.tokenizer, settings.stop) for _ in range(settings.num_samples)]
+    generator = torch.Generator(writer.runtime.device)
+    generator.manual_seed(settings.seed)
+    stream = writer.model.stream(
+        ids.repeat(settings.num_samples, 1),  # (B, T)
+        settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k or None,
+        top_p=settings.top_p,
+        min_p=settings.min_p or None,
+        repetition_penalty=settings.repetition_penalty,
+        n_vocab=writer.tokenizer.vocab_size,
+        use_cache=settings.cache,
+        generator=generator,
+    )
+    with writer.runtime.autocast():
+        for tokens in stream:
+            yield [row.feed(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
+            if all(row.done for row in rows):
+                break
+    yield [row.flush() for row in rows]
+
+
+def main(resolved: Resolved[SampleSettings]) -> int:
+    settings = resolved.settings
+    source = settings.out_dir if settings.init_from == "resume" else settings.init_from
+    writer = open_writer(
+        source, checkpoint_name=settings.checkpoint, device=settings.device, dtype=settings.dtype
+    )
+    prompt = read_prompt(settings.start)
+    if settings.temperature == 0 and settings.num_samples > 1:
+        settings = replace(settings, num_samples=1)
+        print("temperature 0 writes the same text every time: one sample", file=sys.stderr)
+    print(prompt, end="", flush=True)
+    others = [""] * (settings.num_samples - 1)
+    for first, *rest in write(writer, prompt, settings):
+        print(first, end="", flush=True)  # the first sample is shown as it grows, the others after it
+        others = [text + piece for text, piece in zip(others, rest, strict=True)]
+    print()
+    for text in others:
+        print(f"---------------\n{prompt}{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, SampleSettings))

@@ -1,0 +1,580 @@
+"""Train a GPT: settings -> corpus -> model -> optimizer -> loop -> checkpoints in out/<run>/.
+
+    python train.py config/train_eca_char.py
+    python train.py config/train_eca_char.py --n_layer=4 --time_budget=5m
+    python train.py --init_from=resume --out_dir=out/eca-char
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+A config file is Python and is run as such: run only those that you trust.
+"""
+
+import time
+
+START = time.monotonic()  # the clock of --time_budget runs from here: importing torch is part of the wait
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configurator import Resolved, command, setting
+from fradique import checkpoint, dataset, evaluation, metrics, optimizer, pretrained, run, runtime, schedule
+from fradique import tokenizer as tokenizers
+from model import ACTIVATIONS, GPT, GPTConfig
+
+
+# fmt: off
+@dataclass(frozen=True)
+class TrainSettings:
+    """python train.py [config/<name>.py ...] [--key=value ...]
+
+    Trains a GPT on a prepared corpus. nanoGPT's names and defaults are kept, so its config files run unchanged.
+    """
+
+    out_dir: str = setting("out", "folder of the run: settings, metrics, samples, checkpoints", group="run")
+    init_from: str = setting("scratch", "scratch | resume | gpt2, gpt2-medium, … | a run folder, ckpt.pt, or Hugging Face folder")
+    overwrite: bool = setting(False, "delete the run that out_dir holds and begin anew")
+    max_iters: int = setting(600000, "steps of training", lo=0)
+    time_budget: str = setting("", "end after this long instead, evaluation included: 90s, 10m, 1h30m; the schedule follows the clock")
+    seed: int = setting(1337, "of weights, batches and dropout; the same seed gives the same run", lo=0, hi=2**62)
+    debug: bool = setting(False, "show the traceback of an error")
+
+    dataset: str = setting("openwebtext", "corpus: a folder under data_dir", group="data")
+    data_dir: str = setting("data", "where the corpora lie")
+    batch_size: int = setting(12, "sequences in a micro-batch", lo=1)
+    block_size: int = setting(1024, "tokens of context", lo=1)
+    gradient_accumulation_steps: int = setting(40, "micro-batches a step, over all processes together", lo=1)
+
+    n_layer: int = setting(12, "blocks", lo=1, group="model")
+    n_head: int = setting(12, "attention heads", lo=1)
+    n_embd: int = setting(768, "width; a multiple of n_head", lo=1)
+    dropout: float = setting(0.0, "0 to train on plenty of text; 0.1 to 0.3 on little", lo=0.0, hi=0.99)
+    bias: bool = setting(False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit faster")
+    activation: str = setting("gelu", "of the MLP", choices=tuple(ACTIVATIONS))
+    flash: bool = setting(True, "torch's fused attention; False: the plain softmax")
+
+    learning_rate: float = setting(6e-4, "the peak", above=0.0, group="optimizer")
+    lr_schedule: str = setting("cosine", "shape after the warm-up", choices=tuple(schedule.SCHEDULES))
+    decay_lr: bool = setting(True, "False: learning_rate throughout, without warm-up")
+    warmup_iters: int = setting(2000, "steps of linear warm-up", lo=0)
+    lr_decay_iters: int = setting(0, "step at which min_lr is reached; 0: max_iters", lo=0)
+    min_lr: float = setting(6e-5, "the floor", lo=0.0)
+    decay_frac: float = setting(0.5, "lr_schedule=wsd: the part of the run that decays", lo=0.0, hi=1.0)
+    weight_decay: float = setting(0.1, "of matrices and embeddings", lo=0.0)
+    beta1: float = setting(0.9, "AdamW's memory of the gradient", lo=0.0, hi=0.999999)
+    beta2: float = setting(0.95, "AdamW's memory of its square", lo=0.0, hi=0.999999)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", lo=0.0)
+
+    eval_interval: int = setting(2000, "steps between evaluations and checkpoints", lo=1, group="evaluation and log")
+    eval_iters: int = setting(200, "batches of each split in an evaluation; always the same ones", lo=1)
+    eval_only: bool = setting(False, "evaluate, report, and stop")
+    early_stop_evals: int = setting(0, "stop after so many evaluations without a better one; 0: never", lo=0)
+    always_save_checkpoint: bool = setting(True, "False: between start and end, only when the validation loss is the best yet")
+    keep_checkpoints: int = setting(2, "how many of the last step checkpoints stay", lo=1)
+    log_interval: int = setting(1, "steps between log lines", lo=1)
+    sample_interval: int = setting(0, "steps between samples into samples.txt; 0: one at the end", lo=0)
+    sample_start: str = setting("\n", "the prompt of those samples")
+    sample_tokens: int = setting(200, "their length", lo=1)
+    wandb_log: bool = setting(False, "log to Weights & Biases too")
+    wandb_project: str = setting("fradique", "its project")
+    wandb_run_name: str = setting("", "its name there; empty: the name of out_dir")
+
+    device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N", group="machine")
+    dtype: str = setting("auto", "of the forward pass; weights stay float32", choices=("auto", *runtime.DTYPES))
+    compile: bool | str = setting("auto", "torch.compile; auto: when the run is long enough", choices=("auto", True, False))
+    backend: str = setting("auto", "of torch.distributed under torchrun: auto | nccl | gloo")
+    # fmt: on
+
+    def problems(self) -> list[str]:
+        """Contradictions between settings that are each sound by themselves."""
+        found = model_config(self, vocab_size=1).problems()
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            found.append(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
+        try:
+            metrics.seconds(self.time_budget)
+        except ValueError as error:
+            found.append(str(error))
+        if self.overwrite and self.init_from == "resume":
+            found.append("overwrite deletes the run that init_from=resume would go on with: give one of the two")
+        return found
+
+
+@dataclass
+class TrainState:
+    """What changes from step to step, beside weights and optimizer: kept in state.json."""
+
+    step: int = 0  # updates done
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evals_since_best: int = 0
+    last_eval_step: int = -1
+    seconds: float = 0.0  # spent in earlier processes of this run
+    scaler: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "TrainState":
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+@dataclass
+class Training:
+    """A run that is set up: what `train_step` and `evaluate` need."""
+
+    settings: TrainSettings
+    runtime: runtime.Runtime
+    corpus: dataset.Corpus
+    sampler: dataset.Sampler
+    model: GPT
+    forward: nn.Module  # the model, compiled and shared between processes where that is on
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: TrainState
+    pace: metrics.Pace
+    log: metrics.RunLog
+
+
+def main(resolved: Resolved[TrainSettings]) -> int:
+    t = set_up(resolved.settings)
+    try:
+        if not t.settings.eval_only:
+            return train(t)
+        report_evaluation(t)
+        return 0
+    finally:
+        t.log.close()
+        t.runtime.close()
+
+
+def train(t: Training) -> int:
+    """The loop. Returns the exit status: 0, or 128 + n after signal n."""
+    settings, state, stop = t.settings, t.state, runtime.StopSignal()
+    try:
+        while not finished(t):
+            if state.step % settings.eval_interval == 0:
+                evaluate_and_save(t)
+                if out_of_patience(t):
+                    break
+            loss, norm = train_step(t, learning_rate(t))
+            state.step += 1
+            if state.step % settings.log_interval == 0:
+                log_step(t, loss, norm)
+            if settings.sample_interval and state.step % settings.sample_interval == 0:
+                write_sample(t)
+            if stop.heard(t.runtime):
+                return leave_early(t, stop)
+        evaluate_and_save(t)
+        finish(t)
+        return 0
+    finally:
+        stop.forget()
+
+
+def learning_rate(t: Training) -> float:
+    """Of the step to come: by its number, or by the clock where a time budget ends the run."""
+    s, pace = t.settings, t.pace
+    total = s.lr_decay_iters or s.max_iters
+    if pace.budget is not None:
+        total = schedule.steps_by_clock(t.state.step, pace.now, pace.budget - pace.closing)
+    return schedule.learning_rate(
+        t.state.step,
+        schedule=s.lr_schedule if s.decay_lr else "constant",
+        peak=s.learning_rate,
+        floor=s.min_lr,
+        warmup=s.warmup_iters if s.decay_lr else 0,
+        total=total,
+        decay_frac=s.decay_frac,
+    )
+
+
+def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
+    """One update: the loss of its batch and the norm of its gradient, as tensors on the device.
+
+    Dropout is seeded by (seed, step, rank), so a step is a function of weights and settings. Raises
+    ValueError, before the weights are touched, where the loss or the gradient is not finite (on CUDA that is
+    looked at when the loss is logged, so as not to wait for the card at every step).
+    """
+    settings, place = t.settings, t.runtime
+    torch.manual_seed(dataset.hash_numbers(settings.seed, t.state.step, place.rank))
+    optimizer.set_learning_rate(t.optimizer, lr)
+    batches = list(micro_batches(t))
+    total = torch.zeros((), device=place.device)
+    for i, (x, y) in enumerate(batches):
+        if place.world > 1:  # gradients are shared once, with the last micro-batch
+            t.forward.require_backward_grad_sync = i == len(batches) - 1
+        with place.autocast():
+            loss = t.forward(x, y)[1] / len(batches)
+        t.scaler.scale(loss).backward()
+        total += loss.detach()
+    t.scaler.unscale_(t.optimizer)
+    norm = nn.utils.clip_grad_norm_(t.model.parameters(), settings.grad_clip or math.inf)
+    if place.device.type != "cuda":
+        check_finite(t, total, norm)
+    t.scaler.step(t.optimizer)
+    t.scaler.update()
+    t.optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def set_up(settings: TrainSettings) -> Training:
+    """Everything that the loop needs, checked before anything is written.
+
+    Raises ValueError, with what to do, where corpus, weights, machine or out_dir do not fit the settings.
+    """
+    folder = Path(settings.out_dir)
+    writes = not settings.eval_only
+    if writes and settings.init_from != "resume":
+        run.check_free(folder, settings.overwrite)
+    corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
+    torch.manual_seed(settings.seed)
+    model, settings, held = make_model(settings, corpus)
+    budget = metrics.seconds(settings.time_budget)
+    place = runtime.start(
+        device=settings.device,
+        dtype=settings.dtype,
+        compile=settings.compile,
+        backend=settings.backend,
+        n_embd=model.config.n_embd,
+        run_flops=float(model.flops_per_token() * tokens_per_step(settings) * settings.max_iters),
+        run_seconds=budget,
+    )
+    share_rows(settings.batch_size, settings.gradient_accumulation_steps, place.world)
+    model.to(place.device)
+    state = TrainState.read(held.state) if held else TrainState()
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+    adamw = optimizer.build(
+        model,
+        learning_rate=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    if held:
+        optimizer.load_state_by_name(model, adamw, held.optimizer)
+        scaler.load_state_dict(state.scaler)
+    if writes and place.is_main:
+        decided = {"device": place.describe(), "compile": place.compile, "notes": list(place.notes)}
+        run.take(folder, asdict(settings), decided, corpus.tokenizer, go_on_from=state.step if held else None)
+    place.wait()
+    log = metrics.RunLog(
+        folder if writes else None,
+        speak=place.is_main,
+        total=budget or settings.max_iters,
+        start=state.seconds if budget else state.step,
+        unit="s" if budget else "step",
+        wandb=wandb_options(settings) if writes else None,
+    )
+    t = Training(
+        settings=settings,
+        runtime=place,
+        corpus=corpus,
+        sampler=dataset.Sampler(corpus.train, settings.block_size, settings.seed),
+        model=model,
+        forward=model,
+        optimizer=adamw,
+        scaler=scaler,
+        state=state,
+        pace=metrics.Pace(START, state.seconds, budget),
+        log=log,
+    )
+    introduce(t)
+    t.forward = place.wrap(compile_forward(t) if place.compile and writes else model)
+    t.pace.mark(state.step)
+    return t
+
+
+def make_model(
+    settings: TrainSettings, corpus: dataset.Corpus
+) -> tuple[GPT, TrainSettings, checkpoint.Checkpoint | None]:
+    """The model by init_from, the settings with its true shape, and the checkpoint where a run is resumed."""
+    tokenizer = corpus.tokenizer
+    if settings.init_from == "scratch":
+        return GPT(model_config(settings, padded(tokenizer))), settings, None
+    if settings.init_from == "resume":
+        folder = Path(settings.out_dir)
+        run.check_tokenizer(folder, tokenizer, corpus.folder)
+        latest = checkpoint.newest(folder, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+        held = checkpoint.load(latest)
+        model = GPT(model_config(settings, held.config.get("vocab_size", 0)))
+        checkpoint.load_into(model, held.model, str(latest))
+        return model, settings, held
+    weights = pretrained.load(settings.init_from)
+    model = GPT(GPTConfig(**weights.config | {"dropout": settings.dropout, "flash": settings.flash}))
+    checkpoint.load_into(model, weights.tensors, weights.source)
+    pretrained.check_tokenizer(weights, tokenizer, corpus.folder)
+    if settings.block_size < model.config.block_size:
+        model.crop_block_size(settings.block_size)
+    elif settings.block_size > model.config.block_size:
+        raise ValueError(
+            f"block_size = {settings.block_size} is longer than the {model.config.block_size} positions of "
+            f"{weights.source}: choose --block_size={model.config.block_size} or less"
+        )
+    shape = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
+    return model, replace(settings, **shape), None
+
+
+def model_config(settings: TrainSettings, vocab_size: int) -> GPTConfig:
+    shape = {name: getattr(settings, name) for name in GPTConfig.names() if hasattr(settings, name)}
+    return GPTConfig(vocab_size=vocab_size, **shape)
+
+
+def padded(tokenizer: tokenizers.Tokenizer) -> int:
+    """The model's vocabulary: a large one is rounded up to a multiple of 64, which GPUs multiply faster."""
+    return tokenizer.vocab_size if tokenizer.kind == "char" else -(-tokenizer.vocab_size // 64) * 64
+
+
+def settings_of_the_run(settings: TrainSettings) -> tuple[dict[str, Any], str] | None:
+    """Where a run is resumed, its own settings come under those of this call."""
+    if settings.init_from != "resume":
+        return None
+    folder = Path(settings.out_dir)
+    saved = run.saved_settings(folder)
+    of_that_call = ("init_from", "overwrite", "eval_only", "debug")
+    return {key: saved[key] for key in saved if key not in of_that_call}, str(folder / run.SETTINGS)
+
+
+def wandb_options(settings: TrainSettings) -> dict[str, Any] | None:
+    if not settings.wandb_log:
+        return None
+    name = settings.wandb_run_name or Path(settings.out_dir).name
+    return {"project": settings.wandb_project, "name": name, "config": asdict(settings)}
+
+
+def introduce(t: Training) -> None:
+    """Say what is about to run, and what was chosen by itself."""
+    size = metrics.human(t.model.num_params(non_embedding=False))
+    t.log.say(f"{size} parameters on {t.runtime.describe()}; {tokens_per_step(t.settings):,} tokens a step")
+    t.log.say(
+        f"{t.corpus.folder}: {t.corpus.train.tokens:,} tokens to train on, {t.corpus.val.tokens:,} to validate"
+    )
+    for note in t.runtime.notes:
+        t.log.say(note)
+    if t.settings.init_from == "resume":
+        t.log.say(f"going on at step {t.state.step}")
+
+
+def compile_forward(t: Training) -> nn.Module:
+    """The compiled model, tried on a forward and backward pass of the first batch; eager where that fails."""
+
+    def try_it(forward: nn.Module) -> None:
+        x, y = next(micro_batches(t))
+        with t.runtime.autocast():
+            forward(x, y)[1].backward()
+        t.model.zero_grad(set_to_none=True)
+
+    return runtime.compiled(t.model, try_it, t.log.warn)
+
+
+def micro_batches(t: Training) -> Iterator[list[Tensor]]:
+    """This rank's share of the rows of this step. All ranks together see the rows that one would see."""
+    settings, place = t.settings, t.runtime
+    rows, accumulation = share_rows(settings.batch_size, settings.gradient_accumulation_steps, place.world)
+    first = t.state.step * settings.batch_size * settings.gradient_accumulation_steps
+    for i in range(accumulation):
+        yield place.move(*t.sampler.batch(first + (i * place.world + place.rank) * rows, rows))
+
+
+def share_rows(batch_size: int, accumulation: int, world: int) -> tuple[int, int]:
+    """Rows of a micro-batch and micro-batches of a rank. Raises ValueError where rows are left over."""
+    if accumulation % world == 0:
+        return batch_size, accumulation // world
+    if batch_size % world == 0:
+        return batch_size // world, accumulation
+    raise ValueError(
+        f"{world} processes cannot share gradient_accumulation_steps = {accumulation} micro-batches of "
+        f"batch_size = {batch_size}: make one of them a multiple of {world}"
+    )
+
+
+def check_finite(t: Training, loss: Tensor, norm: Tensor | None = None) -> None:
+    """Raise ValueError where the loss (or, but for float16, which skips such steps, the gradient) is not finite."""
+    fp16 = t.runtime.dtype == torch.float16
+    what = "loss" if not math.isfinite(loss) else None
+    if what is None and norm is not None and not fp16 and not math.isfinite(norm):
+        what = "gradient"
+    if what:
+        raise ValueError(
+            f"the {what} of step {t.state.step} is not finite; the run stops here and its checkpoints in "
+            f"{t.settings.out_dir} are good. Try a lower learning_rate, more warmup_iters, a smaller grad_clip"
+            + (", or dtype=bfloat16 or float32" if t.runtime.dtype != torch.float32 else "")
+            + "; go on from the last checkpoint with --init_from=resume"
+        )
+
+
+def log_step(t: Training, loss: Tensor, norm: Tensor) -> None:
+    """One line of metrics: the loss (mean over ranks) of the step just done, and the speed since the last."""
+    check_finite(t, loss, norm)
+    tokens = tokens_per_step(t.settings)
+    step_seconds = t.pace.step_seconds(t.state.step)
+    speed = tokens / step_seconds
+    peak = t.runtime.peak_flops()
+    record = {
+        "step": t.state.step,
+        "loss": t.runtime.sum(loss.item())[0] / t.runtime.world,
+        "lr": t.optimizer.param_groups[0]["lr"],
+        "grad_norm": norm.item() if math.isfinite(norm) else None,
+        "tokens": t.state.step * tokens,
+        "seconds": t.pace.elapsed(),
+        "step_seconds": step_seconds,
+        "tokens_per_second": speed,
+        "mfu": speed * t.model.flops_per_token() / peak if peak else None,
+    }
+    t.log.write(record)
+    t.log.progress(t.state.step if t.pace.budget is None else t.pace.elapsed(), record)
+
+
+def tokens_per_step(settings: TrainSettings) -> int:
+    return settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+
+
+def fixed_losses(t: Training) -> dict[str, float]:
+    s = t.settings
+    return evaluation.fixed_losses(t.model, t.corpus, s.block_size, s.batch_size, s.eval_iters, t.runtime)
+
+
+def whole_validation(t: Training) -> evaluation.WholeSplit:
+    s = t.settings
+    return evaluation.whole_validation(t.model, t.corpus, s.block_size, s.batch_size, t.runtime)
+
+
+def evaluate_and_save(t: Training) -> None:
+    """Evaluate, log, draw, and keep a checkpoint, once a step."""
+    state, start = t.state, time.monotonic()
+    if state.last_eval_step == state.step:
+        return
+    with t.pace.aside():
+        losses = fixed_losses(t)
+        in_evaluation = time.monotonic() - start
+        state.last_eval_step = state.step
+        improved = state.best_val_loss is None or losses["val"] < state.best_val_loss
+        if improved:
+            state.best_val_loss, state.best_step, state.evals_since_best = losses["val"], state.step, 0
+        else:
+            state.evals_since_best += 1
+        log_evaluation(t, losses)
+        if improved or t.settings.always_save_checkpoint or finished(t):
+            save(t, best=improved)
+        if t.pace.budget is not None and not t.pace.closing:
+            write_sample(t)  # the last step is followed by one: see how long it takes
+    t.pace.closing = closing_seconds(t, in_evaluation, time.monotonic() - start)
+
+
+def closing_seconds(t: Training, in_evaluation: float, in_all: float) -> float:
+    """How long the end of the run will take: as the longest evaluation so far, and the whole split."""
+    size, count = t.settings.block_size, t.settings.eval_iters * t.settings.batch_size
+    here, there = (split.count_windows(size) for split in (t.corpus.train, t.corpus.val))
+    whole = in_evaluation * there / (min(count, here) + min(count, there))
+    return max(t.pace.closing, 1.1 * (in_all + whole))
+
+
+def log_evaluation(t: Training, losses: dict[str, float]) -> None:
+    step = t.state.step
+    best = " (best)" if t.state.best_step == step else ""
+    t.log.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{best}")
+    record = {"step": step, "eval_train_loss": losses["train"], "eval_val_loss": losses["val"]}
+    tokens = step * tokens_per_step(t.settings)
+    t.log.write(record | {"tokens": tokens, "seconds": t.pace.elapsed()})
+    if t.runtime.is_main:
+        draw_curve(t)
+
+
+def draw_curve(t: Training) -> None:
+    """Refresh loss.png in the run folder; without matplotlib, say once that there is none."""
+    try:
+        from lab import curves
+    except ImportError:
+        if t.state.last_eval_step == 0:
+            t.log.say("no matplotlib, so no loss.png: pip install matplotlib")
+        return
+    curves.draw([curves.read(Path(t.settings.out_dir))], Path(t.settings.out_dir) / "loss.png")
+
+
+def save(t: Training, best: bool = False) -> None:
+    """Write a step checkpoint, make it the best where it is, and drop the oldest. Rank 0 does; all wait."""
+    if t.runtime.is_main:
+        state = asdict(t.state) | {"seconds": t.pace.elapsed(), "scaler": t.scaler.state_dict()}
+        held = checkpoint.Checkpoint(
+            config=asdict(t.model.config),
+            model={name: p.detach() for name, p in t.model.named_parameters()},
+            optimizer=optimizer.state_by_name(t.model, t.optimizer),
+            state=state,
+        )
+        checkpoint.keep(Path(t.settings.out_dir), held, best=best, last=t.settings.keep_checkpoints)
+    t.runtime.wait()
+
+
+def finished(t: Training) -> bool:
+    pace = t.pace
+    if pace.budget is None:
+        return t.state.step >= t.settings.max_iters
+    pace.now, pace.closing = t.runtime.max(pace.elapsed(), pace.closing)  # one clock for all ranks
+    return pace.time_is_up()
+
+
+def out_of_patience(t: Training) -> bool:
+    limit = t.settings.early_stop_evals
+    if not limit or t.state.evals_since_best < limit:
+        return False
+    t.log.say(f"no better validation loss in {limit} evaluations: stopping at step {t.state.step}")
+    return True
+
+
+def leave_early(t: Training, stop: runtime.StopSignal) -> int:
+    """After a signal: save and go. A resumed run continues as if nothing had happened."""
+    save(t)
+    t.log.say(
+        f"{stop.name}: saved step {t.state.step}; go on with: "
+        f"python train.py --init_from=resume --out_dir={t.settings.out_dir}"
+    )
+    return 128 + stop.number
+
+
+def finish(t: Training) -> None:
+    """The whole validation split, once, by the best checkpoint; a sample; and where all this lies."""
+    folder, state = Path(t.settings.out_dir), t.state
+    if state.best_step not in (None, state.step):
+        best = checkpoint.load(folder / "best", with_optimizer=False)
+        checkpoint.load_into(t.model, best.model, str(folder / "best"))
+    final = whole_validation(t)
+    record = {"step": state.step, "best_step": state.best_step, "seconds": t.pace.elapsed()}
+    t.log.write(record | {f"final_{key}": value for key, value in asdict(final).items()})
+    sample = write_sample(t)
+    t.log.close()
+    t.log.say(
+        f"\n{sample}\n\nwhole validation split: {final} (weights of step {state.best_step}, the best)\n"
+        f"{state.step} steps in {metrics.duration(t.pace.elapsed())}; the run lies in {folder}"
+        + (f", its loss curve is {folder / run.CURVE}" if (folder / run.CURVE).exists() else "")
+        + f"\nmore text: python sample.py --out_dir={folder}"
+    )
+
+
+def report_evaluation(t: Training) -> None:
+    """What eval_only prints: both splits on the fixed windows, then the whole validation split."""
+    losses = fixed_losses(t)
+    t.log.say(f"train loss {losses['train']:.4f}, val loss {losses['val']:.4f} (fixed windows)")
+    t.log.say(f"whole validation split: {whole_validation(t)}")
+
+
+def write_sample(t: Training) -> str:
+    """Draw a sample with the tokens of `sample_start` before it, keep it in samples.txt, and return it."""
+    settings, tokenizer = t.settings, t.corpus.tokenizer
+    if not t.runtime.is_main:
+        return ""
+    prompt = tokenizer.encode(settings.sample_start)
+    idx = torch.from_numpy(prompt.astype("int64"))[None].to(t.runtime.device)  # (1, T)
+    generator = torch.Generator(t.runtime.device)
+    generator.manual_seed(dataset.hash_numbers(settings.seed, t.state.step))
+    with t.runtime.autocast():
+        out = t.model.generate(
+            idx, settings.sample_tokens, temperature=0.8, n_vocab=tokenizer.vocab_size, generator=generator
+        )
+    text = tokenizer.decode(out[0].tolist())
+    t.log.sample(t.state.step, text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, TrainSettings, base=settings_of_the_run))
