@@ -218,16 +218,16 @@ def open_corpus(folder: Path, block_size: int) -> Corpus:
         raise ValueError(_no_corpus(folder))
     meta = _read_meta(folder / "meta.json") if (folder / "meta.json").exists() else None
     tokenizer = _tokenizer(folder, meta)
-    splits = {}
-    for name in ("train", "val"):
-        splits[name] = split = _open_split(folder, name, meta, tokenizer.vocab_size)
-        if split.count_windows(block_size) < 1:
-            raise ValueError(
-                f"{folder}: the {name} split has {split.tokens} tokens, too few for one block of "
-                f"{block_size} and its target; a longer text, or block_size <= {max(1, split.tokens - 1)}"
-            )
-        split.check_ids()
-    return Corpus(folder, splits["train"], splits["val"], tokenizer)
+    train, val = (_open_split(folder, name, meta, tokenizer.vocab_size) for name in ("train", "val"))
+    name, small = min(("train", train), ("val", val), key=lambda pair: max(map(len, pair[1].shards)))
+    if small.count_windows(block_size) < 1:
+        raise ValueError(
+            f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of {block_size} and "
+            f"its target; a longer text, or --block_size={max(1, max(map(len, small.shards)) - 1)} at most"
+        )
+    train.check_ids()
+    val.check_ids()
+    return Corpus(folder, train, val, tokenizer)
 
 
 def _shards(folder: Path, split: str) -> list[Path]:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fradique.text import cut_pieces, not_utf8, read_file
+from fradique.text import not_utf8, read_file
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 MAX_LINE_BYTES = 64 << 20  # of JSON Lines
@@ -30,7 +30,7 @@ def local_documents(files: Sequence[Path]) -> Iterator[Iterable[str]]:
         elif name.endswith((".jsonl", ".jsonl.gz")):
             yield from ((text,) for text in _json_lines(path))
         elif name.endswith(".txt"):
-            yield cut_pieces(read_file(path))
+            yield read_file(path)
         else:
             raise ValueError(f"{path} is none of {', '.join(ENDINGS)}")
 

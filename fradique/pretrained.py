@@ -107,6 +107,22 @@ def load(source: str, checkpoint: str = "best", warn: Callable[[str], None] = wa
     )
 
 
+def check_tokenizer(weights: Weights, tokenizer: tokenizers.Tokenizer, corpus: Path) -> None:
+    """Raise ValueError where a corpus was not encoded with the tokenizer that the weights know."""
+    theirs, size = weights.tokenizer, weights.config["vocab_size"]
+    if theirs is not None and theirs != tokenizer:
+        raise ValueError(
+            f"the weights of {weights.source} were trained with another tokenizer ({theirs.kind}, "
+            f"{theirs.vocab_size} tokens) than {corpus} is encoded with ({tokenizer.kind}, "
+            f"{tokenizer.vocab_size} tokens): prepare the corpus with theirs, or choose another corpus"
+        )
+    if tokenizer.vocab_size > size:
+        raise ValueError(
+            f"{corpus} is encoded with {tokenizer.vocab_size} tokens and the weights of {weights.source} "
+            f"have an embedding of {size}: they do not belong together"
+        )
+
+
 def from_hf(tensors: Mapping[str, Tensor], conv1d: bool = True) -> dict[str, Tensor]:
     """Tensors under Hugging Face's names -> copies under ours, float32, linear weights as (out, in).
 
@@ -342,12 +358,21 @@ def _plain_data(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             mappable = file.read(4) == b"PK\x03\x04"  # the zip format, of torch 1.6 and later
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of pickles that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # a damaged pickle raises almost anything
-        why = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} is a pickle of more than tensors and plain data: it asks for {asked[1]}, which could run "
+                "code, so it was not opened; nanoGPT's ckpt.pt needs nothing of the kind"
+            ) from error
+        why = (
+            str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].partition(". ")[0]
+        )
         raise ValueError(
-            f"{path} was not opened: it is damaged, or a pickle of more than tensors and plain data, which "
-            f"could run code ({why or type(error).__name__})"
+            f"{path} cannot be read: it is truncated or damaged, or not written by torch.save "
+            f"({type(error).__name__}: {why}); copy it again"
         ) from error
 
 
@@ -372,7 +397,7 @@ def _find_tokenizer(folders: list[Path], vocab_size: int) -> tokenizers.Tokenize
 
 def _fits(n_tokens: int, vocab_size: int) -> bool:
     """Whether an embedding of `vocab_size` is of `n_tokens`, or of so many padded to a multiple of 64."""
-    return n_tokens <= vocab_size < n_tokens + 64
+    return vocab_size in (n_tokens, -(-n_tokens // 64) * 64)
 
 
 def _has_gpt2_vocabulary(folder: Path) -> bool:

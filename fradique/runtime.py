@@ -218,10 +218,10 @@ def choose_compile(
 
 def compiled(model: nn.Module, try_it: Callable[[nn.Module], None], warn: Callable[[str], None]) -> nn.Module:
     """torch.compile(model), once `try_it` has run on it; the model, after one warning, where that fails."""
-    fast = torch.compile(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's hints are for its own developers
+            fast = torch.compile(model)
             try_it(fast)
     except Exception as error:  # whatever a compiler may raise: eager gives the same numbers
         warn(f"torch.compile failed ({type(error).__name__}: {_first_line(error)}); going on without it")

@@ -97,9 +97,9 @@ _PLAIN = bytes([10, *range(32, 127)])  # newline and printable ASCII: a vocabula
 def python_library(folder: Path) -> Text:
     """The running interpreter's standard library, up to 8 MB of it. Raises ValueError where there is none.
 
-    Files come in the order of a hash of their names, so the end of the text, which validates, is a sample of
-    the whole. A file with any character but newline and printable ASCII is left out. The text is a function of
-    the Python version and of what its packager left out.
+    Files come in the order of a hash of their names, so that the end of the text, which validates, is a
+    sample of the whole. A file with any character but newline and printable ASCII is left out. The text is a
+    function of the Python version and of what its packager left out.
     """
     library = Path(sysconfig.get_path("stdlib"))
     names = sorted(_library_files(library), key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -112,7 +112,7 @@ def python_library(folder: Path) -> Text:
     if not chosen:
         raise ValueError(f"this Python has no sources in {library}: give a text of yours with --input FILE")
     source = f"the standard library of Python {platform.python_version()}, {len(chosen)} files"
-    return Text(source, lambda: map(_plain_source, chosen))
+    return Text(source, size, lambda: map(_plain_source, chosen))
 
 
 def _library_files(library: Path) -> Iterator[str]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 20  # read at a time
-PIECE_CHARS = 1 << 18  # a piece of text, where there is a place to cut it...
-MAX_PIECE_CHARS = 1 << 21  # ...and where there is none
+PIECE_CHARS = 1 << 18  # in a piece of text
+MAX_PIECE_CHARS = 1 << 21  # where there is no place to cut it
 
 # The end of the last word with a space after it. GPT-2's pattern never matches across such a place, and does
 # not look past it: cut there, a text has the tokens that it has uncut. (Python's \S is a little stricter.)
@@ -23,12 +23,13 @@ class Text:
     """A text that can be streamed as often as needed."""
 
     source: str  # where it comes from, for people to read in meta.json
+    size: int  # bytes, for the progress bar
     chunks: Callable[[], Iterator[str]]
 
 
 def files_text(files: Sequence[Path], source: str) -> Text:
-    """UTF-8 files one after another, a newline between two of them where the first does not end with one."""
-    return Text(source, lambda: _concatenated(files))
+    """UTF-8 files one after another, with a newline between two where the first does not end with one."""
+    return Text(source, sum(path.stat().st_size for path in files), lambda: _concatenated(files))
 
 
 def _concatenated(files: Sequence[Path]) -> Iterator[str]:
@@ -78,21 +79,24 @@ def not_utf8(path: Path, offset: int, byte: int) -> ValueError:
 def cut_pieces(
     chunks: Iterable[str], piece_chars: int = PIECE_CHARS, max_piece_chars: int = MAX_PIECE_CHARS
 ) -> Iterator[str]:
-    """Cut a stream into pieces of about `piece_chars` that have, together, the tokens of the whole.
+    """Cut a stream into pieces of up to `piece_chars` that have, together, the tokens of the whole.
 
-    Where `max_piece_chars` go by without an exact place to cut, the cut comes anyway, so that memory stays
-    bounded: the tokens may differ there, the text never does.
+    A piece grows to `max_piece_chars` where there is no exact place to cut. Then the cut comes anyway, so
+    that memory stays bounded, and the tokens may differ there; the text never does.
     """
-    rest = ""
+    rest, window = "", piece_chars
     for chunk in chunks:
         rest += chunk
-        if len(rest) < piece_chars:
-            continue
-        match = _LAST_WORD_END.match(rest)
-        end = match.end() if match else len(rest) if len(rest) >= max_piece_chars else 0
-        if end:
-            yield rest[:end]
-            rest = rest[end:]
+        start = 0
+        while len(rest) - start >= window:
+            match = _LAST_WORD_END.match(rest, start, start + window)
+            if not match and window < max_piece_chars:
+                window *= 2  # there may be a place further on
+                continue
+            end = match.end() if match else start + window
+            yield rest[start:end]
+            start, window = end, piece_chars
+        rest = rest[start:]
     if rest:
         yield rest
 

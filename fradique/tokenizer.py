@@ -105,7 +105,7 @@ class CharTokenizer(_Tokenizer):
         _refuse_surrogates(chars)
         self.chars = chars
         self.vocab_size = len(chars)
-        self._codes = _code_points(chars)  # (vocab_size,) id -> code point
+        self._codes = code_points(chars)  # (vocab_size,) id -> code point
         # (largest code point + 2,) code point -> id; `vocab_size` says "unknown", and so does the last entry
         table_dtype = np.uint16 if self.vocab_size < 1 << 16 else np.uint32
         self._ids = np.full(int(self._codes.max()) + 2, self.vocab_size, dtype=table_dtype)
@@ -119,7 +119,7 @@ class CharTokenizer(_Tokenizer):
         """
         ids = np.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), _CHAR_BLOCK):
-            block = self._ids.take(_code_points(text[start : start + _CHAR_BLOCK]), mode="clip")
+            block = self._ids.take(code_points(text[start : start + _CHAR_BLOCK]), mode="clip")
             if block.max() == self.vocab_size:
                 self._refuse(text, start + int(np.argmax(block == self.vocab_size)))
             ids[start : start + len(block)] = block
@@ -144,7 +144,7 @@ class CharTokenizer(_Tokenizer):
         return {"format": FORMAT, "kind": self.kind, "chars": self.chars}
 
 
-def _code_points(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
     """The code points (n_chars,) of `text`; surrogates, which no vocabulary has, pass."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 

@@ -1,0 +1,27 @@
+"""Machado de Assis (1839-1908), his novels, character by character: a few MB of Portuguese.
+
+The text is in the public domain. It is downloaded once, checked, and kept in raw/.
+
+    python data/machado_romances_char/prepare.py
+    python data/machado_romances_char/prepare.py --input FILE   # for work without a network
+"""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a fresh clone, without an installation
+
+from fradique.prepare import Recipe, main  # noqa: E402
+from fradique.sources import MACHADO_NOVELS, downloaded  # noqa: E402
+
+RECIPE = Recipe(
+    folder=FOLDER,
+    about=__doc__,
+    tokenizer="char",
+    text=downloaded(MACHADO_NOVELS),
+    then="python train.py config/train_machado_char.py --dataset={name} --out_dir=out/{name}",
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

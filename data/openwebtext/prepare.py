@@ -1,0 +1,30 @@
+"""OpenWebText, an open copy of the pages that GPT-2 learned from, with GPT-2's BPE: 8 million documents.
+
+The collection is under CC0; the pages belong to their authors. Its 40 GB are streamed from the Hugging
+Face hub, and become about 9 billion tokens (18 GB on the disk) in some hours.
+
+    python data/openwebtext/prepare.py
+    python data/openwebtext/prepare.py --max_documents 20000 --val_fraction 0.01   # a trial
+    python data/openwebtext/prepare.py --input FOLDER   # with .parquet, .jsonl, .jsonl.gz or .txt files
+"""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a fresh clone, without an installation
+
+from fradique.documents import hub_documents  # noqa: E402
+from fradique.prepare import Recipe, main  # noqa: E402
+from fradique.sources import OPENWEBTEXT  # noqa: E402
+
+RECIPE = Recipe(
+    folder=FOLDER,
+    about=__doc__,
+    tokenizer="gpt2",
+    documents=lambda: hub_documents(OPENWEBTEXT),
+    then="torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py",
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

@@ -1,0 +1,28 @@
+"""Shakespeare, the tinyshakespeare selection of Andrej Karpathy's char-rnn, character by character: 1.1 MB.
+
+The text is in the public domain. It is downloaded once, checked, and kept in raw/.
+The tokens are those of nanoGPT's data/shakespeare_char.
+
+    python data/shakespeare_char/prepare.py
+    python data/shakespeare_char/prepare.py --input FILE   # for work without a network
+"""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a fresh clone, without an installation
+
+from fradique.prepare import Recipe, main  # noqa: E402
+from fradique.sources import SHAKESPEARE, downloaded  # noqa: E402
+
+RECIPE = Recipe(
+    folder=FOLDER,
+    about=__doc__,
+    tokenizer="char",
+    text=downloaded(SHAKESPEARE),
+    then="python train.py config/train_shakespeare_char.py",
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

@@ -1,0 +1,182 @@
+"""The command line of every data/<corpus>/prepare.py: flags, messages, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from fradique import documents
+from fradique.corpus import prepare_documents, prepare_text
+from fradique.text import Text, files_text, find_files
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a corpus. With neither `text` nor `documents`, it is made of the reader's own --input."""
+
+    folder: Path  # data/<corpus>, where its prepare.py lies
+    about: str  # the docstring of its prepare.py
+    tokenizer: str  # char | gpt2 | bpe:SIZE
+    then: str  # the command to go on with; {name} is the corpus
+    text: Callable[[Path], Text] | None = None  # from `folder`, where downloads are kept
+    documents: Callable[[], Iterator[Iterable[str]]] | None = None
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the text, the tokenizer and the name are the reader's."""
+        return self.text is None and self.documents is None
+
+
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
+    """Prepare a corpus as the command line says, and return the exit status.
+
+    0: the corpus is there. 2: a mistake that the user can mend, told on standard error. 130 and 143: stopped
+    by Ctrl-C and by SIGTERM. Whatever happens, nothing half-made stays.
+    """
+    args = _parser(recipe).parse_args(argv)
+    try:
+        with _stopped_cleanly():
+            out_dir = _out_dir(recipe, args)
+            meta = _prepare(recipe, args, out_dir)
+            _report(recipe, out_dir, meta)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print("stopped; nothing half-made is left", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else int(str(stop.code))
+    except (ValueError, OSError, ImportError) as error:
+        if args.debug == "True":
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser(recipe: Recipe) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=recipe.about.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    kinds = ", ".join(documents.ENDINGS) if recipe.documents else ".txt"
+    paths = f"files or folders (their {kinds} files, at any depth, in the order of names)"
+    add(
+        "--input",
+        nargs="+",
+        action="extend",
+        type=Path,
+        metavar="PATH",
+        required=recipe.is_custom,
+        help=f"your {paths}" if recipe.is_custom else f"{paths} to use instead of the usual source",
+    )
+    if recipe.is_custom:
+        add("--tokenizer", default=recipe.tokenizer, help="char, gpt2, or bpe:SIZE (default: %(default)s)")
+        add("--name", help="the corpus is made in data/NAME (default: data/custom)")
+    add(
+        "--val_fraction",
+        type=float,
+        default=0.0005 if recipe.documents else 0.1,
+        metavar="F",
+        help="the part that validates and is never trained on (default: %(default)s)",
+    )
+    if recipe.documents:
+        add("--max_documents", type=int, metavar="N", help="stop after N documents, for a trial")
+    add("--out_dir", type=Path, metavar="DIR", help="where to make it (default: the folder of prepare.py)")
+    truth = {"nargs": "?", "choices": ("True", "False"), "const": "True", "default": "False"}
+    add("--debug", **truth, help="show the traceback of an error")
+    return parser
+
+
+def _out_dir(recipe: Recipe, args: argparse.Namespace) -> Path:
+    name = getattr(args, "name", None)
+    if name is None:
+        return args.out_dir or recipe.folder
+    if args.out_dir:
+        raise ValueError("--name and --out_dir both say where the corpus goes: give one of them")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name.endswith("."):
+        raise ValueError(f"--name {name!r} is not a plain folder name: use letters, digits, _ and -")
+    folder = recipe.folder.parent / name
+    if (folder / "prepare.py").exists():
+        raise ValueError(f"--name {name}: {folder} has a prepare.py of its own: choose another name")
+    return folder
+
+
+def _prepare(recipe: Recipe, args: argparse.Namespace, out_dir: Path) -> dict[str, Any]:
+    if recipe.documents is None:
+        text = _text(recipe, args)
+        return prepare_text(text, out_dir, getattr(args, "tokenizer", recipe.tokenizer), args.val_fraction)
+    if args.max_documents is not None and args.max_documents < 1:
+        raise ValueError(f"--max_documents is {args.max_documents}, and must be at least 1")
+    source, stream = "the Hugging Face hub", recipe.documents
+    if args.input:
+        files = find_files(args.input, documents.ENDINGS)
+        source, stream = _names(files), lambda: documents.local_documents(files)
+    return prepare_documents(
+        stream(), source, out_dir, recipe.tokenizer, args.val_fraction, args.max_documents
+    )
+
+
+def _text(recipe: Recipe, args: argparse.Namespace) -> Text:
+    if args.input:
+        files = find_files(args.input)
+        return files_text(files, _names(files))
+    assert recipe.text is not None  # a custom recipe requires --input
+    return recipe.text(recipe.folder)
+
+
+def _names(files: Sequence[Path]) -> str:
+    """Files as meta.json names them: not where they lie on this machine."""
+    return ", ".join(path.name for path in files)
+
+
+def _report(recipe: Recipe, out_dir: Path, meta: dict[str, Any]) -> None:
+    train, val = meta["splits"]["train"], meta["splits"]["val"]
+    print(
+        f"{out_dir.name}: {train['tokens']:,} tokens to train on and {val['tokens']:,} to validate with, "
+        f"from {(train['bytes'] + val['bytes']) / 1e6:.2f} MB of text; vocabulary of {meta['vocab_size']:,} "
+        f"({meta['tokenizer']})"
+    )
+    print(f"written to {out_dir}: train.bin, val.bin, tokenizer.json, meta.json")
+    if out_dir.resolve().parent == recipe.folder.resolve().parent:
+        print(f"next: {recipe.then.format(name=out_dir.name)}")
+
+
+def _message(error: Exception) -> str:
+    """What went wrong, without Python's names for it."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    place = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{place}the disk is full. Free some space, or choose another place with --out_dir"
+    return f"{place}{error.strerror}"
+
+
+@contextlib.contextmanager
+def _stopped_cleanly() -> Iterator[None]:
+    """Let SIGTERM, and a terminal that closes, unwind the stack as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread may
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup asks for that
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

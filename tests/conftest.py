@@ -1,0 +1,118 @@
+"""What the tests share: a tiny corpus written by hand, and settings of a model that trains in a moment."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402  (needs the path above)
+from fradique import metrics  # noqa: E402
+from train import TrainSettings  # noqa: E402
+
+WORDS = ("amor", "casa", "dia", "era", "figura", "gato", "hora", "ilha", "jardim", "lua", "mar", "poética")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices are no faster on two threads, and one thread keeps sums in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_text(n_words: int, seed: int = 0) -> str:
+    """Portuguese-looking text of words in random order, the same for the same seed."""
+    rng = random.Random(seed)
+    return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", ", ", ".\n"]) for _ in range(n_words))
+
+
+def write_corpus(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
+    """A character corpus as `prepare.py` makes it, written with nothing of ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chars = sorted(set(text))
+    ids = np.array([chars.index(c) for c in text], dtype="<u2")
+    cut = int(len(text) * (1 - val_fraction))
+    splits = {}
+    for name, part, part_text in (("train", ids[:cut], text[:cut]), ("val", ids[cut:], text[cut:])):
+        part.tofile(folder / f"{name}.bin")
+        size = len(part_text.encode())
+        shard = {"file": f"{name}.bin", "tokens": len(part), "bytes": size, "sha256": ""}
+        splits[name] = {"tokens": len(part), "bytes": size, "shards": [shard]}
+    meta = {"format": 1, "dtype": "uint16", "vocab_size": len(chars), "tokenizer": "char", "source": "a test"}
+    (folder / "meta.json").write_text(json.dumps(meta | {"splits": splits}))
+    tokenizer = {"format": 1, "kind": "char", "chars": "".join(chars)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A data folder with the corpus `tiny`: 2,000 words."""
+    folder = tmp_path_factory.mktemp("data")
+    write_corpus(folder / "tiny", make_text(2000))
+    return folder
+
+
+@pytest.fixture
+def settings(data_dir, tmp_path) -> TrainSettings:
+    """A run of 20 steps of a model with 2 layers, in a folder of its own."""
+    return replace(
+        TrainSettings(),
+        out_dir=str(tmp_path / "run"),
+        data_dir=str(data_dir),
+        dataset="tiny",
+        max_iters=20,
+        eval_interval=5,
+        eval_iters=2,
+        log_interval=1,
+        batch_size=4,
+        gradient_accumulation_steps=1,
+        block_size=16,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        dropout=0.1,
+        learning_rate=1e-2,
+        min_lr=1e-3,
+        warmup_iters=2,
+        sample_tokens=5,
+        device="cpu",
+        compile=False,
+    )
+
+
+def run_training(settings: TrainSettings) -> tuple[int, train.Training]:
+    """Set up and train in this process: the exit status, and the run with its final weights."""
+    t = train.set_up(settings)
+    try:
+        return train.train(t), t
+    finally:
+        t.log.close()
+
+
+def losses(folder: str | Path) -> dict[int, float]:
+    """Step -> training loss, from metrics.jsonl."""
+    return {r["step"]: r["loss"] for r in metrics.read(Path(folder)) if "loss" in r}
+
+
+def flags(settings: TrainSettings) -> list[str]:
+    """The settings as flags: what a test of the command line passes on."""
+    default = TrainSettings()
+    return [f"--{name}={value}" for name, value in vars(settings).items() if value != getattr(default, name)]
+
+
+def run_script(name: str, *words: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """A script of the repository in a process of its own: its status and what it printed."""
+    command = [sys.executable, "-W", "error", str(ROOT / name), *map(str, words)]
+    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options
+    return subprocess.run(command, check=False, **options)

@@ -1,0 +1,507 @@
+"""The loop and its promises: reproducible, resumable to the last bit, stopped cleanly, no rubbish saved."""
+
+import copy
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, flags, losses, run_script, run_training
+
+import train
+from fradique import checkpoint, metrics, optimizer
+
+
+def same_model(a: train.Training, b: train.Training) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+
+def same_folder(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold the same bits in weights and optimizer."""
+    one, two = checkpoint.load(a), checkpoint.load(b)
+    return all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+        for x, y in ((one.model, two.model), (one.optimizer, two.optimizer))
+    )
+
+
+def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Have the process get a signal in the middle of a step."""
+    real = train.train_step
+
+    def train_step(t, lr):
+        if t.state.step == step:
+            signal.raise_signal(number)
+        return real(t, lr)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def test_the_same_settings_give_the_same_run_to_the_last_bit(settings, tmp_path):
+    status, one = run_training(settings)
+    other = replace(settings, out_dir=str(tmp_path / "other"))
+    _, two = run_training(other)
+    assert status == 0
+    assert losses(settings.out_dir) == losses(other.out_dir)
+    assert len(losses(settings.out_dir)) == 20
+    assert same_model(one, two)
+    _, three = run_training(replace(settings, out_dir=str(tmp_path / "third"), seed=7))
+    assert not same_model(one, three)
+
+
+@pytest.mark.parametrize("step", [0, 3, 5, 13, 19])
+def test_resumed_run_equals_uninterrupted_run(settings, tmp_path, monkeypatch, step):
+    settings = replace(settings, gradient_accumulation_steps=2)
+    whole = replace(settings, out_dir=str(tmp_path / "whole"))
+    _, undisturbed = run_training(whole)
+    stop_at(monkeypatch, step)
+    status, _ = run_training(settings)
+    monkeypatch.undo()
+    assert status == 128 + signal.SIGTERM
+    status, resumed = run_training(replace(settings, init_from="resume"))
+    assert status == 0
+    assert same_model(resumed, undisturbed)
+    assert losses(settings.out_dir) == losses(whole.out_dir)
+    assert same_folder(*(Path(s.out_dir) / "step-00000020" for s in (settings, whole)))
+    evaluations = [
+        [(r["step"], r["eval_val_loss"]) for r in metrics.read(Path(s.out_dir)) if "eval_val_loss" in r]
+        for s in (settings, whole)
+    ]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_run_in_its_second_epoch_resumes_too(settings, tmp_path, monkeypatch):
+    """The corpus has about 700 windows: with 64 rows a step the epoch turns within 20 steps."""
+    settings = replace(settings, batch_size=64)
+    whole = replace(settings, out_dir=str(tmp_path / "whole"))
+    _, undisturbed = run_training(whole)
+    assert undisturbed.sampler.windows_per_epoch < 20 * 64
+    stop_at(monkeypatch, 15)
+    run_training(settings)
+    monkeypatch.undo()
+    _, resumed = run_training(replace(settings, init_from="resume"))
+    assert same_model(resumed, undisturbed)
+
+
+def test_kill_9_at_random_moments_loses_nothing(settings, tmp_path):
+    """The process is killed three times, wherever it is; the run ends with the undisturbed run's bits."""
+    settings = replace(settings, max_iters=150, eval_interval=10)
+    run_training(replace(settings, out_dir=str(tmp_path / "whole")))
+    rng = random.Random(0)
+    words = flags(replace(settings, log_interval=1))
+    for _ in range(3):
+        started = Path(settings.out_dir, "settings.json").exists() and any(
+            Path(settings.out_dir).glob("step-*")
+        )
+        command = [sys.executable, str(ROOT / "train.py"), *words]
+        process = subprocess.Popen(
+            [*command, "--init_from=resume"] if started else [*command, "--overwrite"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={"PATH": "", "OMP_NUM_THREADS": "1"},
+        )
+        seen = 0
+        until = rng.randint(5, 35)
+        for line in process.stdout:
+            seen += line.startswith("step ")
+            if seen >= until:
+                break
+        time.sleep(rng.random() / 50)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    run_training(replace(settings, init_from="resume"))
+    assert same_folder(tmp_path / "whole" / "step-00000150", Path(settings.out_dir) / "step-00000150")
+    assert losses(settings.out_dir) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits_with_its_status(settings, number, status):
+    settings = replace(settings, max_iters=10**6, eval_interval=10**6)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags(settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 3:"):
+            process.send_signal(number)
+            break
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == status
+    assert re.search(r"SIG(TERM|INT): saved step \d+; go on with: python train.py --init_from=resume", said)
+    step = int(re.search(r"saved step (\d+)", said).group(1))
+    assert checkpoint.load(checkpoint.step_folder(Path(settings.out_dir), step)).state["step"] == step
+
+
+def test_training_learns(settings):
+    run_training(replace(settings, max_iters=150, dropout=0.0, eval_interval=50))
+    records = [r for r in metrics.read(Path(settings.out_dir)) if "eval_val_loss" in r]
+    assert records[0]["eval_val_loss"] == pytest.approx(math.log(19), abs=0.4)
+    assert records[-1]["eval_val_loss"] < 1.5  # words in random order have about 0.5 nats a character
+
+
+def test_gradient_accumulation_equals_one_large_batch(settings, tmp_path):
+    settings = replace(settings, dropout=0.0, max_iters=5)
+    run_training(replace(settings, batch_size=8))
+    other = replace(settings, out_dir=str(tmp_path / "b"), batch_size=2, gradient_accumulation_steps=4)
+    run_training(other)
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(other.out_dir)[step] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_step_is_the_textbook_step(settings):
+    """Loss, clipped gradient and AdamW of one step against plain torch on the same batch and weights."""
+    settings = replace(settings, dropout=0.0, grad_clip=0.5, eval_only=True)
+    t = train.set_up(settings)
+    twin = copy.deepcopy(t.model)
+    x, y = t.sampler.batch(0, 4)
+    logits = twin(x, y)[0]
+    loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1))
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in twin.parameters()))
+    for p in twin.parameters():
+        p.grad *= min(1.0, 0.5 / (norm.item() + 1e-6))
+    groups = optimizer.parameter_groups(twin, settings.weight_decay)
+    torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), fused=False, foreach=False).step()
+    got, got_norm = train.train_step(t, 0.01)
+    assert got.item() == pytest.approx(loss.item(), abs=1e-6)
+    assert got_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    for p, q in zip(t.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_depends_on_seed_and_step_alone(settings):
+    t = train.set_up(replace(settings, eval_only=True, learning_rate=1e-9))
+    first = train.train_step(t, 0.0)[0].item()
+    torch.rand(100)  # whatever else draws numbers
+    again = train.train_step(t, 0.0)[0].item()
+    t.model.eval()
+    x, y = t.sampler.batch(0, 4)
+    assert first == again != t.model(x, y)[1].item()
+
+
+def test_the_final_figures_are_those_of_the_whole_split(settings):
+    """Against the definition, computed token by token with nothing of ours but the model."""
+    _, t = run_training(replace(settings, max_iters=4, eval_interval=2))
+    final = metrics.read(Path(settings.out_dir))[-1]
+    ids = torch.from_numpy(np.fromfile(Path(settings.data_dir) / "tiny" / "val.bin", "<u2").astype("int64"))
+    best = checkpoint.load(Path(settings.out_dir) / "best")
+    checkpoint.load_into(t.model, best.model, "best")
+    t.model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            inputs = ids[start : start + 16][: len(ids) - 1 - start]
+            targets = ids[start + 1 : start + 1 + len(inputs)]
+            logits = t.model(inputs[None], targets[None])[0][0].double()
+            total -= torch.log_softmax(logits, -1)[torch.arange(len(inputs)), targets].sum().item()
+    n = len(ids) - 1
+    text = t.corpus.tokenizer.decode(ids.tolist())
+    size = len(text.encode()) * n / len(ids)
+    assert final["final_loss"] == pytest.approx(total / n, abs=1e-5)
+    assert final["final_perplexity"] == pytest.approx(math.exp(total / n), rel=1e-5)
+    assert final["final_bits_per_byte"] == pytest.approx(total / math.log(2) / size, abs=1e-5)
+
+
+def test_evaluations_of_the_same_weights_are_equal(settings):
+    t = train.set_up(replace(settings, eval_only=True))
+    assert train.fixed_losses(t) == train.fixed_losses(t)
+    assert train.whole_validation(t) == train.whole_validation(t)
+    assert t.model.training
+
+
+def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(settings):
+    """With a learning rate that ruins the model after a while, the best is not the last."""
+    settings = replace(settings, learning_rate=0.5, lr_schedule="constant", warmup_iters=15, min_lr=0.0)
+    run_training(settings)
+    records = [r for r in metrics.read(Path(settings.out_dir)) if "eval_val_loss" in r]
+    best = min(records, key=lambda r: r["eval_val_loss"])
+    state = checkpoint.load(Path(settings.out_dir) / "best").state
+    assert state["step"] == best["step"] == metrics.read(Path(settings.out_dir))[-1]["best_step"] < 20
+    assert state["best_val_loss"] == best["eval_val_loss"]
+
+
+def test_the_last_checkpoints_are_kept(settings):
+    run_training(replace(settings, keep_checkpoints=3))
+    names = sorted(p.name for p in Path(settings.out_dir).glob("step-*"))
+    assert names == ["step-00000010", "step-00000015", "step-00000020"]
+
+
+def test_without_always_save_only_better_steps_and_the_last_are_saved(settings):
+    bad = replace(settings, learning_rate=0.5, lr_schedule="constant", warmup_iters=0, keep_checkpoints=9)
+    run_training(replace(bad, always_save_checkpoint=False))
+    records = [r for r in metrics.read(Path(settings.out_dir)) if "eval_val_loss" in r]
+    improved = [
+        r["step"]
+        for i, r in enumerate(records)
+        if r["eval_val_loss"] < min([x["eval_val_loss"] for x in records[:i]], default=math.inf)
+    ]
+    expected = {f"step-{step:08d}" for step in [*improved, 20]}
+    assert {p.name for p in Path(settings.out_dir).glob("step-*")} == expected
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(settings, capsys):
+    ruined = replace(settings, learning_rate=0.5, lr_schedule="constant", max_iters=10**6, early_stop_evals=3)
+    status, t = run_training(replace(ruined, warmup_iters=0))
+    assert status == 0
+    assert t.state.evals_since_best == 3 and t.state.step < 200
+    assert "no better validation loss in 3 evaluations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
+    settings, monkeypatch, where
+):
+    real = train.micro_batches
+
+    def poisoned(t):
+        if t.state.step == 12:
+            weight = t.model.transformer["h"][0].mlp.c_fc.weight
+            if where == "loss":
+                weight.data.fill_(math.nan)
+            else:
+                weight.register_hook(lambda gradient: gradient * math.inf)
+        return real(t)
+
+    monkeypatch.setattr(train, "micro_batches", poisoned)
+    with pytest.raises(
+        ValueError, match=f"the {where} of step 12 is not finite.*learning_rate.*init_from=resume"
+    ):
+        run_training(settings)
+    folders = checkpoint.step_folders(Path(settings.out_dir))
+    assert folders[-1].name == "step-00000010"
+    assert all(checkpoint.all_finite(checkpoint.load(folder).model) for folder in folders)
+
+
+def test_eval_only_reports_and_writes_nothing(settings, capsys):
+    done = run_script("train.py", *flags(replace(settings, eval_only=True)))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"train loss \d.*val loss \d", done.stdout)
+    assert re.search(
+        r"whole validation split: loss \d\.\d+, perplexity \d+\.\d+, \d\.\d+ bits per byte", done.stdout
+    )
+    assert not Path(settings.out_dir).exists()
+
+
+def test_a_run_folder_stands_by_itself(settings):
+    run_training(replace(settings, sample_interval=10))
+    folder = Path(settings.out_dir)
+    names = {p.name for p in folder.iterdir()}
+    assert {"settings.json", "tokenizer.json", "metrics.jsonl", "samples.txt", "best", "loss.png"} <= names
+    about = checkpoint.read_json(folder / "settings.json")
+    assert about["settings"]["n_layer"] == 2 and about["versions"]["torch"] == torch.__version__
+    samples = (folder / "samples.txt").read_text()
+    assert re.findall(r"^=== step (\d+) ===$", samples, re.MULTILINE) == ["10", "20", "20"]
+    record = next(r for r in metrics.read(folder) if "loss" in r)
+    assert {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "mfu",
+    } <= record.keys()
+
+
+def test_resume_takes_the_settings_of_the_run_and_lets_flags_win(settings, tmp_path):
+    run_training(settings)
+    done = run_script(
+        "train.py",
+        "--init_from=resume",
+        f"--out_dir={settings.out_dir}",
+        "--max_iters=22",
+        "--print_settings",
+    )
+    assert re.search(r"^n_layer = 2 +# .*settings.json$", done.stdout, re.MULTILINE)
+    assert re.search(r"^max_iters = 22 +# --max_iters$", done.stdout, re.MULTILINE)
+    done = run_script("train.py", "--init_from=resume", f"--out_dir={settings.out_dir}", "--max_iters=22")
+    assert done.returncode == 0, done.stderr
+    assert "going on at step 20" in done.stdout
+    assert max(losses(settings.out_dir)) == 22
+
+
+def test_a_run_that_was_overwritten_can_be_resumed(settings):
+    run_training(replace(settings, max_iters=5))
+    run_training(replace(settings, max_iters=5, overwrite=True))
+    done = run_script("train.py", "--init_from=resume", f"--out_dir={settings.out_dir}", "--max_iters=6")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
+    _, undisturbed = run_training(settings)
+    folder = Path(settings.out_dir)
+    path = folder / "step-00000020" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    _, resumed = run_training(replace(settings, init_from="resume"))
+    assert same_model(resumed, undisturbed)
+    assert re.search(r"warning: .*step-00000020/model.safetensors is damaged", capsys.readouterr().err)
+
+
+def test_training_goes_on_from_another_run(settings, tmp_path):
+    run_training(settings)
+    tuned = replace(
+        settings, init_from=settings.out_dir, out_dir=str(tmp_path / "tuned"), n_layer=7, block_size=8
+    )
+    _, t = run_training(tuned)
+    assert t.model.config.n_layer == 2 and t.model.config.block_size == 8
+    assert checkpoint.read_json(tmp_path / "tuned" / "settings.json")["settings"]["n_layer"] == 2
+    best = checkpoint.load(Path(settings.out_dir) / "best").state["best_val_loss"]
+    first = next(r for r in metrics.read(tmp_path / "tuned") if "eval_val_loss" in r)
+    assert first["eval_val_loss"] == pytest.approx(best, abs=0.3)
+
+
+def test_a_failing_compiler_gives_one_warning_and_the_same_numbers(settings, tmp_path, monkeypatch, capsys):
+    run_training(settings)
+
+    def broken(model):
+        def fail(*_):
+            raise RuntimeError("no compiler today")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    other = replace(settings, out_dir=str(tmp_path / "b"), compile=True)
+    run_training(other)
+    assert capsys.readouterr().err.count("torch.compile failed (RuntimeError: no compiler today)") == 1
+    assert losses(other.out_dir) == losses(settings.out_dir)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_run_equals_the_eager_run(settings, tmp_path):
+    settings = replace(settings, dropout=0.0, max_iters=6)
+    run_training(settings)
+    done = run_script(
+        "train.py", *flags(replace(settings, out_dir=str(tmp_path / "b"), compile=True)), timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile failed" not in done.stderr
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(tmp_path / "b")[step] == pytest.approx(loss, abs=1e-4)
+
+
+def test_bfloat16_follows_float32_from_afar(settings, tmp_path):
+    settings = replace(settings, dropout=0.0, dtype="float32")
+    run_training(settings)
+    other = replace(settings, out_dir=str(tmp_path / "b"), dtype="bfloat16")
+    _, t = run_training(other)
+    assert all(p.dtype == torch.float32 for p in t.model.parameters())
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(other.out_dir)[step] == pytest.approx(loss, abs=0.05)
+
+
+def test_plain_attention_trains_as_the_fused_does(settings, tmp_path):
+    settings = replace(settings, dropout=0.0)
+    run_training(settings)
+    other = replace(settings, out_dir=str(tmp_path / "b"), flash=False)
+    run_training(other)
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(other.out_dir)[step] == pytest.approx(loss, abs=1e-4)
+
+
+def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (4, 1)])
+def test_two_processes_give_the_losses_of_one(settings, tmp_path, batch_size, accumulation):
+    """Two micro-batches are shared between the processes; a single one is cut in two."""
+    settings = replace(
+        settings, dropout=0.0, batch_size=batch_size, gradient_accumulation_steps=accumulation, max_iters=10
+    )
+    run_training(settings)
+    other = replace(settings, out_dir=str(tmp_path / "two"))
+    done = torchrun(2, *flags(other))
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout and done.stdout.count("going") <= 1
+    alone, together = losses(settings.out_dir), losses(other.out_dir)
+    assert alone.keys() == together.keys()
+    for step, loss in alone.items():
+        assert together[step] == pytest.approx(loss, abs=1e-5)
+    last = [metrics.read(Path(s.out_dir))[-1] for s in (settings, other)]
+    assert last[0]["final_loss"] == pytest.approx(last[1]["final_loss"], abs=1e-5)
+
+
+def test_rows_that_cannot_be_shared_are_refused():
+    assert train.share_rows(4, 6, 3) == (4, 2)
+    assert train.share_rows(6, 1, 3) == (2, 1)
+    with pytest.raises(ValueError, match="3 processes cannot share gradient_accumulation_steps = 2"):
+        train.share_rows(4, 2, 3)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves by a tenth of a second in each step and by one in each evaluation, and not else."""
+    now = SimpleNamespace(seconds=1000.0)
+    stand_in = SimpleNamespace(monotonic=lambda: now.seconds, time_ns=time.time_ns)
+    monkeypatch.setattr(metrics, "time", stand_in)
+    monkeypatch.setattr(train, "time", stand_in)
+    monkeypatch.setattr(train, "START", 1000.0)
+
+    def slowly(name, seconds):
+        real = getattr(train, name)
+
+        def slow(*words):
+            now.seconds += seconds
+            return real(*words)
+
+        monkeypatch.setattr(train, name, slow)
+
+    slowly("train_step", 0.1)
+    slowly("fixed_losses", 1.0)
+    return now
+
+
+def test_a_time_budget_ends_the_run_in_time_with_the_schedule_at_its_floor(settings, clock):
+    settings = replace(settings, time_budget="20s", max_iters=1, eval_interval=1000, log_interval=10)
+    settings = replace(settings, lr_schedule="linear", warmup_iters=5, min_lr=0.0, eval_iters=10**6)
+    status, t = run_training(settings)
+    assert status == 0
+    assert 18.0 < clock.seconds - 1000.0 <= 20.0  # the whole budget, the last evaluation included
+    assert 140 < t.state.step < 190  # the clock, not max_iters, ended it
+    rates = {r["step"]: r["lr"] for r in metrics.read(Path(settings.out_dir)) if "lr" in r}
+    assert rates[10] > 0.8 * settings.learning_rate and min(rates.values()) < 0.1 * settings.learning_rate
+    assert list(rates.values()) == sorted(rates.values(), reverse=True)
+
+
+def test_a_time_budget_goes_on_where_the_stopped_run_was(settings, clock, monkeypatch):
+    settings = replace(settings, time_budget="20s", eval_interval=1000)
+    stop_at(monkeypatch, 30)
+    run_training(settings)
+    seconds = checkpoint.load(checkpoint.step_folders(Path(settings.out_dir))[-1]).state["seconds"]
+    assert 4.0 <= seconds <= 5.0
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "START", time.monotonic())
+    _, t = run_training(replace(settings, init_from="resume", time_budget=f"{seconds + 0.01}s"))
+    assert t.state.step == 31  # no time was left
+
+
+def test_wandb_gets_the_metrics_in_offline_mode(settings, tmp_path):
+    pytest.importorskip("wandb")
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    words = flags(replace(settings, wandb_log=True, wandb_project="p", max_iters=5))
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    logs = list(Path(settings.out_dir).glob("wandb/offline-run-*/*.wandb"))
+    assert len(logs) == 1
+    assert b"eval_val_loss" in logs[0].read_bytes()
