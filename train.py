@@ -482,14 +482,16 @@ def log_evaluation(t: Training, losses: dict[str, float]) -> None:
 
 
 def draw_curve(t: Training) -> None:
-    """Refresh loss.png in the run folder; without matplotlib, say once that there is none."""
+    """Refresh loss.png in the run folder. A picture that cannot be drawn is no reason to stop a run."""
+    folder = Path(t.settings.out_dir)
     try:
         from lab import curves
+
+        curves.draw([curves.read(folder)], folder / run.CURVE)
     except ImportError:
-        if t.state.last_eval_step == 0:
-            t.log.say("no matplotlib, so no loss.png: pip install matplotlib")
-        return
-    curves.draw([curves.read(Path(t.settings.out_dir))], Path(t.settings.out_dir) / "loss.png")
+        t.log.warn_once("there is no matplotlib, so no loss.png: pip install matplotlib")
+    except OSError as error:
+        t.log.warn_once(f"loss.png cannot be written: {error}")
 
 
 def save(t: Training, best: bool = False) -> None:

@@ -30,6 +30,7 @@ FEW_TOKENS = 1000  # in the validation split: its loss would mean little
 MAX_THREADS = 16
 SAMPLE_CHARS = 64 << 20  # that a BPE trains on
 SAMPLE_WORD_BYTES = 4 << 20  # of different words in these; the trainer needs about 100 times as much memory
+SAMPLE_PIECE = 1 << 12  # characters; the trainer is slow with longer words
 
 Item = tuple[str, str | None]  # a split and a piece of its text, or None for the end of a document
 
@@ -132,7 +133,7 @@ class Sample:
     def __iter__(self) -> Iterator[str]:
         words: set[str] = set()
         passed = self.n_chars = word_bytes = 0
-        for split, piece in _split(cut_pieces(self._text.chunks(), 1 << 14), self._n_train):
+        for split, piece in _split(cut_pieces(self._text.chunks(), SAMPLE_PIECE, SAMPLE_PIECE), self._n_train):
             if split != "train":
                 return
             passed += len(piece)

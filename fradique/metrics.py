@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class RunLog:
         wandb: dict[str, Any] | None = None,
     ) -> None:
         self.speak, self.folder = speak, folder
+        self.warned: set[str] = set()
         self.wandb = start_wandb(folder, **wandb) if wandb and folder and speak else None
         self.file = (folder / METRICS).open("a", encoding="utf-8") if folder and speak else None
         on_terminal = speak and sys.stderr.isatty()
@@ -52,13 +53,21 @@ class RunLog:
         if self.speak:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
+    def warn_once(self, text: str) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            self.warn(text)
+
     def write(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to wandb."""
         if not self.speak:
             return
-        if self.file is not None:
-            self.file.write(json.dumps(record, allow_nan=False) + "\n")
-            self.file.flush()
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps(record, allow_nan=False) + "\n")
+                self.file.flush()
+        except OSError as error:  # a full disk: losing lines is better than losing the run
+            self.warn_once(f"{METRICS} cannot be written: {error}")
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
 
@@ -71,15 +80,20 @@ class RunLog:
         self.bar.set_postfix_str(_speed(record))
 
     def sample(self, step: int, text: str) -> None:
-        if self.speak and self.folder is not None:
+        if not self.speak or self.folder is None:
+            return
+        try:
             with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
                 file.write(f"{SAMPLE_HEADER.format(step=step)}{text}\n\n")
+        except OSError as error:
+            self.warn_once(f"{SAMPLES} cannot be written: {error}")
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # `write` has warned of a full disk already
+                self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
         self.bar = self.file = self.wandb = None

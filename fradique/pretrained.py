@@ -364,12 +364,10 @@ def _plain_data(path: Path) -> Any:
     except Exception as error:  # a damaged pickle raises almost anything
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path} is a pickle of more than tensors and plain data: it asks for {asked[1]}, which could run "
-                "code, so it was not opened; nanoGPT's ckpt.pt needs nothing of the kind"
+                f"{path} is a pickle of more than tensors and plain data: it asks for {asked[1]}, which "
+                "could run code, so it was not opened; nanoGPT's ckpt.pt needs nothing of the kind"
             ) from error
-        why = (
-            str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].partition(". ")[0]
-        )
+        why = re.split(r"\. |\n", str(error).rpartition("WeightsUnpickler error: ")[2].strip())[0]
         raise ValueError(
             f"{path} cannot be read: it is truncated or damaged, or not written by torch.save "
             f"({type(error).__name__}: {why}); copy it again"

@@ -1,6 +1,7 @@
 """What the tests share: a tiny corpus written by hand, and settings of a model that trains in a moment."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -21,13 +22,11 @@ from train import TrainSettings  # noqa: E402
 WORDS = ("amor", "casa", "dia", "era", "figura", "gato", "hora", "ilha", "jardim", "lua", "mar", "poética")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny matrices are no faster on two threads, and one thread keeps sums in one order."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def make_text(n_words: int, seed: int = 0) -> str:

@@ -81,7 +81,7 @@ def test_state_of_another_model_is_refused_by_name():
     for field in ("exp_avg", "exp_avg_sq", "step"):
         del state[f"{field}/transformer.wpe.weight"]
     with pytest.raises(
-        ValueError, match="missing: transformer.wpe.weight; not in the model: transformer.h.9"
+        ValueError, match=r"missing: transformer.wpe.weight; not in the model: transformer.h.9"
     ):
         optimizer.load_state_by_name(model, opt, state)
 

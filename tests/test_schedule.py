@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_every_schedule_warms_up_starts_at_the_peak_and_stays_within_bounds(shap
     assert rates[:10] == [pytest.approx((step + 1) / 11) for step in range(10)]
     assert rates[10] == 1.0
     assert all(0.1 - 1e-12 <= r <= 1.0 for r in rates[10:])
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])

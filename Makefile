@@ -1,0 +1,43 @@
+# Two commands: `make demo` trains a small writer in about a minute, `make test` runs the tests.
+# Without make (Windows): the README says the same commands one by one.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help venv demo test lint check clean
+
+help:
+	@echo "make demo    install into .venv, train a small writer for a minute, show what it writes"
+	@echo "make test    run all tests"
+	@echo "make check   ruff (lint and format), then all tests"
+	@echo "make clean   remove .venv and caches; corpora and runs stay"
+
+venv: .venv
+.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Fradique needs Python 3.10 to 3.13, and $(PYTHON) is $$($(PYTHON) -V): make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(READY): pyproject.toml constraints.txt | .venv
+	@echo "installing into .venv (PyTorch is large: this can take some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test,dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python data/python_char/prepare.py
+	@$(BIN)/python train.py config/train_python_char.py --overwrite
+	@echo
+	@$(BIN)/python sample.py --out_dir=out/python-char --start="def " --max_new_tokens=300
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+check: lint test
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

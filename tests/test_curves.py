@@ -1,0 +1,69 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+
+pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+
+from lab import curves
+
+
+def write_run(folder, val=(3.0, 2.0, 2.5), steps=100):
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [
+        {"step": s, "loss": 3.0 - s / steps, "tokens": 10 * s, "seconds": s / 10} for s in range(1, steps + 1)
+    ]
+    for i, loss in enumerate(val):
+        step = i * steps // (len(val) - 1)
+        where = {"step": step, "tokens": 10 * step, "seconds": step / 10}
+        records.append(where | {"eval_train_loss": loss - 0.1, "eval_val_loss": loss})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def test_the_arrays_are_what_the_run_wrote(tmp_path):
+    run = curves.read(write_run(tmp_path / "a"))
+    assert run.name == "a"
+    assert run.evaluated["val"].tolist() == [3.0, 2.0, 2.5]
+    assert run.evaluated["tokens"].tolist() == [0, 500, 1000]
+    assert run.batch["step"].tolist() == list(range(1, 101))
+
+
+def test_smooth_is_the_mean_of_the_last_values():
+    values = np.array([1.0, 2.0, 6.0, 3.0])
+    assert curves.smooth(values, 1).tolist() == values.tolist()
+    assert curves.smooth(values, 2).tolist() == [1.0, 1.5, 4.0, 4.5]
+    assert curves.smooth(values, 100).tolist() == [1.0, 1.5, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("x", curves.X_AXES)
+def test_the_picture_is_a_png_with_something_in_it(tmp_path, x):
+    from matplotlib.image import imread
+
+    runs = [curves.read(write_run(tmp_path / name)) for name in ("a", "b")]
+    curves.draw(runs, tmp_path / "both.png", x)
+    picture = imread(tmp_path / "both.png")
+    assert picture.shape[0] > 400 and picture.shape[1] > 700
+    assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 10
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_of_one_evaluation_can_be_drawn(tmp_path):
+    write_run(tmp_path / "a", steps=1, val=(3.0, 2.9))
+    curves.draw([curves.read(tmp_path / "a")], tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
+def test_a_folder_without_metrics_gets_a_message(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no metrics.jsonl to draw"):
+        curves.read(tmp_path)
+
+
+def test_the_command_writes_where_it_says(tmp_path):
+    write_run(tmp_path / "a")
+    done = run_script("lab/curves.py", f"--out_dir={tmp_path / 'a'}", cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {tmp_path / 'a' / 'loss.png'}\n"
+    done = run_script("lab/curves.py", f"--out_dir={tmp_path}", env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "holds no metrics.jsonl" in done.stderr

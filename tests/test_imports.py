@@ -1,0 +1,102 @@
+"""The rooms: who may import whom, and that importing does nothing."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+MODULES = {
+    str(path.relative_to(ROOT)): path
+    for path in sorted(ROOT.glob("*.py"))
+    + sorted(ROOT.glob("fradique/*.py"))
+    + sorted(ROOT.glob("lab/*.py"))
+    + sorted(ROOT.glob("bench/*.py"))
+}
+# The table of the rooms: what each may import of ours.
+MAY_IMPORT = {
+    "configurator.py": set(),
+    "model.py": set(),
+    "sample.py": {"configurator", "fradique", "model"},
+    "train.py": {"configurator", "fradique", "model", "lab"},
+    "fradique": {"fradique"},
+    "lab": {"configurator", "fradique", "model", "sample", "train", "lab"},
+    "bench": {"configurator", "fradique", "model", "sample", "train", "bench"},
+}
+OURS = {"configurator", "model", "sample", "train", "fradique", "lab", "bench", "reference"}
+
+
+def imported(path):
+    """The top-level names of everything that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_what_its_room_may(name):
+    room = name.split("/")[0]
+    assert imported(MODULES[name]) & OURS <= MAY_IMPORT[room]
+
+
+def test_the_model_knows_torch_alone():
+    third_party = imported(ROOT / "model.py") - set(sys.stdlib_module_names)
+    assert third_party == {"torch"}
+
+
+def test_the_configurator_knows_the_standard_library_alone():
+    assert imported(ROOT / "configurator.py") <= set(sys.stdlib_module_names)
+
+
+def test_nothing_is_pickled_and_what_is_unpickled_is_restricted():
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        assert "pickle.load(" not in text and "pickle.dump" not in text and "torch.save(" not in text, name
+        for call in (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)):
+            if ast.unparse(call.func) == "torch.load":
+                assert "weights_only=True" in ast.unparse(call), name
+
+
+def test_every_corpus_has_a_short_prepare():
+    for path in ROOT.glob("data/*/prepare.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path
+
+
+QUIET = """
+import os, sys, builtins, io
+allowed = (sys.prefix, sys.base_prefix, {root!r})
+environment = dict(os.environ)
+import {third_party}
+opened = []
+def watch(event, words):
+    if event == "open" and isinstance(words[0], str) and (
+        not words[0].endswith((".py", ".pyc")) and "__pycache__" not in words[0]):
+        opened.append(words[0])
+    if event in ("subprocess.Popen", "os.putenv", "socket.connect", "os.mkdir"):
+        opened.append(event)
+sys.addaudithook(watch)
+before = dict(os.environ)
+import {module}
+assert not opened, opened
+assert dict(os.environ) == before
+import torch
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+"""
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if not n.endswith("__init__.py")])
+def test_importing_a_module_touches_nothing_and_says_nothing(name):
+    """No file, no environment variable, no process, no device, no word: audited from inside."""
+    module = name.removesuffix(".py").replace("/", ".")
+    third_party = "numpy, torch, torch.distributed, safetensors.torch, tqdm, torch.nn.parallel"
+    if module.startswith("lab"):
+        third_party += ", matplotlib.figure, matplotlib.axes"
+    code = QUIET.format(root=str(ROOT), module=module, third_party=third_party)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == ""

@@ -1,0 +1,118 @@
+import signal
+
+import pytest
+import torch
+
+from fradique import runtime
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_starts():
+    with pytest.raises(ValueError, match=r"device=gpu: not a device; use auto, cpu, mps, cuda or cuda:N"):
+        runtime.choose_device("gpu")
+    with pytest.raises(ValueError, match="device=xpu: use auto"):
+        runtime.choose_device("xpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees no cuda device here"):
+            runtime.choose_device("cuda")
+        assert runtime.choose_device("auto", world=2).type == "cpu"
+
+
+def test_each_process_takes_the_card_of_its_local_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert runtime.choose_device("auto", local_rank=2, world=4) == torch.device("cuda:2")
+    assert runtime.choose_device("cuda", local_rank=3, world=4) == torch.device("cuda:3")
+    assert runtime.choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="there are 4 CUDA devices"):
+        runtime.choose_device("cuda:4")
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "n_embd", "expected"),
+    [
+        ("cuda", True, 64, "bfloat16"),
+        ("cuda", False, 64, "float16"),
+        ("mps", True, 768, "float32"),
+        ("cpu", True, 64, "float32"),
+        ("cpu", True, 384, "bfloat16"),
+        ("cpu", False, 384, "float32"),
+    ],
+)
+def test_the_dtype_is_what_the_hardware_does_well(monkeypatch, device, bf16, n_embd, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: bf16)
+    assert runtime.choose_dtype("auto", torch.device(device), n_embd)[0] == expected
+
+
+def test_float16_is_for_cuda_alone():
+    with pytest.raises(ValueError, match="float16 needs a GradScaler on CUDA"):
+        runtime.choose_dtype("float16", torch.device("cpu"), 64)
+    assert runtime.choose_dtype("bfloat16", torch.device("cpu"), 64) == ("bfloat16", "as set")
+
+
+def test_compiling_is_for_runs_that_are_long_enough(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/g++")
+    assert runtime.choose_compile("auto", cpu, 1e17, None)[0]
+    assert not runtime.choose_compile("auto", cpu, 1e10, None)[0]
+    assert not runtime.choose_compile("auto", cpu, 1e17, 60.0)[0]  # the budget counts, not max_iters
+    assert not runtime.choose_compile("auto", torch.device("mps"), 1e20, None)[0]
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    assert runtime.choose_compile("auto", cpu, 1e17, None) == (False, "no C++ compiler is at hand")
+    assert runtime.choose_compile(True, cpu, 0.0, None) == (True, "as set")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", None),
+        ("Tesla T4", 65e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+    ],
+)
+def test_the_peak_of_a_card_is_known_by_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    place = runtime.Runtime(torch.device("cuda:0"), torch.bfloat16, False)
+    assert place.peak_flops() == peak
+
+
+def test_a_cpu_has_no_peak_that_is_known():
+    assert runtime.Runtime(torch.device("cpu"), torch.float32, False).peak_flops() is None
+
+
+def test_autocast_is_on_for_halves_alone():
+    x = torch.ones(4, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        with runtime.Runtime(torch.device("cpu"), dtype, False).autocast():
+            assert (x @ x).dtype == dtype
+
+
+def test_a_single_process_reduces_to_itself():
+    place = runtime.start(device="cpu")
+    assert place.sum(1.5, 2) == [1.5, 2] and place.max(3) == [3]
+    assert place.is_main and place.wrap(torch.nn.Linear(1, 1)).__class__ is torch.nn.Linear
+
+
+def test_a_signal_is_remembered_and_the_old_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = runtime.StopSignal()
+    place = runtime.Runtime(torch.device("cpu"), torch.float32, False)
+    assert not stop.heard(place)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.heard(place) and stop.name == "SIGTERM"
+    stop.forget()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    stop = runtime.StopSignal()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.forget()
