@@ -65,8 +65,16 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens seen so far, for every layer, in memory reserved once."""
 
-    def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        room: int | None = None,  # tokens; a whole block where None is given
+    ) -> None:
+        room = config.block_size if room is None else room
+        shape = (config.n_layer, batch, config.n_head, room, config.n_embd // config.n_head)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held
@@ -239,12 +247,12 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context: keep the first `block_size` positions. Raises ValueError if it would grow."""
-        if block_size > self.config.block_size:
+        if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"a block of {self.config.block_size} cannot be cropped to {block_size}")
         self.config = replace(self.config, block_size=block_size)
-        wpe = nn.Embedding(block_size, self.config.n_embd, device=self.lm_head.weight.device)
-        wpe.weight = nn.Parameter(self.transformer["wpe"].weight.detach()[:block_size].clone())
-        self.transformer["wpe"] = wpe
+        wpe = self.transformer["wpe"]
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone(), wpe.weight.requires_grad)
+        wpe.num_embeddings = block_size
 
     def generate(
         self,
@@ -276,20 +284,33 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the next token of every row, (B,), `max_new_tokens` times, as each is drawn.
 
-        temperature 0 takes the likeliest. `n_vocab` keeps to the first ids, where the vocabulary is padded.
+        temperature 0 takes the likeliest; what `filter_logits` takes restricts the draw. `n_vocab` keeps to
+        the first ids, where the vocabulary is padded. Raises ValueError for options out of range.
         Past the block the window slides on by `hop` tokens at a time (an eighth of the block where None is
         given; 1 is nanoGPT's), so that a cache is refilled once in `hop` tokens. With and without a cache the
         windows, and so the tokens, are the same.
         """
         training, block_size = self.training, self.config.block_size
         hop = max(1, block_size // 8) if hop is None else hop
+        for sound, wrong in (
+            (idx.size(1) > 0, "there is no token to go on from"),
+            (1 <= hop <= block_size, f"hop = {hop} must be between 1 and the block size, {block_size}"),
+            (temperature >= 0, f"temperature = {temperature} must be at least 0"),
+            (top_k is None or top_k > 0, f"top_k = {top_k} must be at least 1"),
+            (top_p is None or top_p > 0, f"top_p = {top_p} must be above 0"),
+            (min_p is None or 0 < min_p <= 1, f"min_p = {min_p} must be above 0 and at most 1"),
+            (repetition_penalty > 0, f"repetition_penalty = {repetition_penalty} must be above 0"),
+        ):
+            if not sound:
+                raise ValueError(wrong)
+        room = min(block_size, idx.size(1) + max_new_tokens)  # tokens that the cache may have to hold
         cache, cached_from = None, 0
         try:
             self.eval()
             for _ in range(max_new_tokens):
                 start = window_start(idx.size(1), block_size, hop)
                 if use_cache and (cache is None or start != cached_from):
-                    cache = cache or KVCache(self.config, idx.size(0), idx.device, self._cache_dtype(idx))
+                    cache = cache or self._cache(idx, room)
                     cache.length, cached_from = 0, start
                 fresh = idx[:, start + (cache.length if cache else 0) :]  # what the cache does not hold yet
                 logits = self(fresh, cache=cache)[0][:, -1, :n_vocab].float()  # (B, V)
@@ -300,11 +321,12 @@ class GPT(nn.Module):
         finally:
             self.train(training)
 
-    def _cache_dtype(self, idx: Tensor) -> torch.dtype:
+    def _cache(self, idx: Tensor, room: int) -> KVCache:
+        """An empty cache for the rows of idx (B, T), in the dtype that the layers compute in."""
         kind = idx.device.type
-        return (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.lm_head.weight.dtype
-        )
+        weights = self.lm_head.weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights
+        return KVCache(self.config, idx.size(0), idx.device, dtype, room)
 
 
 def window_start(length: int, block_size: int, hop: int) -> int:
@@ -316,9 +338,11 @@ def penalise_repetition(logits: Tensor, idx: Tensor, penalty: float) -> Tensor:
     """Make tokens of idx (B, T) less likely: divide positive logits, multiply negative ones (CTRL, §4.1)."""
     if penalty == 1.0:
         return logits
-    idx = idx.clamp(max=logits.size(1) - 1)
-    seen = logits.gather(1, idx)  # (B, T)
-    return logits.scatter(1, idx, torch.where(seen > 0, seen / penalty, seen * penalty))
+    n_vocab = logits.size(1)
+    wide = F.pad(logits, (0, 1))  # (B, V + 1): the last column takes ids of a padded vocabulary, and goes
+    idx = idx.clamp(max=n_vocab)
+    seen = wide.gather(1, idx)  # (B, T)
+    return wide.scatter(1, idx, torch.where(seen > 0, seen / penalty, seen * penalty))[:, :n_vocab]
 
 
 def draw(
@@ -332,7 +356,8 @@ def draw(
     """One token id a row, (B,), from logits (B, V). Temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs = F.softmax(filter_logits(logits / temperature, top_k, top_p, min_p), dim=-1)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    probs = F.softmax(filter_logits(logits, top_k, top_p, min_p), dim=-1)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
@@ -341,18 +366,19 @@ def filter_logits(
 ) -> Tensor:
     """Set the logits (B, V) of tokens that may not be drawn to -inf. At least one token is always left.
 
-    top_k: the k likeliest. top_p: the fewest whose probabilities reach p (Holtzman et al. 2020). min_p: those
-    at least p times as likely as the likeliest (Nguyen et al. 2024).
+    In this order, each on what the one before left: top_k, the k likeliest; top_p, the fewest whose
+    probabilities reach p (Holtzman et al. 2020); min_p, those at least p times as likely as the likeliest
+    (Nguyen et al. 2024).
     """
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    if min_p is not None:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = F.softmax(ordered, dim=-1)
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # what stands before it suffices already
         beyond[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+    if min_p is not None:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
     return logits

@@ -39,7 +39,7 @@ class SampleSettings:
     top_k: int = setting(0, "draw from the k likeliest tokens; 0: from all", lo=0)
     top_p: float = setting(1.0, "draw from the likeliest whose probabilities reach p", above=0.0, hi=1.0)
     min_p: float = setting(0.0, "draw from those at least p times as likely as the likeliest", lo=0.0, hi=1.0)
-    repetition_penalty: float = setting(1.0, "above 1: tokens that have occurred become less likely", above=0.0)
+    repetition_penalty: float = setting(1.0, "above 1: tokens that have occurred become less likely", lo=0.1, hi=10.0)
     seed: int = setting(1337, "the same seed gives the same text", lo=0, hi=2**62)
 
     device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N", group="machine")

@@ -30,7 +30,7 @@ FEW_TOKENS = 1000  # in the validation split: its loss would mean little
 MAX_THREADS = 16
 SAMPLE_CHARS = 64 << 20  # that a BPE trains on
 SAMPLE_WORD_BYTES = 4 << 20  # of different words in these; the trainer needs about 100 times as much memory
-SAMPLE_PIECE = 1 << 12  # characters; the trainer is slow with longer words
+SAMPLE_PIECE = 1 << 14  # characters in a piece of it; `tokenizers` keeps 256 of these waiting
 
 Item = tuple[str, str | None]  # a split and a piece of its text, or None for the end of a document
 

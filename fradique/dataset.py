@@ -222,8 +222,8 @@ def open_corpus(folder: Path, block_size: int) -> Corpus:
     name, small = min(("train", train), ("val", val), key=lambda pair: max(map(len, pair[1].shards)))
     if small.count_windows(block_size) < 1:
         raise ValueError(
-            f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of {block_size} and "
-            f"its target; a longer text, or --block_size={max(1, max(map(len, small.shards)) - 1)} at most"
+            f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of {block_size} "
+            f"and its target; a longer text, or --block_size={max(1, max(map(len, small.shards)) - 1)} at most"
         )
     train.check_ids()
     val.check_ids()

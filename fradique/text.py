@@ -11,7 +11,7 @@ from pathlib import Path
 
 BLOCK_BYTES = 1 << 20  # read at a time
 PIECE_CHARS = 1 << 18  # in a piece of text
-MAX_PIECE_CHARS = 1 << 21  # where there is no place to cut it
+MAX_PIECE_CHARS = 1 << 20  # where there is no place to cut it
 
 # The end of the last word with a space after it. GPT-2's pattern never matches across such a place, and does
 # not look past it: cut there, a text has the tokens that it has uncut. (Python's \S is a little stricter.)

@@ -519,3 +519,52 @@ def test_the_repetition_penalty_is_ctrl_s(values, seen, penalty):
     assert torch.equal(logits, torch.tensor(values))  # not changed in place
     theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(idx, logits.clone())
     torch.testing.assert_close(found, theirs, rtol=0, atol=0)
+
+
+def test_ids_beyond_the_vocabulary_are_not_penalised_for_another():
+    logits = torch.tensor([[1.0, -1.0, 2.0]])
+    assert penalise_repetition(logits, torch.tensor([[7, 3]]), 2.0).tolist() == logits.tolist()
+    assert penalise_repetition(logits, torch.tensor([[7, 1]]), 2.0).tolist() == [[1.0, -2.0, 2.0]]
+
+
+def test_cropping_keeps_a_frozen_table_frozen_and_draws_no_numbers():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    model.transformer["wpe"].weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    model.crop_block_size(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.transformer["wpe"].weight.requires_grad
+    assert model.transformer["wpe"].weight.shape == (5, 4)
+    for wrong in (0, -3, 6):
+        with pytest.raises(ValueError, match="cannot be cropped"):
+            model.crop_block_size(wrong)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hop": 0},
+        {"hop": 9},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"min_p": 0.0},
+        {"min_p": 1.5},
+        {"temperature": -1.0},
+    ]
+    + [{"repetition_penalty": 0.0}],
+)
+def test_options_out_of_range_get_a_message(options):
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    with pytest.raises(ValueError, match="must be"):
+        model.generate(torch.zeros(1, 1, dtype=torch.long), 2, **options)
+
+
+def test_an_empty_prompt_gets_a_message():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    with pytest.raises(ValueError, match="no token to go on from"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), 2)
+
+
+def test_the_smallest_temperature_is_greedy_and_overflows_nothing():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert draw(logits, temperature=1e-40).tolist() == [1]

@@ -1,0 +1,22 @@
+# Eça de Queiroz, 21 works, in 4,096 tokens of their own (byte-level BPE): 12.3M parameters.
+
+out_dir = "out/eca"
+dataset = "eca"
+eval_interval = 250
+eval_iters = 20
+log_interval = 10
+sample_interval = 250
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+batch_size = 32
+gradient_accumulation_steps = 1
+dropout = 0.2
+
+max_iters = 2000
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_iters = 100
+beta2 = 0.99

@@ -1,0 +1,23 @@
+# A Story of the Golden Age (James Baldwin), by characters; the third of three sizes: 1.2M parameters.
+
+out_dir = "out/golden-age-adult"
+dataset = "golden_age_char"
+eval_interval = 500
+eval_iters = 50
+log_interval = 100
+
+n_layer = 6
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 32
+gradient_accumulation_steps = 1
+dropout = 0.2
+
+max_iters = 5000
+learning_rate = 3e-3
+min_lr = 0.0
+lr_schedule = "wsd"
+decay_frac = 0.6
+warmup_iters = 100
+beta2 = 0.99

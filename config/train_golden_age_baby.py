@@ -1,0 +1,22 @@
+# A Story of the Golden Age (James Baldwin), by characters; the first of three sizes: 0.2M parameters.
+
+out_dir = "out/golden-age-baby"
+dataset = "golden_age_char"
+eval_interval = 500
+eval_iters = 50
+log_interval = 100
+
+n_layer = 4
+n_head = 4
+n_embd = 64
+block_size = 64
+batch_size = 32
+gradient_accumulation_steps = 1
+
+max_iters = 5000
+learning_rate = 5e-3
+min_lr = 0.0
+lr_schedule = "wsd"
+decay_frac = 0.6
+warmup_iters = 100
+beta2 = 0.99

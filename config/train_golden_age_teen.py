@@ -1,0 +1,22 @@
+# A Story of the Golden Age (James Baldwin), by characters; the second of three sizes: 0.8M parameters.
+
+out_dir = "out/golden-age-teen"
+dataset = "golden_age_char"
+eval_interval = 500
+eval_iters = 50
+log_interval = 100
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 32
+gradient_accumulation_steps = 1
+
+max_iters = 5000
+learning_rate = 3e-3
+min_lr = 0.0
+lr_schedule = "wsd"
+decay_frac = 0.6
+warmup_iters = 100
+beta2 = 0.99

@@ -1,0 +1,21 @@
+# Machado de Assis, tales, in GPT-2's tokens: the vocabulary of 50,257 takes two thirds of the parameters.
+
+out_dir = "out/machado"
+dataset = "machado"
+eval_interval = 250
+eval_iters = 50
+log_interval = 10
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 64
+batch_size = 32
+gradient_accumulation_steps = 1
+dropout = 0.1
+
+max_iters = 5000
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_iters = 100
+beta2 = 0.99

@@ -1,0 +1,22 @@
+# Machado de Assis, tales, by characters, on a CPU: a plain GPT-2 shape of 0.21M parameters.
+
+out_dir = "out/machado-char-cpu"
+dataset = "machado_char"
+eval_interval = 1000
+eval_iters = 50
+log_interval = 100
+
+n_layer = 4
+n_head = 4
+n_embd = 64
+block_size = 32
+batch_size = 32
+gradient_accumulation_steps = 1
+
+max_iters = 5000
+learning_rate = 5e-3
+min_lr = 0.0
+lr_schedule = "wsd"
+decay_frac = 0.6
+warmup_iters = 100
+beta2 = 0.99
