@@ -14,7 +14,6 @@ START = time.monotonic()  # the clock of --time_budget runs from here: importing
 
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -201,9 +200,10 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     settings, place = t.settings, t.runtime
     torch.manual_seed(dataset.hash_numbers(settings.seed, t.state.step, place.rank))
     optimizer.set_learning_rate(t.optimizer, lr)
-    batches = list(micro_batches(t))
+    batches = list(t.sampler.micro_batches(t.state.step, place.rank, place.world))
     total = torch.zeros((), device=place.device)
-    for i, (x, y) in enumerate(batches):
+    for i, batch in enumerate(batches):
+        x, y = place.move(*batch)
         if place.world > 1:  # gradients are shared once, with the last micro-batch
             t.forward.require_backward_grad_sync = i == len(batches) - 1
         with place.autocast():
@@ -242,7 +242,14 @@ def set_up(settings: TrainSettings) -> Training:
         run_flops=float(model.flops_per_token() * tokens_per_step(settings) * settings.max_iters),
         run_seconds=budget,
     )
-    share_rows(settings.batch_size, settings.gradient_accumulation_steps, place.world)
+    sampler = dataset.Sampler(
+        corpus.train,
+        settings.block_size,
+        settings.batch_size,
+        settings.gradient_accumulation_steps,
+        settings.seed,
+    )
+    sampler.share(place.world)
     model.to(place.device)
     state = TrainState.read(held.state) if held else TrainState()
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
@@ -271,7 +278,7 @@ def set_up(settings: TrainSettings) -> Training:
         settings=settings,
         runtime=place,
         corpus=corpus,
-        sampler=dataset.Sampler(corpus.train, settings.block_size, settings.seed),
+        sampler=sampler,
         model=model,
         forward=model,
         optimizer=adamw,
@@ -360,33 +367,12 @@ def compile_forward(t: Training) -> nn.Module:
     """The compiled model, tried on a forward and backward pass of the first batch; eager where that fails."""
 
     def try_it(forward: nn.Module) -> None:
-        x, y = next(micro_batches(t))
+        x, y = t.runtime.move(*next(t.sampler.micro_batches(0, t.runtime.rank, t.runtime.world)))
         with t.runtime.autocast():
             forward(x, y)[1].backward()
         t.model.zero_grad(set_to_none=True)
 
     return runtime.compiled(t.model, try_it, t.log.warn)
-
-
-def micro_batches(t: Training) -> Iterator[list[Tensor]]:
-    """This rank's share of the rows of this step. All ranks together see the rows that one would see."""
-    settings, place = t.settings, t.runtime
-    rows, accumulation = share_rows(settings.batch_size, settings.gradient_accumulation_steps, place.world)
-    first = t.state.step * settings.batch_size * settings.gradient_accumulation_steps
-    for i in range(accumulation):
-        yield place.move(*t.sampler.batch(first + (i * place.world + place.rank) * rows, rows))
-
-
-def share_rows(batch_size: int, accumulation: int, world: int) -> tuple[int, int]:
-    """Rows of a micro-batch and micro-batches of a rank. Raises ValueError where rows are left over."""
-    if accumulation % world == 0:
-        return batch_size, accumulation // world
-    if batch_size % world == 0:
-        return batch_size // world, accumulation
-    raise ValueError(
-        f"{world} processes cannot share gradient_accumulation_steps = {accumulation} micro-batches of "
-        f"batch_size = {batch_size}: make one of them a multiple of {world}"
-    )
 
 
 def check_finite(t: Training, loss: Tensor, norm: Tensor | None = None) -> None:

@@ -2,7 +2,7 @@
 
 out_dir = "out/golden-age-adult"
 dataset = "golden_age_char"
-eval_interval = 500
+eval_interval = 200
 eval_iters = 50
 log_interval = 100
 
@@ -14,7 +14,7 @@ batch_size = 32
 gradient_accumulation_steps = 1
 dropout = 0.2
 
-max_iters = 5000
+max_iters = 2000
 learning_rate = 3e-3
 min_lr = 0.0
 lr_schedule = "wsd"

@@ -2,7 +2,7 @@
 
 out_dir = "out/golden-age-baby"
 dataset = "golden_age_char"
-eval_interval = 500
+eval_interval = 200
 eval_iters = 50
 log_interval = 100
 
@@ -13,7 +13,7 @@ block_size = 64
 batch_size = 32
 gradient_accumulation_steps = 1
 
-max_iters = 5000
+max_iters = 2000
 learning_rate = 5e-3
 min_lr = 0.0
 lr_schedule = "wsd"

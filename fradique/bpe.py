@@ -10,7 +10,8 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,13 +132,31 @@ def train(texts: Iterable[str], vocab_size: int) -> list[tuple[str, str]]:
         special_tokens=[],
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
+    _heeding_signals(lambda: model.train_from_iterator(texts, trainer))
     merges = json.loads(model.to_str())["model"]["merges"]
     if not merges:
         raise ValueError(
             "the text is too small to train a BPE: no pair of bytes occurs twice. Use char or gpt2"
         )
     return [(left, right) for left, right in merges]
+
+
+def _heeding_signals(work: Callable[[], None]) -> None:
+    """Run `work` in a thread of its own, so that Ctrl-C and SIGTERM act while it is busy outside Python."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+    if failures:
+        raise failures[0]
 
 
 def huggingface_json(merges: Merges) -> dict[str, Any]:

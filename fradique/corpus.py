@@ -133,7 +133,9 @@ class Sample:
     def __iter__(self) -> Iterator[str]:
         words: set[str] = set()
         passed = self.n_chars = word_bytes = 0
-        for split, piece in _split(cut_pieces(self._text.chunks(), SAMPLE_PIECE, SAMPLE_PIECE), self._n_train):
+        for split, piece in _split(
+            cut_pieces(self._text.chunks(), SAMPLE_PIECE, SAMPLE_PIECE), self._n_train
+        ):
             if split != "train":
                 return
             passed += len(piece)

@@ -130,12 +130,15 @@ class Split:
 class Sampler:
     """Which windows a training step sees: row r of step s is number s * rows + r in an endless sequence.
 
+    A step has batch_size * accumulation rows, whatever the number of ranks that share them.
+
     The sequence runs through epochs. In each, every window is seen once, in an order of its own, and the grid
     of windows is shifted by a random number of tokens, so that words stand in every place of the context.
     """
 
-    def __init__(self, split: Split, block_size: int, seed: int) -> None:
+    def __init__(self, split: Split, block_size: int, batch_size: int, accumulation: int, seed: int) -> None:
         self.split, self.block_size, self.seed = split, block_size, seed
+        self.batch_size, self.accumulation = batch_size, accumulation
         self.windows_per_epoch = split.count_windows(block_size)
 
     def windows(self, first: int, count: int) -> list[Window]:
@@ -145,6 +148,27 @@ class Sampler:
         places = permute(places, self.windows_per_epoch, keys)
         shifts = (mix(~keys) % np.uint64(self.block_size)).astype(np.int64)
         return self.split.windows(places, self.block_size, shifts)
+
+    def share(self, world: int) -> tuple[int, int]:
+        """Rows of a micro-batch, and micro-batches, of each of `world` ranks.
+
+        Raises ValueError where they cannot be shared evenly.
+        """
+        if self.accumulation % world == 0:
+            return self.batch_size, self.accumulation // world
+        if self.batch_size % world == 0:
+            return self.batch_size // world, self.accumulation
+        raise ValueError(
+            f"{world} processes cannot share gradient_accumulation_steps = {self.accumulation} micro-batches "
+            f"of batch_size = {self.batch_size}: make one of them a multiple of {world}"
+        )
+
+    def micro_batches(self, step: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """A rank's share of the rows of a step. All ranks together see the rows that one would see."""
+        rows, count = self.share(world)
+        first = step * self.batch_size * self.accumulation
+        for i in range(count):
+            yield self.batch(first + (i * world + rank) * rows, rows)
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (count, block_size) each."""
@@ -221,9 +245,10 @@ def open_corpus(folder: Path, block_size: int) -> Corpus:
     train, val = (_open_split(folder, name, meta, tokenizer.vocab_size) for name in ("train", "val"))
     name, small = min(("train", train), ("val", val), key=lambda pair: max(map(len, pair[1].shards)))
     if small.count_windows(block_size) < 1:
+        most = max(1, max(map(len, small.shards)) - 1)
         raise ValueError(
-            f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of {block_size} "
-            f"and its target; a longer text, or --block_size={max(1, max(map(len, small.shards)) - 1)} at most"
+            f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of {block_size} and "
+            f"its target; a longer text, or --block_size={most} at most"
         )
     train.check_ids()
     val.check_ids()

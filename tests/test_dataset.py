@@ -22,6 +22,10 @@ def make_split(tmp_path, sizes, vocab_size=1000):
     return dataset.Split(paths, "uint16", vocab_size, None)
 
 
+def sampler_of(split, block_size, seed, batch_size=1, accumulation=1):
+    return dataset.Sampler(split, block_size, batch_size, accumulation, seed)
+
+
 @hypothesis_settings(derandomize=True, deadline=None, max_examples=60)
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation_of_any_range(n, key):
@@ -44,7 +48,7 @@ def test_hash_numbers_differs_where_a_number_or_their_order_differs():
 
 def test_an_epoch_sees_every_window_once_and_the_next_in_another_order(tmp_path):
     split = make_split(tmp_path, [103, 57, 8, 200])
-    sampler = dataset.Sampler(split, block_size=10, seed=3)
+    sampler = sampler_of(split, 10, 3)
     n = sampler.windows_per_epoch
     assert n == 10 + 5 + 0 + 19  # the third shard is too short for a window
     orders = []
@@ -59,7 +63,7 @@ def test_an_epoch_sees_every_window_once_and_the_next_in_another_order(tmp_path)
 
 def test_windows_of_an_epoch_cover_all_tokens_but_the_shifted_ends(tmp_path):
     split = make_split(tmp_path, [1000])
-    sampler = dataset.Sampler(split, block_size=10, seed=0)
+    sampler = sampler_of(split, 10, 0)
     covered = Counter()
     for window in sampler.windows(0, sampler.windows_per_epoch):
         covered.update(range(window.start, window.start + 10))
@@ -69,7 +73,7 @@ def test_windows_of_an_epoch_cover_all_tokens_but_the_shifted_ends(tmp_path):
 
 def test_targets_are_inputs_moved_on_by_one_and_never_cross_shards(tmp_path):
     split = make_split(tmp_path, [103, 57, 200])
-    sampler = dataset.Sampler(split, block_size=10, seed=1)
+    sampler = sampler_of(split, 10, 1)
     for first in range(0, 300, 7):
         x, y = sampler.batch(first, 7)
         assert x.shape == y.shape == (7, 10)
@@ -79,12 +83,37 @@ def test_targets_are_inputs_moved_on_by_one_and_never_cross_shards(tmp_path):
 
 def test_a_batch_depends_on_its_place_alone(tmp_path):
     split = make_split(tmp_path, [500])
-    whole = dataset.Sampler(split, 8, seed=9).batch(0, 12)[0]
-    parts = [dataset.Sampler(split, 8, seed=9).batch(first, 3)[0] for first in (9, 0, 3, 6)]
+    whole = sampler_of(split, 8, 9).batch(0, 12)[0]
+    parts = [sampler_of(split, 8, 9).batch(first, 3)[0] for first in (9, 0, 3, 6)]
     assert [
         row.tolist() for part in (parts[1], parts[2], parts[3], parts[0]) for row in part
     ] == whole.tolist()
-    assert dataset.Sampler(split, 8, seed=10).batch(0, 12)[0].tolist() != whole.tolist()
+    assert sampler_of(split, 8, 10).batch(0, 12)[0].tolist() != whole.tolist()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "world"), [(4, 6, 2), (4, 6, 3), (6, 1, 3), (4, 1, 4)]
+)
+def test_ranks_together_see_the_rows_that_one_would_see(tmp_path, batch_size, accumulation, world):
+    split = make_split(tmp_path, [2000])
+    sampler = sampler_of(split, 8, 5, batch_size, accumulation)
+    for step in (0, 7):
+        alone = [row.tolist() for x, _ in sampler.micro_batches(step) for row in x]
+        shared = [
+            row.tolist()
+            for rank in range(world)
+            for x, _ in sampler.micro_batches(step, rank, world)
+            for row in x
+        ]
+        assert sorted(alone) == sorted(shared) and len(alone) == batch_size * accumulation
+
+
+def test_rows_that_cannot_be_shared_are_refused(tmp_path):
+    split = make_split(tmp_path, [200])
+    assert sampler_of(split, 8, 0, 4, 6).share(3) == (4, 2)
+    assert sampler_of(split, 8, 0, 6, 1).share(3) == (2, 1)
+    with pytest.raises(ValueError, match="3 processes cannot share gradient_accumulation_steps = 2"):
+        sampler_of(split, 8, 0, 4, 2).share(3)
 
 
 def test_all_windows_predict_each_token_once(tmp_path):

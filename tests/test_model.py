@@ -550,8 +550,8 @@ def test_cropping_keeps_a_frozen_table_frozen_and_draws_no_numbers():
         {"min_p": 0.0},
         {"min_p": 1.5},
         {"temperature": -1.0},
-    ]
-    + [{"repetition_penalty": 0.0}],
+        {"repetition_penalty": 0.0},
+    ],
 )
 def test_options_out_of_range_get_a_message(options):
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))

@@ -267,18 +267,17 @@ def test_early_stopping_ends_a_run_that_gets_no_better(settings, capsys):
 def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
     settings, monkeypatch, where
 ):
-    real = train.micro_batches
+    real = train.train_step
 
-    def poisoned(t):
-        if t.state.step == 12:
-            weight = t.model.transformer["h"][0].mlp.c_fc.weight
-            if where == "loss":
-                weight.data.fill_(math.nan)
-            else:
-                weight.register_hook(lambda gradient: gradient * math.inf)
-        return real(t)
+    def poisoned(t, lr):
+        weight = t.model.transformer["h"][0].mlp.c_fc.weight
+        if t.state.step == 12 and where == "loss":
+            weight.data.fill_(math.nan)
+        elif t.state.step == 12:
+            weight.register_hook(lambda gradient: gradient * math.inf)
+        return real(t, lr)
 
-    monkeypatch.setattr(train, "micro_batches", poisoned)
+    monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(
         ValueError, match=f"the {where} of step 12 is not finite.*learning_rate.*init_from=resume"
     ):
@@ -439,13 +438,6 @@ def test_two_processes_give_the_losses_of_one(settings, tmp_path, batch_size, ac
         assert together[step] == pytest.approx(loss, abs=1e-5)
     last = [metrics.read(Path(s.out_dir))[-1] for s in (settings, other)]
     assert last[0]["final_loss"] == pytest.approx(last[1]["final_loss"], abs=1e-5)
-
-
-def test_rows_that_cannot_be_shared_are_refused():
-    assert train.share_rows(4, 6, 3) == (4, 2)
-    assert train.share_rows(6, 1, 3) == (2, 1)
-    with pytest.raises(ValueError, match="3 processes cannot share gradient_accumulation_steps = 2"):
-        train.share_rows(4, 2, 3)
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Speed: each file a command that prints a table and one last JSON line."""

@@ -1,0 +1,123 @@
+"""How fast text becomes tokens.
+
+    python -m bench.data [--input FILE_OR_FOLDER ...] [--threads 2] [--rounds 5]
+
+Rates are in MB of UTF-8 text a second. Ours and the library's own batch encoder take turns on the same text,
+so that a machine that is busy with other things slows both; the ratio is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fradique import bpe, tokenizer
+from fradique.sources import python_library
+from fradique.text import Text, cut_pieces, files_text, find_files
+
+Rates = dict[str, float]
+
+
+def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
+    """The rates of the three tokenizers on `pieces`, beside those of the libraries that they stand on."""
+    import tokenizers as huggingface
+
+    megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
+    char = tokenizer.CharTokenizer("".join(sorted(set().union(*map(set, pieces)))))
+    gpt2 = tokenizer.GPT2Tokenizer()
+    own = tokenizer.train_bpe(pieces, 4096)
+    _, tiktoken_gpt2 = bpe.gpt2()
+    theirs = huggingface.Tokenizer.from_str(json.dumps(own.to_json()["model"]))
+    small = list(cut_pieces(pieces, 4096))  # as Hugging Face's encoder likes them best
+    tokens = sum(map(len, gpt2.encode_batch(pieces, threads)))
+
+    def rates(ours: Callable[[], object], library: Callable[[], object] | None = None) -> Rates:
+        return compare(megabytes, rounds, ours, library)
+
+    result: dict[str, Any] = {
+        "text_mb": megabytes,
+        "threads": threads,
+        "rounds": rounds,
+        "char": rates(lambda: char.encode_batch(pieces)),
+        "gpt2": rates(
+            lambda: gpt2.encode_batch(pieces, threads),
+            lambda: tiktoken_gpt2.encode_ordinary_batch(list(pieces), num_threads=threads),
+        ),
+        "bpe": rates(
+            lambda: own.encode_batch(pieces, threads),
+            lambda: theirs.encode_batch(small),  # on as many threads as it likes
+        ),
+    }
+    result["gpt2"]["mtokens_s"] = result["gpt2"]["mb_s"] * tokens / megabytes / 1e6
+    return result
+
+
+def compare(
+    megabytes: float, rounds: int, ours: Callable[[], object], library: Callable[[], object] | None
+) -> Rates:
+    """MB/s of `ours` and of `library`, the medians of `rounds` in which they take turns, and of their ratio."""
+    mine, others = [], []
+    for _ in range(rounds):
+        mine.append(megabytes / _seconds(ours))
+        if library is not None:
+            others.append(megabytes / _seconds(library))
+    if not others:
+        return {"mb_s": statistics.median(mine)}
+    ratio = statistics.median(a / b for a, b in zip(mine, others, strict=True))
+    return {"mb_s": statistics.median(mine), "library_mb_s": statistics.median(others), "ratio": ratio}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as people read it."""
+    threads = result["threads"]
+    rows = [
+        ("char", 1, result["char"], "-"),
+        ("gpt2", threads, result["gpt2"], "tiktoken encode_ordinary_batch"),
+        ("bpe:4096", threads, result["bpe"], "tokenizers encode_batch"),
+    ]
+    lines = [f"{'tokenizer':10} {'threads':>7} {'MB/s':>8} {'library':>8} {'ratio':>6}"]
+    for name, used, rates, library in rows:
+        other = f"{rates['library_mb_s']:8.1f} {rates['ratio']:6.2f}  {library}" if "ratio" in rates else ""
+        lines.append(f"{name:10} {used:7} {rates['mb_s']:8.1f} {other}".rstrip())
+    lines.append(
+        f"gpt2: {result['gpt2']['mtokens_s']:.2f} million tokens/s; {result['text_mb']:.1f} MB of text"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and one line of JSON."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--input", nargs="+", type=Path, help="text files or folders (default: Python's library)")
+    add("--threads", type=int, default=2, help="for the BPE tokenizers (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="of which the median is told (default: %(default)s)")
+    args = parser.parse_args(argv)
+    text = _text(args.input)
+    result = measure(list(cut_pieces(text.chunks())), args.threads, args.rounds)
+    print(table(result))
+    print(json.dumps({"bench": "data", **result}))
+
+
+def _text(inputs: Sequence[Path] | None) -> Text:
+    if inputs:
+        files = find_files(inputs)
+        return files_text(files, "")
+    return python_library(Path(sysconfig.get_path("stdlib")))
+
+
+if __name__ == "__main__":
+    main()
