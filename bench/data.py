@@ -61,7 +61,7 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
 def compare(
     megabytes: float, rounds: int, ours: Callable[[], object], library: Callable[[], object] | None
 ) -> Rates:
-    """MB/s of `ours` and of `library`, the medians of `rounds` in which they take turns, and of their ratio."""
+    """MB/s of `ours` and `library`, medians of `rounds` in which they take turns, and that of their ratio."""
     mine, others = [], []
     for _ in range(rounds):
         mine.append(megabytes / _seconds(ours))

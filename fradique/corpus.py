@@ -133,20 +133,20 @@ class Sample:
     def __iter__(self) -> Iterator[str]:
         words: set[str] = set()
         passed = self.n_chars = word_bytes = 0
-        for split, piece in _split(
-            cut_pieces(self._text.chunks(), SAMPLE_PIECE, SAMPLE_PIECE), self._n_train
-        ):
-            if split != "train":
-                return
-            passed += len(piece)
-            share = passed / self._n_train
-            if self.n_chars > share * SAMPLE_CHARS or word_bytes > (1 + share) / 2 * SAMPLE_WORD_BYTES:
-                continue
-            new = set(piece.split()) - words
-            words |= new
-            word_bytes += len(" ".join(new).encode())
-            self.n_chars += len(piece)
-            yield piece
+        pieces = cut_pieces(self._text.chunks(), SAMPLE_PIECE, SAMPLE_PIECE)
+        with _progress(self._n_train, "sampling", "char") as bar:
+            for split, piece in _watched(_split(pieces, self._n_train), bar):
+                if split != "train":
+                    return
+                passed += len(piece)
+                share = passed / self._n_train
+                if self.n_chars > share * SAMPLE_CHARS or word_bytes > (1 + share) / 2 * SAMPLE_WORD_BYTES:
+                    continue
+                new = set(piece.split()) - words
+                words |= new
+                word_bytes += len(" ".join(new).encode())
+                self.n_chars += len(piece)
+                yield piece
 
 
 def _split(pieces: Iterable[str], n_train: int) -> Iterator[Item]:
@@ -211,7 +211,7 @@ def _batches(items: Iterable[Item], max_chars: int) -> Iterator[list[Item]]:
     size = 0
     for item in items:
         batch.append(item)
-        size += len(item[1] or "")
+        size += len(item[1] or "") + 100  # documents may be tiny or empty, and an item takes memory itself
         if size >= max_chars:
             yield batch
             batch, size = [], 0
@@ -276,14 +276,15 @@ def _finish(
         file.flush()
         os.fsync(file.fileno())
     shards = [shard["file"] for split in splits.values() for shard in split["shards"]]
-    _install(folder, out_dir, [*shards, "tokenizer.json", "meta.json"])
+    _install(folder, out_dir, ["tokenizer.json", *reversed(shards), "meta.json"])
     return meta
 
 
 def _install(folder: Path, out_dir: Path, names: list[str]) -> None:
     """Rename `names`, in this order, from `folder` into `out_dir`, once the corpus that was there is gone.
 
-    Whoever is stopped here leaves no corpus, not half of one.
+    Whoever is stopped here leaves no corpus, not half of one. Whoever is killed here leaves no shard without
+    its tokenizer, so that tokens are never read with another.
     """
     (out_dir / "meta.json").unlink(missing_ok=True)
     for path in out_dir.glob("*.bin"):

@@ -247,8 +247,8 @@ def open_corpus(folder: Path, block_size: int) -> Corpus:
     if small.count_windows(block_size) < 1:
         most = max(1, max(map(len, small.shards)) - 1)
         raise ValueError(
-            f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of {block_size} and "
-            f"its target; a longer text, or --block_size={most} at most"
+            f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of "
+            f"{block_size} and its target; a longer text, or --block_size={most} at most"
         )
     train.check_ids()
     val.check_ids()

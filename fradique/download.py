@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_BYTES = 64 << 20
 TIMEOUT = 30.0  # seconds without an answer
@@ -79,13 +79,22 @@ def _check_scheme(url: str) -> None:
         raise ValueError(f"{url} is not an https address, so nothing was fetched. {_WAY_OUT}")
 
 
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    """Goes where a server points, except from https to anything less."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        fp.close()
+        _check_scheme(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _blocks(url: str, max_bytes: int, timeout: float) -> Iterator[bytes]:
     """The bytes of `url`, block by block; everything that goes wrong on the way is a ValueError."""
     request = urllib.request.Request(url, headers={"User-Agent": "fradique"})
     received = 0
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            _check_scheme(response.url)  # it may have been redirected
+        opener = urllib.request.build_opener(_CheckedRedirects)
+        with opener.open(request, timeout=timeout) as response:
             length = response.headers.get("Content-Length", "")
             expected = int(length) if length.isdecimal() else None
             while block := response.read(_BLOCK):

@@ -135,6 +135,8 @@ def _text(recipe: Recipe, args: argparse.Namespace) -> Text:
 
 def _names(files: Sequence[Path]) -> str:
     """Files as meta.json names them: not where they lie on this machine."""
+    if len(files) > 30:
+        return f"{files[0].name} ... {files[-1].name} ({len(files)} files)"
     return ", ".join(path.name for path in files)
 
 
