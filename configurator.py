@@ -350,6 +350,8 @@ def command(
     their name; the command line is then resolved again on top of those.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
     flags = _split(argv, SWITCHES | _specs(cls))[1]
     asked = {key: SWITCHES[key].parse(text or "true") for key, text, _ in flags if key in SWITCHES}
     debug, status = asked.get("debug"), None

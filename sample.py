@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from configurator import Resolved, command, setting
-from fradique import checkpoint, pretrained, runtime
+from fradique import checkpoint, pretrained, run, runtime
 from fradique import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
@@ -82,7 +82,7 @@ def open_writer(
 def read_prompt(start: str) -> str:
     """The prompt that `--start` means. Raises ValueError where the file cannot be read as UTF-8."""
     if start == "-":
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode("utf-8")
     if not start.startswith("FILE:"):
         return start
     path = Path(start.removeprefix("FILE:"))
@@ -90,14 +90,6 @@ def read_prompt(start: str) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
-
-
-def encode_prompt(writer: Writer, prompt: str) -> torch.Tensor:
-    """Token ids (T,), at least one: an empty prompt becomes the end-of-text token, or a line break."""
-    if not prompt:
-        prompt = "\n" if writer.tokenizer.end_of_text is None else "<|endoftext|>"
-    ids = writer.tokenizer.encode(prompt, allow_special=True)
-    return torch.from_numpy(ids.astype("int64"))
 
 
 class Row:
@@ -131,12 +123,12 @@ class Row:
 
 def write(writer: Writer, prompt: str, settings: SampleSettings) -> Iterator[list[str]]:
     """Continue `prompt`: what each of the num_samples rows has to show next, again and again until the end."""
-    ids = encode_prompt(writer, prompt).to(writer.runtime.device)
+    ids = torch.from_numpy(tokenizers.encode_prompt(writer.tokenizer, prompt).astype("int64"))  # (T,)
     rows = [Row(writer.tokenizer, settings.stop) for _ in range(settings.num_samples)]
     generator = torch.Generator(writer.runtime.device)
     generator.manual_seed(settings.seed)
     stream = writer.model.stream(
-        ids.repeat(settings.num_samples, 1),  # (B, T)
+        ids.repeat(settings.num_samples, 1).to(writer.runtime.device),  # (B, T)
         settings.max_new_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k or None,
@@ -147,17 +139,21 @@ def write(writer: Writer, prompt: str, settings: SampleSettings) -> Iterator[lis
         use_cache=settings.cache,
         generator=generator,
     )
-    with writer.runtime.autocast():
-        for tokens in stream:
-            yield [row.feed(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
-            if all(row.done for row in rows):
-                break
+    while not all(row.done for row in rows):
+        with writer.runtime.autocast():  # entered anew for each token: the caller's code is not in it
+            tokens = next(stream, None)
+        if tokens is None:
+            break
+        yield [row.feed(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
     yield [row.flush() for row in rows]
 
 
 def main(resolved: Resolved[SampleSettings]) -> int:
     settings = resolved.settings
-    source = settings.out_dir if settings.init_from == "resume" else settings.init_from
+    source = settings.init_from
+    if source == "resume":
+        source = settings.out_dir
+        run.saved_settings(Path(source))  # a mistyped folder gets a message, and is not looked for on the hub
     writer = open_writer(
         source, checkpoint_name=settings.checkpoint, device=settings.device, dtype=settings.dtype
     )

@@ -77,7 +77,7 @@ class TrainSettings:
     keep_checkpoints: int = setting(2, "how many of the last step checkpoints stay", lo=1)
     log_interval: int = setting(1, "steps between log lines", lo=1)
     sample_interval: int = setting(0, "steps between samples into samples.txt; 0: one at the end", lo=0)
-    sample_start: str = setting("\n", "the prompt of those samples")
+    sample_start: str = setting("", "the prompt of those samples; empty: the beginning of a line")
     sample_tokens: int = setting(200, "their length", lo=1)
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("fradique", "its project")
@@ -92,7 +92,7 @@ class TrainSettings:
     def problems(self) -> list[str]:
         """Contradictions between settings that are each sound by themselves."""
         found = model_config(self, vocab_size=1).problems()
-        if self.decay_lr and self.min_lr > self.learning_rate:
+        if self.decay_lr and self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             found.append(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         try:
             metrics.seconds(self.time_budget)
@@ -113,6 +113,7 @@ class TrainState:
     evals_since_best: int = 0
     last_eval_step: int = -1
     seconds: float = 0.0  # spent in earlier processes of this run
+    closing_seconds: float = 0.0  # that the end of the run was last expected to take
     scaler: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -135,15 +136,20 @@ class Training:
     state: TrainState
     pace: metrics.Pace
     log: metrics.RunLog
+    saved_step: int = -1  # of the last checkpoint that this process wrote
 
 
 def main(resolved: Resolved[TrainSettings]) -> int:
     t = set_up(resolved.settings)
     try:
-        if not t.settings.eval_only:
-            return train(t)
-        report_evaluation(t)
-        return 0
+        if t.settings.eval_only:
+            report_evaluation(t)
+            status = 0
+        else:
+            status = train(t)
+        t.forward = t.model  # a DDP wrapper must go before its process group does
+        t.runtime.wait()
+        return status
     finally:
         t.log.close()
         t.runtime.close()
@@ -156,21 +162,23 @@ def train(t: Training) -> int:
         while not finished(t):
             if state.step % settings.eval_interval == 0:
                 evaluate_and_save(t)
-                if out_of_patience(t):
+                if out_of_patience(t) or finished(t):
                     break
-            loss, norm = train_step(t, learning_rate(t))
+            with t.pace.step():
+                loss, norm = train_step(t, learning_rate(t))
             state.step += 1
             if state.step % settings.log_interval == 0:
                 log_step(t, loss, norm)
             if settings.sample_interval and state.step % settings.sample_interval == 0:
-                write_sample(t)
+                with t.pace.aside():
+                    write_sample(t)
             if stop.heard(t.runtime):
                 return leave_early(t, stop)
-        evaluate_and_save(t)
-        finish(t)
-        return 0
+        evaluate_and_save(t, last=True)
     finally:
         stop.forget()
+    finish(t)
+    return 0
 
 
 def learning_rate(t: Training) -> float:
@@ -178,7 +186,7 @@ def learning_rate(t: Training) -> float:
     s, pace = t.settings, t.pace
     total = s.lr_decay_iters or s.max_iters
     if pace.budget is not None:
-        total = schedule.steps_by_clock(t.state.step, pace.now, pace.budget - pace.closing)
+        total = schedule.steps_by_clock(t.state.step, pace.now, max(1.0, pace.budget - pace.closing))
     return schedule.learning_rate(
         t.state.step,
         schedule=s.lr_schedule if s.decay_lr else "constant",
@@ -213,7 +221,7 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     t.scaler.unscale_(t.optimizer)
     norm = nn.utils.clip_grad_norm_(t.model.parameters(), settings.grad_clip or math.inf)
     if place.device.type != "cuda":
-        check_finite(t, total, norm)
+        check_finite(t, t.state.step + 1, total, norm)
     t.scaler.step(t.optimizer)
     t.scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
@@ -236,7 +244,7 @@ def set_up(settings: TrainSettings) -> Training:
     place = runtime.start(
         device=settings.device,
         dtype=settings.dtype,
-        compile=settings.compile,
+        compile=settings.compile if writes else False,
         backend=settings.backend,
         n_embd=model.config.n_embd,
         run_flops=float(model.flops_per_token() * tokens_per_step(settings) * settings.max_iters),
@@ -261,10 +269,22 @@ def set_up(settings: TrainSettings) -> Training:
     )
     if held:
         optimizer.load_state_by_name(model, adamw, held.optimizer)
-        scaler.load_state_dict(state.scaler)
+        if place.dtype == torch.float16 and state.scaler:  # the run may have begun in another dtype
+            scaler.load_state_dict(state.scaler)
+    if settings.wandb_log and writes:
+        metrics.check_wandb()
+    tokenizers.encode_prompt(corpus.tokenizer, settings.sample_start)  # else it would fail at the first sample
+    place.wait()  # until every rank has looked at the folder as it was
     if writes and place.is_main:
         decided = {"device": place.describe(), "compile": place.compile, "notes": list(place.notes)}
-        run.take(folder, asdict(settings), decided, corpus.tokenizer, go_on_from=state.step if held else None)
+        run.take(
+            folder,
+            asdict(settings),
+            decided,
+            corpus.tokenizer,
+            go_on_from=state.step if held else None,
+            overwrite=settings.overwrite,
+        )
     place.wait()
     log = metrics.RunLog(
         folder if writes else None,
@@ -286,9 +306,11 @@ def set_up(settings: TrainSettings) -> Training:
         state=state,
         pace=metrics.Pace(START, state.seconds, budget),
         log=log,
+        saved_step=state.step if held else -1,
     )
     introduce(t)
-    t.forward = place.wrap(compile_forward(t) if place.compile and writes else model)
+    t.forward = place.wrap(compile_forward(t) if place.compile else model)
+    t.pace.closing = state.closing_seconds
     t.pace.mark(state.step)
     return t
 
@@ -375,15 +397,16 @@ def compile_forward(t: Training) -> nn.Module:
     return runtime.compiled(t.model, try_it, t.log.warn)
 
 
-def check_finite(t: Training, loss: Tensor, norm: Tensor | None = None) -> None:
+def check_finite(t: Training, step: int, loss: float | Tensor, norm: float | Tensor = 0.0) -> None:
     """Raise ValueError where the loss (or, but for float16, which skips such steps, the gradient) is not finite."""
-    fp16 = t.runtime.dtype == torch.float16
-    what = "loss" if not math.isfinite(loss) else None
-    if what is None and norm is not None and not fp16 and not math.isfinite(norm):
+    what = None
+    if not math.isfinite(norm) and t.runtime.dtype != torch.float16:
         what = "gradient"
+    if not math.isfinite(loss):
+        what = "loss"
     if what:
         raise ValueError(
-            f"the {what} of step {t.state.step} is not finite; the run stops here and its checkpoints in "
+            f"the {what} of step {step} is not finite; the run stops here and its checkpoints in "
             f"{t.settings.out_dir} are good. Try a lower learning_rate, more warmup_iters, a smaller grad_clip"
             + (", or dtype=bfloat16 or float32" if t.runtime.dtype != torch.float32 else "")
             + "; go on from the last checkpoint with --init_from=resume"
@@ -392,7 +415,7 @@ def check_finite(t: Training, loss: Tensor, norm: Tensor | None = None) -> None:
 
 def log_step(t: Training, loss: Tensor, norm: Tensor) -> None:
     """One line of metrics: the loss (mean over ranks) of the step just done, and the speed since the last."""
-    check_finite(t, loss, norm)
+    check_finite(t, t.state.step, loss, norm)
     tokens = tokens_per_step(t.settings)
     step_seconds = t.pace.step_seconds(t.state.step)
     speed = tokens / step_seconds
@@ -426,14 +449,17 @@ def whole_validation(t: Training) -> evaluation.WholeSplit:
     return evaluation.whole_validation(t.model, t.corpus, s.block_size, s.batch_size, t.runtime)
 
 
-def evaluate_and_save(t: Training) -> None:
-    """Evaluate, log, draw, and keep a checkpoint, once a step."""
+def evaluate_and_save(t: Training, last: bool = False) -> None:
+    """Evaluate, log, draw, and keep a checkpoint, once a step; the last step is kept in any case."""
     state, start = t.state, time.monotonic()
     if state.last_eval_step == state.step:
+        if last and t.saved_step != state.step:
+            save(t)
         return
     with t.pace.aside():
         losses = fixed_losses(t)
         in_evaluation = time.monotonic() - start
+        check_finite(t, state.step, sum(losses.values()))
         state.last_eval_step = state.step
         improved = state.best_val_loss is None or losses["val"] < state.best_val_loss
         if improved:
@@ -441,7 +467,7 @@ def evaluate_and_save(t: Training) -> None:
         else:
             state.evals_since_best += 1
         log_evaluation(t, losses)
-        if improved or t.settings.always_save_checkpoint or finished(t):
+        if improved or last or t.settings.always_save_checkpoint:
             save(t, best=improved)
         if t.pace.budget is not None and not t.pace.closing:
             write_sample(t)  # the last step is followed by one: see how long it takes
@@ -476,14 +502,15 @@ def draw_curve(t: Training) -> None:
         curves.draw([curves.read(folder)], folder / run.CURVE)
     except ImportError:
         t.log.warn_once("there is no matplotlib, so no loss.png: pip install matplotlib")
-    except OSError as error:
-        t.log.warn_once(f"loss.png cannot be written: {error}")
+    except (OSError, ValueError) as error:
+        t.log.warn_once(f"loss.png cannot be drawn: {error}")
 
 
 def save(t: Training, best: bool = False) -> None:
     """Write a step checkpoint, make it the best where it is, and drop the oldest. Rank 0 does; all wait."""
     if t.runtime.is_main:
-        state = asdict(t.state) | {"seconds": t.pace.elapsed(), "scaler": t.scaler.state_dict()}
+        now = {"seconds": t.pace.elapsed(), "closing_seconds": t.pace.closing}
+        state = asdict(t.state) | now | {"scaler": t.scaler.state_dict()}
         held = checkpoint.Checkpoint(
             config=asdict(t.model.config),
             model={name: p.detach() for name, p in t.model.named_parameters()},
@@ -491,6 +518,7 @@ def save(t: Training, best: bool = False) -> None:
             state=state,
         )
         checkpoint.keep(Path(t.settings.out_dir), held, best=best, last=t.settings.keep_checkpoints)
+    t.saved_step = t.state.step
     t.runtime.wait()
 
 
@@ -551,7 +579,7 @@ def write_sample(t: Training) -> str:
     settings, tokenizer = t.settings, t.corpus.tokenizer
     if not t.runtime.is_main:
         return ""
-    prompt = tokenizer.encode(settings.sample_start)
+    prompt = tokenizers.encode_prompt(tokenizer, settings.sample_start)
     idx = torch.from_numpy(prompt.astype("int64"))[None].to(t.runtime.device)  # (1, T)
     generator = torch.Generator(t.runtime.device)
     generator.manual_seed(dataset.hash_numbers(settings.seed, t.state.step))

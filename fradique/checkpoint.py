@@ -8,6 +8,7 @@ name is complete, and a file that was damaged later is found out by its sum.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 1
+# What a crash may leave: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp
+LITTER = re.compile(r"\.(step-\d+|best|\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
 
 
 @dataclass
@@ -98,9 +101,9 @@ def keep(run: Path, checkpoint: Checkpoint, *, best: bool, last: int) -> None:
             f"the weights at step {step} are not finite and are not saved; the checkpoints in {run} are "
             "good: go on from the last with --init_from=resume and a lower learning_rate"
         )
+    if best:  # first, and a copy of its own: no crash between the two, and no damage, takes it from the run
+        save(run / "best", replace(checkpoint, optimizer={}))  # to write with, no optimizer is needed
     save(step_folder(run, step), checkpoint)
-    if best:  # a copy of its own, so that no damage takes both; to write with, no optimizer is needed
-        save(run / "best", replace(checkpoint, optimizer={}))
     prune(run, last)
 
 
@@ -132,17 +135,26 @@ def _move_into_place(beside: Path, folder: Path) -> None:
 
 def recover(run: Path) -> None:
     """Clear up after a crash: put back what had stepped aside, remove what was never finished."""
-    for aside in run.glob(".*.old"):
+    for aside in [path for path in run.glob(".*.old") if LITTER.fullmatch(path.name)]:
         place = run / aside.name[1 : -len(".old")]
         if place.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.rename(place)
-    for unfinished in run.glob(".*.tmp"):
+    for unfinished in [path for path in run.glob(".*.tmp") if LITTER.fullmatch(path.name)]:
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
         else:
             unfinished.unlink(missing_ok=True)
+
+
+def set_aside_after(run: Path, step: int) -> None:
+    """Rename checkpoints after `step` to damaged-…: a resumed run passed over them, and goes there anew."""
+    for folder in step_folders(run):
+        if int(folder.name[5:]) > step:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def prune(run: Path, keep: int) -> None:
@@ -155,17 +167,10 @@ def prune(run: Path, keep: int) -> None:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if HAS_FILE_DIGEST else _digest(file)
-
-
-HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
-
-
-def _digest(file: Any) -> str:
     total = hashlib.sha256()
-    while block := file.read(1 << 20):
-        total.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
     return total.hexdigest()
 
 
@@ -222,7 +227,8 @@ def newest(run: Path, warn: Callable[[str], None]) -> Path:
     raise ValueError(
         f"{run} holds no checkpoint to go on from"
         + (f": all {len(folders)} are damaged" if folders else "")
-        + ("; its best/ can be used with --init_from=" + str(run) if (run / "best").exists() else "")
+        + (f"; --init_from={run} begins with its best weights" if (run / "best").exists() else "")
+        + "; --overwrite begins anew"
     )
 
 

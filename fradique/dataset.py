@@ -70,7 +70,7 @@ class Split:
             b, t = np.unravel_index(int(rows.argmax()), rows.shape)
             raise self._beyond(windows[b].shard, windows[b].start + int(t), int(rows[b, t]))
         tokens = torch.from_numpy(rows)
-        return tokens[:, :-1], tokens[:, 1:]
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def check_ids(self) -> None:
         """Raise ValueError for the first id beyond the vocabulary, in splits of up to SCAN_LIMIT bytes."""

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, a progress bar, log lines, and wandb where it is asked for."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from fradique import checkpoint
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
+METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.txt", "wandb_id.txt"
 SAMPLE_HEADER = "=== step {step} ===\n"
 SAMPLE_START = re.compile(r"^=== step (\d+) ===\n", re.MULTILINE)
 
@@ -109,6 +110,7 @@ class Pace:
         self.started, self.earlier, self.budget = started, earlier, budget
         self.now = earlier  # seconds, as all ranks agreed last
         self.closing = 0.0  # seconds that what follows the last step is expected to take
+        self.last_step = 0.0  # seconds
         self.marked, self.marked_step, self.away = time.monotonic(), 0, 0.0
 
     def elapsed(self) -> float:
@@ -123,6 +125,13 @@ class Pace:
         finally:
             self.away += time.monotonic() - start
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step of training: the next is expected to take as long."""
+        start = time.monotonic()
+        yield
+        self.last_step = time.monotonic() - start
+
     def mark(self, step: int) -> None:
         self.marked, self.marked_step, self.away = time.monotonic(), step, 0.0
 
@@ -134,7 +143,8 @@ class Pace:
         return per_step
 
     def time_is_up(self) -> bool:
-        return self.budget is not None and self.now + self.closing >= self.budget
+        """Whether one more step would leave too little time for what follows the last."""
+        return self.budget is not None and self.now + self.last_step + self.closing >= self.budget
 
 
 def _bar_format(unit: str) -> str:
@@ -203,15 +213,33 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Forget what was written after `step`: a resumed run goes through those steps again."""
-    kept = [record for record in read(folder) if record["step"] <= step]
+    """Forget what was written after `step`, and the end of a run: a resumed run goes there again."""
+    records = read(folder)
+    ended = any("final_loss" in record and record["step"] == step for record in records)
+    kept = [record for record in records if record["step"] <= step and "final_loss" not in record]
     checkpoint.write_atomically(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
     samples = folder / SAMPLES
     if samples.exists():
         parts = SAMPLE_START.split(samples.read_text(encoding="utf-8"))  # "", step, text, step, text, …
-        steps = zip(parts[1::2], parts[2::2], strict=True)
+        steps = list(zip(parts[1::2], parts[2::2], strict=True))
+        if ended and steps and int(steps[-1][0]) == step:
+            steps.pop()  # the one that ended the run
         kept_text = (SAMPLE_HEADER.format(step=n) + text for n, text in steps if int(n) <= step)
         checkpoint.write_atomically(samples, "".join(kept_text))
+
+
+def check_wandb() -> None:
+    """Raise ValueError where wandb is missing, or would ask for a key where nobody can answer."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb_log=True, but wandb is not installed: pip install wandb") from error
+    offline = os.environ.get("WANDB_MODE", "online") != "online"
+    if not (offline or os.environ.get("WANDB_API_KEY") or wandb.api.api_key or sys.stdin.isatty()):
+        raise ValueError(
+            "wandb_log=True, but nobody is logged in: run `wandb login`, or set WANDB_MODE=offline to keep "
+            "the log on this machine, or leave wandb_log off"
+        )
 
 
 def start_wandb(folder: Path, project: str, name: str, config: dict[str, Any]) -> Any:
@@ -231,7 +259,7 @@ def start_wandb(folder: Path, project: str, name: str, config: dict[str, Any]) -
 
 def _wandb_id(folder: Path) -> str:
     """A name for the run that is kept in its folder, so that a resumed run goes on in the same chart."""
-    path = folder / "wandb_id.txt"
+    path = folder / WANDB_ID
     if not path.exists():
         checkpoint.write_atomically(path, f"{time.time_ns():x}")
     return path.read_text(encoding="utf-8").strip()

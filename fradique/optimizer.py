@@ -52,7 +52,7 @@ def load_state_by_name(
     for key, value in tensors.items():
         field, _, name = key.partition("/")
         if name in number:
-            state[number[name]][field] = value
+            state[number[name]][field] = value.clone()  # not the mapped file of the checkpoint
         else:
             strangers.append(name)
     missing = [names[i] for i, entry in state.items() if not entry] if tensors else []

@@ -3,7 +3,6 @@
 import platform
 import shutil
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ from fradique import checkpoint, metrics
 from fradique import tokenizer as tokenizers
 
 SETTINGS, TOKENIZER, CURVE = "settings.json", "tokenizer.json", "loss.png"
-OURS = (SETTINGS, TOKENIZER, CURVE, "metrics.jsonl", "samples.txt", "wandb_id.txt", "wandb", "best")
+OURS = (SETTINGS, TOKENIZER, CURVE, metrics.METRICS, metrics.SAMPLES, metrics.WANDB_ID, "wandb", "best")
 
 
 def check_free(run: Path, overwrite: bool) -> None:
     """Raise ValueError where `run` holds another run and `overwrite` is not set, or is no folder."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"out_dir={run} is a file: choose another folder")
-    if not overwrite and (
-        (run / SETTINGS).exists() or checkpoint.step_folders(run) or (run / "best").exists()
-    ):
+    if (run / "train.bin").exists() or (run / "ckpt.pt").exists():
+        raise ValueError(f"out_dir={run} holds a corpus or a run of nanoGPT: choose another --out_dir")
+    held = [name for name in OURS if (run / name).exists()] or checkpoint.step_folders(run)
+    if held and not overwrite:
         raise ValueError(
             f"out_dir={run} already holds a run: go on with it by --init_from=resume, begin anew by "
             "--overwrite (which deletes it), or choose another --out_dir"
@@ -30,7 +30,7 @@ def check_free(run: Path, overwrite: bool) -> None:
 
 def clear(run: Path) -> None:
     """Delete what a run wrote into `run`, and nothing else."""
-    for path in [run / name for name in OURS] + checkpoint.step_folders(run):
+    for path in [*(run / name for name in OURS), *checkpoint.step_folders(run), *run.glob("damaged-step-*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -44,17 +44,21 @@ def take(
     tokenizer: tokenizers.Tokenizer,
     *,
     go_on_from: int | None,
+    overwrite: bool,
 ) -> None:
     """Make the folder ours, and let it stand by itself: settings.json and tokenizer.json.
 
-    A run that goes on forgets what it wrote after step `go_on_from`; a new one (None) deletes what is there.
+    A run that goes on forgets what it wrote after step `go_on_from`; a new one (None) deletes what is there,
+    where `overwrite` allows it.
     """
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.recover(run)
-    if go_on_from is None:
-        clear(run)
-    else:
+    if go_on_from is not None:
+        settings = settings | {"init_from": saved_settings(run).get("init_from", "scratch")}  # how it began
+        checkpoint.set_aside_after(run, go_on_from)
         metrics.rewind(run, go_on_from)
+    elif overwrite:
+        clear(run)
     about = {"settings": settings, "decided": decided, "versions": versions(), "git_commit": git_commit()}
     checkpoint.write_atomically(run / SETTINGS, checkpoint.as_json(about))
     tokenizers.save(tokenizer, run / TOKENIZER)
@@ -94,7 +98,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the code that runs, with "+" where files differ from it; None outside a checkout."""
-    home = Path(sys.argv[0]).resolve().parent
+    home = Path(__file__).resolve().parent
     try:
         answers = [
             subprocess.run(

@@ -7,7 +7,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 
@@ -56,7 +56,9 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     def move(self, *tensors: Tensor) -> list[Tensor]:
         """Tensors on the device; on CUDA without waiting for the copy."""
@@ -75,8 +77,7 @@ class Runtime:
     def _reduce(self, values: tuple[float, ...], how: dist.ReduceOp) -> list[float]:
         if self.world == 1:
             return list(values)
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        together = torch.tensor(values, dtype=exact, device=self.device)
+        together = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for the card
         dist.all_reduce(together, how)
         return together.tolist()
 
@@ -130,10 +131,9 @@ def start(
     Joins the process group when torchrun started this process. Raises ValueError where a device or dtype was
     asked for that this machine does not have.
     """
-    rank, local_rank, world = (
-        int(os.environ.get(key, default))
-        for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, local_rank, world = 0, 0, 1
+    if "RANK" in os.environ:  # torchrun started this process
+        rank, local_rank, world = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     place = choose_device(device, local_rank, world)
     notes = []
     kind, why = choose_dtype(dtype, place, n_embd)
@@ -145,13 +145,11 @@ def start(
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    if "RANK" in os.environ and world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if backend == "auto" and place.type == "cuda" else _cpu(backend))
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if backend == "auto" and place.type == "cuda" else backend.replace("auto", "gloo")
+        both = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend  # gloo shares the small numbers
+        dist.init_process_group(both, device_id=place if place.type == "cuda" else None)
     return Runtime(place, DTYPES[kind], compiled, rank, world, tuple(notes))
-
-
-def _cpu(backend: str) -> str:
-    return "gloo" if backend == "auto" else backend
 
 
 def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.device:

@@ -352,6 +352,21 @@ def _from_meta(meta: Any) -> CharTokenizer:
     return CharTokenizer("".join(itos[i] for i in range(len(itos))))
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """The ids (T,) of a prompt, at least one: an empty prompt becomes what a text most likely begins after.
+
+    That is <|endoftext|>, or a line break, or the first character of a vocabulary without either.
+    """
+    if prompt:
+        return tokenizer.encode(prompt, allow_special=True)
+    if tokenizer.end_of_text is not None:
+        return np.array([tokenizer.end_of_text], dtype=tokenizer.dtype)
+    try:
+        return tokenizer.encode("\n")
+    except ValueError:
+        return np.zeros(1, dtype=tokenizer.dtype)
+
+
 class StreamDecoder:
     """Ids in, text out, as it is generated: a character is given once all its bytes are there."""
 

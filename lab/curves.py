@@ -80,8 +80,11 @@ def draw(runs: list[Curves], path: Path, x: str = "step") -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(beside)
-    beside.replace(path)
+    try:
+        figure.savefig(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def draw_run(axes: Axes, run: Curves, colour: str, x: str, prefix: str) -> None:
@@ -112,6 +115,8 @@ def draw_run(axes: Axes, run: Curves, colour: str, x: str, prefix: str) -> None:
 def main(resolved: Resolved[CurveSettings]) -> int:
     settings = resolved.settings
     folders = [Path(name) for name in settings.out_dir.split(",") if name]
+    if not folders:
+        raise ValueError("--out_dir names no run folder")
     path = Path(settings.to) if settings.to else folders[0] / "loss.png"
     draw([read(folder) for folder in folders], path, settings.x)
     print(f"wrote {path}")

@@ -109,6 +109,36 @@ def test_keep_saves_the_best_apart_so_that_no_damage_takes_both(tmp_path):
     assert checkpoint.load(tmp_path / "best").state["step"] == 1
 
 
+def test_the_best_is_saved_before_the_step_that_says_so(tmp_path, monkeypatch):
+    """A crash between the two must not leave a step that believes in a best that is not there."""
+    real = checkpoint.save
+
+    def crash(folder, held):
+        if folder.name.startswith("step-"):
+            raise OSError("cut")
+        real(folder, held)
+
+    monkeypatch.setattr(checkpoint, "save", crash)
+    with pytest.raises(OSError, match="cut"):
+        checkpoint.keep(tmp_path, make(4), best=True, last=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_recover_leaves_files_of_the_user_alone(tmp_path):
+    for name in (".notes.old", ".draft.tmp", ".idea"):
+        (tmp_path / name).write_text("mine")
+    checkpoint.recover(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".draft.tmp", ".idea", ".notes.old"]
+
+
+def test_checkpoints_after_the_step_that_a_run_goes_on_from_step_aside(tmp_path):
+    for step in (10, 20, 30):
+        checkpoint.save(checkpoint.step_folder(tmp_path, step), make(step))
+    checkpoint.set_aside_after(tmp_path, 10)
+    assert [p.name for p in checkpoint.step_folders(tmp_path)] == ["step-00000010"]
+    assert (tmp_path / "damaged-step-00000030").is_dir()
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     checkpoint.keep(tmp_path, make(1), best=True, last=2)
     bad = make(2)

@@ -49,11 +49,12 @@ def test_contradictions_are_told(settings):
     )
 
 
-def test_a_missing_corpus_names_the_command(settings):
-    message = refused(
-        replace(settings, dataset="eca_char", data_dir="data"), cwd=Path(__file__).parent.parent
-    )
-    assert "python data/eca_char/prepare.py" in message
+def test_a_missing_corpus_names_the_command(settings, tmp_path):
+    folder = tmp_path / "data" / "eca_char"
+    folder.mkdir(parents=True)
+    (folder / "prepare.py").touch()
+    message = refused(replace(settings, dataset="eca_char", data_dir="data"), cwd=tmp_path)
+    assert "make it with: python data/eca_char/prepare.py" in message
 
 
 def test_a_truncated_bin_is_refused(settings, tmp_path):
@@ -82,6 +83,32 @@ def test_an_out_dir_that_holds_a_run_is_not_touched_without_leave(settings):
     message = refused(settings)
     assert "--init_from=resume" in message and "--overwrite" in message
     assert sorted(p.name for p in Path(settings.out_dir).iterdir()) == before
+
+
+def test_files_that_are_not_a_run_are_never_deleted_without_leave(settings):
+    folder = Path(settings.out_dir)
+    folder.mkdir()
+    (folder / "samples.txt").write_text("mine")
+    refused(settings)
+    assert (folder / "samples.txt").read_text() == "mine"
+    (folder / "ckpt.pt").touch()
+    assert "holds a corpus or a run of nanoGPT" in refused(settings, "--overwrite")
+
+
+def test_a_corpus_is_no_place_for_a_run(settings):
+    corpus = Path(settings.data_dir) / settings.dataset
+    message = refused(replace(settings, out_dir=str(corpus)), "--overwrite")
+    assert "holds a corpus" in message and (corpus / "tokenizer.json").exists()
+
+
+def test_a_constant_rate_needs_no_floor(settings):
+    constant = replace(settings, lr_schedule="constant", learning_rate=1e-5)
+    assert constant.problems() == [] and replace(constant, lr_schedule="cosine").problems() != []
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused_before_training(settings):
+    assert "'W'" in refused(settings, "--sample_start=WXYZ")
+    assert not Path(settings.out_dir).exists()
 
 
 def test_overwrite_deletes_only_what_a_run_wrote(settings):

@@ -480,8 +480,20 @@ def test_min_p_keeps_those_at_least_p_times_as_likely_as_the_likeliest(values, p
 def test_filters_together_keep_what_each_after_the_other_keeps(values, k, top_p, min_p):
     logits = torch.tensor(values)
     together = filter_logits(logits, k, top_p, min_p)
-    one_by_one = filter_logits(filter_logits(filter_logits(logits, top_k=k), min_p=min_p), top_p=top_p)
+    one_by_one = filter_logits(filter_logits(filter_logits(logits, top_k=k), top_p=top_p), min_p=min_p)
     assert torch.equal(together, one_by_one)
+
+
+def test_filters_together_equal_those_of_transformers_in_its_order():
+    logits = torch.randn(50, 31, generator=seeded())
+    expected = logits
+    for warper in (
+        transformers.TopKLogitsWarper(9),
+        transformers.TopPLogitsWarper(0.8),
+        generation.MinPLogitsWarper(0.2),
+    ):
+        expected = warper(None, expected)
+    assert torch.equal(filter_logits(logits, 9, 0.8, 0.2), expected)
 
 
 def test_no_filter_changes_nothing():

@@ -48,7 +48,7 @@ def test_a_run_folder_writes_where_there_is_no_corpus(run_folder, tmp_path):
 
 
 def test_the_text_is_that_of_generate(writer):
-    prompt = sample.encode_prompt(writer, "a casa ")
+    prompt = torch.from_numpy(writer.tokenizer.encode("a casa ").astype("int64"))
     generator = torch.Generator().manual_seed(1337)
     ids = writer.model.generate(prompt[None], 60, temperature=0.8, generator=generator)
     assert "a casa " + text_of(writer, "a casa ")[0] == writer.tokenizer.decode(ids[0].tolist())
@@ -151,6 +151,12 @@ def test_bad_input_gets_one_message_and_status_2(run_folder, words, message):
     done = run_script("sample.py", f"--out_dir={run_folder}", *words)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path):
+    done = run_script("sample.py", "--out_dir=out/eca-chr", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "out/eca-chr holds no run" in done.stderr and "hub" not in done.stderr
 
 
 def test_a_folder_without_a_run_gets_a_message(tmp_path):

@@ -279,12 +279,86 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint
 
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(
-        ValueError, match=f"the {where} of step 12 is not finite.*learning_rate.*init_from=resume"
+        ValueError, match=f"the {where} of step 13 is not finite.*learning_rate.*init_from=resume"
     ):
         run_training(settings)
     folders = checkpoint.step_folders(Path(settings.out_dir))
     assert folders[-1].name == "step-00000010"
     assert all(checkpoint.all_finite(checkpoint.load(folder).model) for folder in folders)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run_with_the_same_message(settings):
+    ruined = replace(
+        settings, learning_rate=1e30, max_iters=1, eval_interval=1, warmup_iters=0, grad_clip=0.0
+    )
+    with pytest.raises(ValueError, match=r"the loss of step 1 is not finite.*learning_rate"):
+        run_training(ruined)
+    assert [p.name for p in checkpoint.step_folders(Path(settings.out_dir))] == ["step-00000000"]
+
+
+def test_the_last_step_is_kept_after_early_stopping_too(settings):
+    ruined = replace(settings, learning_rate=0.5, lr_schedule="constant", warmup_iters=0, max_iters=10**6)
+    _, t = run_training(replace(ruined, early_stop_evals=2, always_save_checkpoint=False))
+    assert checkpoint.step_folder(Path(settings.out_dir), t.state.step).exists()
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(settings):
+    settings = replace(settings, keep_checkpoints=2)
+    run_training(settings)
+    folder = Path(settings.out_dir)
+    (folder / "step-00000020" / "model.safetensors").unlink()
+    run_training(replace(settings, init_from="resume", max_iters=17, keep_checkpoints=1))
+    assert [p.name for p in checkpoint.step_folders(folder)] == ["step-00000017"]
+    run_training(replace(settings, init_from="resume"))
+
+
+def test_a_finished_run_that_is_resumed_ends_once(settings):
+    run_training(settings)
+    before = [
+        {k: v for k, v in r.items() if "seconds" not in k} for r in metrics.read(Path(settings.out_dir))
+    ]
+    run_training(replace(settings, init_from="resume"))
+    records = metrics.read(Path(settings.out_dir))
+    assert [r["step"] for r in records] == [r["step"] for r in before]
+    assert records[-1]["final_loss"] == before[-1]["final_loss"]
+    assert (Path(settings.out_dir) / "samples.txt").read_text().count("=== step 20 ===") == 1
+    about = checkpoint.read_json(Path(settings.out_dir) / "settings.json")
+    assert about["settings"]["init_from"] == "scratch"  # how it began
+
+
+def scaled(settings):
+    """A run that scales its loss as float16 does, on a CPU."""
+    t = train.set_up(settings)
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    return t
+
+
+def test_a_scaled_loss_gives_the_same_training(settings, tmp_path):
+    settings = replace(settings, dropout=0.0, max_iters=6, eval_interval=6)
+    run_training(settings)
+    t = scaled(replace(settings, out_dir=str(tmp_path / "b")))
+    train.train(t)
+    assert t.scaler.get_scale() == 4096.0  # it grew twice
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(tmp_path / "b")[step] == pytest.approx(loss, abs=1e-5)
+    state = checkpoint.load(tmp_path / "b" / "step-00000006").state
+    assert state["scaler"]["scale"] == 4096.0
+    run_training(
+        replace(settings, out_dir=str(tmp_path / "b"), init_from="resume", max_iters=8)
+    )  # in float32
+
+
+def test_two_processes_resume_to_the_last_bit(settings, tmp_path):
+    """The words under which two ranks go on are the same as for one."""
+    whole = replace(settings, out_dir=str(tmp_path / "whole"), gradient_accumulation_steps=2, max_iters=10)
+    parts = replace(whole, out_dir=str(tmp_path / "parts"))
+    assert torchrun(2, *flags(whole)).returncode == 0
+    # the schedule must not know of the shorter run
+    assert torchrun(2, *flags(replace(parts, max_iters=5, lr_decay_iters=10))).returncode == 0
+    done = torchrun(2, "--init_from=resume", f"--out_dir={parts.out_dir}", "--max_iters=10")
+    assert done.returncode == 0, done.stderr
+    assert losses(parts.out_dir) == losses(whole.out_dir)
+    assert same_folder(*(Path(x.out_dir) / "step-00000010" for x in (whole, parts)))
 
 
 def test_eval_only_reports_and_writes_nothing(settings, capsys):
@@ -473,6 +547,16 @@ def test_a_time_budget_ends_the_run_in_time_with_the_schedule_at_its_floor(setti
     rates = {r["step"]: r["lr"] for r in metrics.read(Path(settings.out_dir)) if "lr" in r}
     assert rates[10] > 0.8 * settings.learning_rate and min(rates.values()) < 0.1 * settings.learning_rate
     assert list(rates.values()) == sorted(rates.values(), reverse=True)
+
+
+def test_a_time_budget_is_kept_with_long_steps_and_evaluations_on_the_way(settings, clock):
+    for name, interval in (("a", 7), ("b", 10), ("c", 33)):
+        clock.seconds = 1000.0
+        own = replace(
+            settings, out_dir=f"{settings.out_dir}-{name}", time_budget="20s", eval_interval=interval
+        )
+        run_training(replace(own, eval_iters=10**6))
+        assert clock.seconds - 1000.0 <= 20.0
 
 
 def test_a_time_budget_goes_on_where_the_stopped_run_was(settings, clock, monkeypatch):
