@@ -2,7 +2,7 @@
 
 python sample.py --out_dir=out/eca-char --start="A figura é poética"
 python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
-echo "Era uma vez" | python sample.py --out_dir=out/eca-char --start=-
+printf "Era uma vez" | python sample.py --out_dir=out/eca-char --start=-
 """
 
 import sys

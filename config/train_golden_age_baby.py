@@ -14,7 +14,7 @@ batch_size = 32
 gradient_accumulation_steps = 1
 
 max_iters = 2000
-learning_rate = 5e-3
+learning_rate = 8e-3
 min_lr = 0.0
 lr_schedule = "wsd"
 decay_frac = 0.6

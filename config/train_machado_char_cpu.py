@@ -2,8 +2,8 @@
 
 out_dir = "out/machado-char-cpu"
 dataset = "machado_char"
-eval_interval = 1000
-eval_iters = 50
+eval_interval = 2500
+eval_iters = 20
 log_interval = 100
 
 n_layer = 4
