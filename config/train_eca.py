@@ -1,4 +1,5 @@
 # Eça de Queiroz, 21 works, in 4,096 tokens of their own (byte-level BPE): 12.3M parameters.
+# Made for a GPU; time and loss were not measured yet.
 
 out_dir = "out/eca"
 dataset = "eca"

@@ -1,5 +1,6 @@
 # A writer of Python for `make demo`: characters of the standard library's own source.
-# Costs: a minute on two CPU cores, whatever they are (the schedule follows the clock).
+# Measured on two cores of an AMD EPYC (Zen 4, 2.6 GHz, no AMX): 600 steps in the minute, whole-validation
+#   loss 1.846, 2.66 bits per byte.
 
 out_dir = "out/python-char"
 dataset = "python_char"

@@ -1,4 +1,5 @@
 # Shakespeare (tinyshakespeare) by characters: nanoGPT's own example, 10.7M parameters.
+# Time and loss were not measured yet.
 
 out_dir = "out/shakespeare-char"
 dataset = "shakespeare_char"
