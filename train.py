@@ -175,6 +175,9 @@ def train(t: Training) -> int:
             if stop.heard(t.runtime):
                 return leave_early(t, stop)
         evaluate_and_save(t, last=True)
+        if not state.step and t.pace.budget:
+            ends = metrics.duration(t.pace.elapsed() + t.pace.closing)
+            t.log.warn(f"no time was left to train: the evaluations alone take until {ends}; give a longer budget")
     finally:
         stop.forget()
     finish(t)

@@ -41,7 +41,7 @@ class RunLog:
         self.file = (folder / METRICS).open("a", encoding="utf-8") if folder and speak else None
         on_terminal = speak and sys.stderr.isatty()
         self.bar = (
-            tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True, bar_format=_bar_format(unit))
+            tqdm(total=total, initial=start, unit=unit, bar_format=_bar_format(unit), **_width())
             if on_terminal
             else None
         )
@@ -145,6 +145,15 @@ class Pace:
     def time_is_up(self) -> bool:
         """Whether one more step would leave too little time for what follows the last."""
         return self.budget is not None and self.now + self.last_step + self.closing >= self.budget
+
+
+def _width() -> dict[str, Any]:
+    """The bar follows the terminal's width; one that does not tell its width gets 80 columns."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # a stand-in for a terminal has no number or no size
+        known = False
+    return {"dynamic_ncols": True} if known else {"ncols": 80}
 
 
 def _bar_format(unit: str) -> str:
