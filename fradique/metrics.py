@@ -153,7 +153,7 @@ def _width() -> dict[str, Any]:
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # a stand-in for a terminal has no number or no size
         known = False
-    return {"dynamic_ncols": True} if known else {"ncols": 80}
+    return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
 
 def _bar_format(unit: str) -> str:
