@@ -8,7 +8,7 @@ Shapes: B batch, T time (tokens), S keys seen so far, C = n_embd, V = vocab_size
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,7 +19,16 @@ from torch import Tensor, nn
 ACTIVATIONS = {
     "gelu": F.gelu,  # the exact form, with erf: nanoGPT's
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's (Hendrycks & Gimpel 2016)
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # Primer (So et al. 2021)
+    "swiglu": F.silu,  # these two are of the gate that the other half of c_fc passes through (Shazeer 2020)
+    "geglu": F.gelu,
 }
+GATED = ("swiglu", "geglu")
+NORMS = ("layernorm", "rmsnorm")
+NORM_PLACES = ("pre", "post", "deepnorm")
+POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "relative", "none")
+NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -31,35 +40,105 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head queries; 0: n_head
+    n_inner: int = 0  # width of the MLP; 0: 4 n_embd, and two thirds of it where the activation is gated
     dropout: float = 0.0
     bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
+    norm: str = "layernorm"  # one of NORMS
+    norm_place: str = "pre"  # one of NORM_PLACES
+    qk_norm: bool = False  # normalise queries and keys, head by head
+    embd_norm: bool = False  # normalise the embedding (BLOOM)
+    position: str = "learned"  # one of POSITIONS
+    rope_theta: float = 10000.0
     activation: str = "gelu"  # a key of ACTIVATIONS
+    parallel_block: bool = False  # attention and MLP side by side, on one norm
+    prefix_len: int = 0  # tokens at the beginning that see one another both ways
+    sliding_window: int = 0  # keys that a query sees, its own among them; 0: all
+    tie_weights: bool = True  # one matrix for the embedding and the output layer
+    logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: they stay
     flash: bool = True  # torch's fused attention; False: the plain softmax, written out
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP. A gated one has three matrices: two thirds, to a multiple of 8, cost the same."""
+        default = -(-8 * self.n_embd // 24) * 8 if self.activation in GATED else 4 * self.n_embd
+        return self.n_inner or default
 
     def problems(self) -> list[str]:
         """What is wrong with this shape, a sentence each; empty where nothing is."""
         found = [
-            f"{name} = {value} must be at least 1"
-            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-            if (value := getattr(self, name)) < 1
+            f"{name} = {value} must be at least {least}"
+            for names, least in ((SIZES, 1), (SIZES_OR_NONE, 0))
+            for name in names
+            if (value := getattr(self, name)) < least
         ]
-        if not found and self.n_embd % self.n_head:
-            below = self.n_embd - self.n_embd % self.n_head
-            near = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
-            found.append(
-                f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
-                f"each head takes an equal part of the width (n_embd = {near} would do)"
-            )
+        if not found:
+            found += self._contradictions()
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout = {self.dropout} must be at least 0 and less than 1")
-        if self.activation not in ACTIVATIONS:
-            found.append(f"activation = {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        if not self.rope_theta > 0:
+            found.append(f"rope_theta = {self.rope_theta} must be above 0")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                found.append(f"{name} = {value!r} is none of {', '.join(choices)}")
+        return found
+
+    def _contradictions(self) -> list[str]:
+        """Sizes that are each sound by themselves, and do not go together."""
+        found, heads = [], self.n_head
+        if self.n_embd % heads:
+            below = self.n_embd - self.n_embd % heads
+            near = f"{below} or {below + heads}" if below else f"{heads}"
+            found.append(
+                f"n_embd = {self.n_embd} is not divisible by n_head = {heads}: "
+                f"each head takes an equal part of the width (n_embd = {near} would do)"
+            )
+        elif self.position == "rope" and self.head_dim % 2:
+            found.append(
+                f"position = 'rope' turns pairs of numbers, and n_embd / n_head = {self.head_dim} is odd: "
+                "change n_embd or n_head"
+            )
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            found.append(f"position = 'sinusoidal' needs an even n_embd, not {self.n_embd}")
+        if heads % self.kv_heads:
+            fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            found.append(
+                f"n_head = {heads} is not a multiple of n_kv_head = {self.n_kv_head}: the queries share the "
+                f"keys in equal groups (n_kv_head = {fit} would do)"
+            )
+        if self.prefix_len and self.sliding_window:
+            found.append(
+                f"prefix_len = {self.prefix_len} and sliding_window = {self.sliding_window} contradict each "
+                "other: one lets tokens see further, the other less far; set one of them to 0"
+            )
+        if self.prefix_len >= self.block_size:
+            found.append(
+                f"prefix_len = {self.prefix_len} leaves nothing of block_size = {self.block_size} to predict"
+            )
         return found
 
     @classmethod
     def names(cls) -> list[str]:
         """The names of the fields: what a settings object or a `model.json` may give."""
         return [field.name for field in fields(cls)]
+
+
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+SIZES_OR_NONE = ("n_kv_head", "n_inner", "prefix_len", "sliding_window", "logit_softcap")  # 0: none
+CHOICES = {
+    "norm": NORMS,
+    "norm_place": NORM_PLACES,
+    "position": POSITIONS,
+    "activation": tuple(ACTIVATIONS),
+}
 
 
 class KVCache:
@@ -74,13 +153,13 @@ class KVCache:
         room: int | None = None,  # tokens; a whole block where None is given
     ) -> None:
         room = config.block_size if room is None else room
-        shape = (config.n_layer, batch, config.n_head, room, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch, config.kv_heads, room, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, n_head, T, head_dim) behind what is held; return all (B, n_head, S, head_dim)."""
+        """Store k, v (B, kv_heads, T, head_dim) behind what is held; return all S of them."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -90,13 +169,37 @@ class KVCache:
 class LayerNorm(nn.Module):
     """Layer normalisation (Ba et al. 2016) whose bias may be left out."""
 
-    def __init__(self, n_embd: int, bias: bool) -> None:
+    def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, NORM_EPS)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square (Zhang & Sennrich 2019): no mean is taken away, no bias added."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+
+
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
+    return RMSNorm(width) if config.norm == "rmsnorm" else LayerNorm(width, config.bias)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What all layers are told of the positions: which keys a query sees, and how rope turns both."""
+
+    # bool (T, S), true where seen; or (1, n_head, T, S), added to the scores; None: causal
+    mask: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None  # cosine and sine, (T, head_dim / 2) each
 
 
 class CausalSelfAttention(nn.Module):
@@ -104,21 +207,31 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_head, self.flash, self.dropout = layer, config.n_head, config.flash, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.attend = fused_attention if config.flash else plain_attention
+        kv_width = config.kv_heads * config.head_dim
+        self.widths = (config.n_embd, kv_width, kv_width)  # of q, k, v
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_dim)
-            for part in self.c_attn(x).split(C, dim=2)
+            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head or kv_heads, T, head_dim)
+            for part in self.c_attn(x).split(self.widths, dim=2)
         )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if sight.rotation is not None:
+            q, k = rotate(q, *sight.rotation), rotate(k, *sight.rotation)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms may answer in float32 where autocast is on
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, n_head, S, head_dim)
-        dropout = self.dropout if self.training else 0.0
-        attend = fused_attention if self.flash else plain_attention
-        y = attend(q, k, v, dropout)  # (B, n_head, T, head_dim)
+            k, v = cache.extend(self.layer, k, v)  # (B, kv_heads, S, head_dim)
+        y = self.attend(
+            q, k, v, sight.mask, self.dropout if self.training else 0.0
+        )  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -128,49 +241,132 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / √head_dim) v (Vaswani et al. 2017, eq. 1), written out: the truth for the fused path."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q kᵀ / √head_dim + mask) v (Vaswani et al. 2017, eq. 1), written out: the fused path's truth.
+
+    q (B, n_head, T, head_dim); k, v (B, kv_heads, S, head_dim); mask as in `Sight`.
+    """
+    group = q.size(1) // k.size(1)  # queries that share a key
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_head, T, S)
-    scores = scores.masked_fill(~causal_mask(q.size(2), k.size(2), q.device), float("-inf"))
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q.device)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
-    return weights @ v
+    return weights.to(v.dtype) @ v
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
     """The same through torch's kernels (FlashAttention where torch has it: Dao et al. 2022)."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     T, S = q.size(2), k.size(2)
-    if T == S:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    mask = None if T == 1 else causal_mask(T, S, q.device)  # one new token sees every key
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    causal = mask is None and T == S
+    if mask is None and 1 < T < S:  # a single new token sees every key
+        mask = causal_mask(T, S, q.device)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in the middle."""
+    """Two linear layers, wider in the middle; the first gives gate and value where it is gated."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.gated = config.activation in GATED
+        self.c_fc = nn.Linear(config.n_embd, config.inner * (2 if self.gated else 1), bias=config.bias)
+        self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(self.activation(self.c_fc(x))), self.dropout, self.training)
+        x = self.c_fc(x)  # (B, T, inner), twice that where it is gated
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = self.activation(gate) * x
+        else:
+            x = self.activation(x)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each added to the stream that it reads (pre-norm)."""
+    """One layer: attention, then the MLP, each added to the stream that it reads."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = None if config.parallel_block else make_norm(config, config.n_embd)
         self.mlp = MLP(config)
+        self.pre = config.norm_place == "pre"
+        # DeepNorm weighs the stream so that many layers of post-norm can be trained (GLM-130B, §2.1)
+        self.stream_weight = math.sqrt(2 * config.n_layer) if config.norm_place == "deepnorm" else 1.0
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, sight: Sight, cache: KVCache | None = None) -> Tensor:
+        if self.ln_2 is None:  # side by side: one norm, one sum (GPT-J; PaLM, §2)
+            return self._add(x, self.ln_1, lambda h: self.attn(h, sight, cache) + self.mlp(h))
+        x = self._add(x, self.ln_1, lambda h: self.attn(h, sight, cache))
+        return self._add(x, self.ln_2, self.mlp)
+
+    def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """The stream x (B, T, C) with what `part` makes of it: of its norm, or normalised thereafter."""
+        return x + part(norm(x)) if self.pre else norm(self.stream_weight * x + part(x))
+
+
+# Positions
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """(T,) -> (T, width): sine and cosine by turns, wavelengths 2π to 20000π (Vaswani et al. 2017, §3.5)."""
+    angles = _angles(positions, width, 10000.0)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (T, head_dim / 2) each, for `rotate`."""
+    angles = _angles(positions, head_dim, theta)
+    return angles.cos(), angles.sin()
+
+
+def _angles(positions: Tensor, width: int, base: float) -> Tensor:
+    """position / base^(2i / width), (T, width / 2)."""
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    return positions[:, None].float() * base**-exponents
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021): number i and i + head_dim / 2 turn as a pair, as in LLaMA.
+
+    x (B, heads, T, head_dim) -> the same shape, computed in float32.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def alibi_slopes(n_head: int, device: torch.device) -> Tensor:
+    """(n_head,): 2^(-8/n), 2^(-16/n), … (Press et al. 2022).
+
+    Where n is no power of 2: those of the next lower, and every other one of the next higher, as in BLOOM.
+    """
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]
+    return torch.tensor(slopes, device=device)
+
+
+RELATIVE_BUCKETS, RELATIVE_FARTHEST = 32, 128
+
+
+def relative_buckets(distance: Tensor) -> Tensor:
+    """How far back a key stands -> 0 to 31: exactly up to 15, then in widening steps up to 128 (T5, §2.1)."""
+    exact = RELATIVE_BUCKETS // 2
+    distance = distance.clamp(min=0)
+    wide = (distance.clamp(min=1).float() / exact).log() / math.log(RELATIVE_FARTHEST / exact)
+    far = (exact + (wide * (RELATIVE_BUCKETS - exact)).long()).clamp(max=RELATIVE_BUCKETS - 1)
+    return torch.where(distance < exact, distance, far)
 
 
 class GPT(nn.Module):
@@ -184,72 +380,157 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                "ln_f": LayerNorm(config.n_embd, config.bias),
-            }
-        )
+        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.position == "relative":  # one table for all layers, as in T5
+            parts["rel"] = nn.Embedding(RELATIVE_BUCKETS, config.n_head)
+        if config.embd_norm:
+            parts["ln_e"] = make_norm(config, config.n_embd)
+        parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        if config.norm_place == "pre":  # else the last block has normalised already
+            parts["ln_f"] = make_norm(config, config.n_embd)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight  # one matrix for both (Press & Wolf 2017)
-        self.apply(self._init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith(
-                "c_proj.weight"
-            ):  # 2 n_layer sums into the stream keep its variance (GPT-2, §2.3)
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        if config.tie_weights:
+            self.lm_head.weight = parts["wte"].weight  # one matrix for both (Press & Wolf 2017)
+        self._init_weights()
 
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def _init_weights(self) -> None:
+        """GPT-2's (§2.3): N(0, 0.02²), and what is summed into the stream so much smaller that the sum keeps
+        its variance. DeepNorm's: Xavier's, but for what makes values 1 / sqrt(2 n_layer) of it."""
+        layers = 2 * self.config.n_layer
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.transformer["h"]:
+            if self.config.norm_place == "deepnorm":
+                q, k, v = block.attn.c_attn.weight.split(block.attn.widths)
+                for weight in (q, k):
+                    nn.init.xavier_normal_(weight)
+                for weight in (v, block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight):
+                    nn.init.xavier_normal_(weight, gain=layers**-0.5)
+            elif self.config.norm_place == "pre":
+                for weight in (block.attn.c_proj.weight, block.mlp.c_proj.weight):
+                    nn.init.normal_(weight, std=0.02 / math.sqrt(layers))
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        prefix: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) -> logits and loss.
 
         With targets (B, T): logits (B, T, V) and the mean cross-entropy in nats; targets of -1 do not count.
         Without: the logits of the last position, (B, 1, V), and None. With a cache, `idx` continues what it
-        holds. Raises ValueError where the tokens do not fit the block.
+        holds. Of a prefix decoder the first `prefix` tokens see one another (at most prefix_len; where it is
+        None, all that come with an empty cache), and the targets among them do not count. Raises ValueError
+        where the tokens do not fit the block.
         """
         T = idx.size(1)
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the block of {self.config.block_size}")
+        if prefix is None:
+            prefix = 0 if start else T
+        prefix = min(self.config.prefix_len, prefix)
         positions = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self._embed(idx, positions)  # (B, T, C)
+        sight = Sight(
+            mask=self._mask(positions, start, prefix),
+            rotation=self._rotation(positions),
+        )
         for block in self.transformer["h"]:
-            x = block(x, cache)
-        x = self.transformer["ln_f"](x)
+            x = block(x, sight, cache)
+        if "ln_f" in self.transformer:
+            x = self.transformer["ln_f"](x)
         if cache is not None:
             cache.length += T
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)  # (B, T, V)
+            return self._logits(x[:, -1:]), None
+        if prefix > 1:
+            targets = torch.where(positions < prefix - 1, -1, targets)
+        logits = self._logits(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
+
+    def _embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)."""
+        x = self.transformer["wte"](idx)
+        if self.config.position == "learned":
+            x = x + self.transformer["wpe"](positions)
+        elif self.config.position == "sinusoidal":
+            # the factor lifts the tokens to the size of the sines (Vaswani et al. 2017, §3.4)
+            x = x * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd)
+        if self.config.embd_norm:
+            x = self.transformer["ln_e"](x)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.position != "rope":
+            return None
+        return rope(positions, self.config.head_dim, self.config.rope_theta)
+
+    def _mask(self, positions: Tensor, start: int, prefix: int) -> Tensor | None:
+        """`Sight.mask` for queries at `positions` (T,), from `start` on, over all keys up to the last."""
+        config, T = self.config, positions.numel()
+        biased = config.position in ("alibi", "relative")
+        narrow = 0 < config.sliding_window < start + T
+        if not (biased or narrow or start < prefix - 1):
+            return None
+        queries, keys = positions[:, None], torch.arange(start + T, device=positions.device)
+        seen = keys <= queries  # (T, S)
+        if start < prefix - 1:
+            seen = seen | ((keys < prefix) & (queries < prefix))
+        if narrow:
+            seen = seen & (keys > queries - config.sliding_window)
+        if not biased:
+            return seen
+        distance = queries - keys  # (T, S)
+        if config.position == "alibi":
+            scores = -alibi_slopes(config.n_head, positions.device)[:, None, None] * distance
+        else:
+            scores = self.transformer["rel"](relative_buckets(distance)).permute(2, 0, 1)  # (n_head, T, S)
+        return scores.masked_fill(~seen, float("-inf"))[None]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, V)."""
+        logits, cap = self.lm_head(x), self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, by default without the positions (the token table counts: it is the output layer)."""
         total = sum(p.numel() for p in self.parameters())
-        return total - self.transformer["wpe"].weight.numel() if non_embedding else total
+        if non_embedding and "wpe" in self.transformer:
+            total -= self.transformer["wpe"].weight.numel()
+        return total
 
     def flops_per_token(self) -> int:
-        """FLOPs of forward and backward for a token of a full block: 6N + 12 L C T (PaLM, appendix B)."""
+        """FLOPs of forward and backward for a token of a full block: 6N + 12 L C T (PaLM, appendix B).
+
+        N leaves out what is only looked up: the positions, and an embedding that is not the output layer too.
+        T is what a token can see at most: the block, or the sliding window.
+        """
         c = self.config
-        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        multiplied = self.num_params() - (0 if c.tie_weights else self.transformer["wte"].weight.numel())
+        seen = min(c.block_size, c.sliding_window or c.block_size)
+        return 6 * multiplied + 12 * c.n_layer * c.n_embd * seen
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context: keep the first `block_size` positions. Raises ValueError if it would grow."""
+        """Shorten the context: keep the first `block_size` positions. Raises ValueError if it would grow, or
+        leave no room behind a prefix."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"a block of {self.config.block_size} cannot be cropped to {block_size}")
-        self.config = replace(self.config, block_size=block_size)
+        cropped = replace(self.config, block_size=block_size)
+        if problems := cropped.problems():
+            raise ValueError("; ".join(problems))
+        self.config = cropped
+        if "wpe" not in self.transformer:
+            return
         wpe = self.transformer["wpe"]
         wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone(), wpe.weight.requires_grad)
         wpe.num_embeddings = block_size
@@ -304,16 +585,18 @@ class GPT(nn.Module):
             if not sound:
                 raise ValueError(wrong)
         room = min(block_size, idx.size(1) + max_new_tokens)  # tokens that the cache may have to hold
-        cache, cached_from = None, 0
+        cache = self._cache(idx, room) if use_cache else None
+        window, given = -1, 0  # where the window begins, and how many tokens were there when it did
         try:
             self.eval()
             for _ in range(max_new_tokens):
                 start = window_start(idx.size(1), block_size, hop)
-                if use_cache and (cache is None or start != cached_from):
-                    cache = cache or self._cache(idx, room)
-                    cache.length, cached_from = 0, start
+                if start != window:
+                    window, given = start, idx.size(1) - start
+                    if cache is not None:
+                        cache.length = 0
                 fresh = idx[:, start + (cache.length if cache else 0) :]  # what the cache does not hold yet
-                logits = self(fresh, cache=cache)[0][:, -1, :n_vocab].float()  # (B, V)
+                logits = self(fresh, cache=cache, prefix=given)[0][:, -1, :n_vocab].float()  # (B, V)
                 logits = penalise_repetition(logits, idx, repetition_penalty)
                 token = draw(logits, temperature, top_k, top_p, min_p, generator)
                 idx = torch.cat([idx, token[:, None]], dim=1)

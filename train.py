@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from configurator import Resolved, command, setting
 from fradique import checkpoint, dataset, evaluation, metrics, optimizer, pretrained, run, runtime, schedule
 from fradique import tokenizer as tokenizers
-from model import ACTIVATIONS, GPT, GPTConfig
+from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, POSITIONS, GPTConfig
 
 
 # fmt: off
@@ -54,7 +54,20 @@ class TrainSettings:
     n_embd: int = setting(768, "width; a multiple of n_head", lo=1)
     dropout: float = setting(0.0, "0 to train on plenty of text; 0.1 to 0.3 on little", lo=0.0, hi=0.99)
     bias: bool = setting(False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit faster")
-    activation: str = setting("gelu", "of the MLP", choices=tuple(ACTIVATIONS))
+    activation: str = setting("gelu", "of the MLP; swiglu and geglu pass it through a gate", choices=tuple(ACTIVATIONS))
+    n_inner: int = setting(0, "width of the MLP; 0: 4 n_embd, two thirds of it with a gate", lo=0)
+    n_kv_head: int = setting(0, "heads of keys and values, shared by groups of queries; 1: multi-query; 0: n_head", lo=0)
+    position: str = setting("learned", "how a token knows its place", choices=POSITIONS)
+    rope_theta: float = setting(10000.0, "position=rope: the longest wavelength is 2π times this", above=0.0)
+    norm: str = setting("layernorm", "what keeps the stream in bounds", choices=NORMS)
+    norm_place: str = setting("pre", "before each part, after it, or after it with a weighted stream", choices=NORM_PLACES)
+    qk_norm: bool = setting(False, "normalise queries and keys, head by head")
+    embd_norm: bool = setting(False, "normalise the embedding, as BLOOM does")
+    parallel_block: bool = setting(False, "attention and MLP side by side, as in PaLM and GPT-J")
+    prefix_len: int = setting(0, "tokens at the beginning of a block that see one another both ways, unpredicted", lo=0)
+    sliding_window: int = setting(0, "how many tokens back a layer sees; 0: all", lo=0)
+    tie_weights: bool = setting(True, "one matrix for the embedding and the output layer")
+    logit_softcap: float = setting(0.0, "c: bend logits into (-c, c); 0: leave them", lo=0.0)
     flash: bool = setting(True, "torch's fused attention; False: the plain softmax")
 
     learning_rate: float = setting(6e-4, "the peak", above=0.0, group="optimizer")

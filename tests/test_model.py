@@ -238,7 +238,7 @@ def test_dropout_within_attention_keeps_the_expected_value():
     v = torch.randn(1, 1, 8, 4, generator=seeded())
     for attend in (plain_attention, fused_attention):
         torch.manual_seed(0)
-        drawn = torch.stack([attend(q, k, v, 0.3) for _ in range(4000)])
+        drawn = torch.stack([attend(q, k, v, dropout=0.3) for _ in range(4000)])
         assert drawn.std(0).max() > 0.1
         torch.testing.assert_close(drawn.mean(0), attend(q, k, v), rtol=0, atol=0.05)
 

@@ -1,0 +1,13 @@
+# BLOOM (BigScience Workshop 2022), four layers of it. It normalises the embedding too.
+# Any training config takes it: python train.py config/train_eca_char.py config/arch/bloom.py
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+norm = "layernorm"
+norm_place = "pre"
+embd_norm = True
+position = "alibi"
+activation = "gelu_tanh"
+bias = True

@@ -1,0 +1,13 @@
+# GPT-3 (Brown et al. 2020), four layers of it. All of them are dense here: in the original every other
+# one attends sparsely, which pays at contexts that no laptop trains.
+# Any training config takes it: python train.py config/train_eca_char.py config/arch/gpt3.py
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+norm = "layernorm"
+norm_place = "pre"
+position = "learned"
+activation = "gelu_tanh"
+bias = True
