@@ -70,7 +70,10 @@ class TrainSettings:
     logit_softcap: float = setting(0.0, "c: bend logits into (-c, c); 0: leave them", lo=0.0)
     flash: bool = setting(True, "torch's fused attention; False: the plain softmax")
 
-    learning_rate: float = setting(6e-4, "the peak", above=0.0, group="optimizer")
+    optimizer: str = setting("adamw", "adamw; or muon for the matrices inside the blocks, adamw for the rest", choices=optimizer.OPTIMIZERS, group="optimizer")
+    learning_rate: float = setting(6e-4, "the peak of AdamW's", above=0.0)
+    muon_learning_rate: float = setting(0.02, "the peak of Muon's, on the same schedule", above=0.0)
+    muon_momentum: float = setting(0.95, "Muon's memory of the gradient", lo=0.0, hi=0.999999)
     lr_schedule: str = setting("cosine", "shape after the warm-up", choices=tuple(schedule.SCHEDULES))
     decay_lr: bool = setting(True, "False: learning_rate throughout, without warm-up")
     warmup_iters: int = setting(2000, "steps of linear warm-up", lo=0)
@@ -144,7 +147,7 @@ class Training:
     sampler: dataset.Sampler
     model: GPT
     forward: nn.Module  # the model, compiled and shared between processes where that is on
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     state: TrainState
     pace: metrics.Pace
@@ -223,7 +226,7 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     """
     settings, place = t.settings, t.runtime
     torch.manual_seed(dataset.hash_numbers(settings.seed, t.state.step, place.rank))
-    optimizer.set_learning_rate(t.optimizer, lr)
+    optimizer.set_learning_rate(t.optimizers, lr)
     batches = list(t.sampler.micro_batches(t.state.step, place.rank, place.world))
     total = torch.zeros((), device=place.device)
     for i, batch in enumerate(batches):
@@ -234,13 +237,15 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
             loss = t.forward(x, y)[1] / len(batches)
         t.scaler.scale(loss).backward()
         total += loss.detach()
-    t.scaler.unscale_(t.optimizer)
+    for one in t.optimizers:
+        t.scaler.unscale_(one)
     norm = nn.utils.clip_grad_norm_(t.model.parameters(), settings.grad_clip or math.inf)
     if place.device.type != "cuda":
         check_finite(t, t.state.step + 1, total, norm)
-    t.scaler.step(t.optimizer)
+    for one in t.optimizers:
+        t.scaler.step(one)
     t.scaler.update()
-    t.optimizer.zero_grad(set_to_none=True)
+    t.model.zero_grad(set_to_none=True)
     return total, norm
 
 
@@ -277,14 +282,17 @@ def set_up(settings: TrainSettings) -> Training:
     model.to(place.device)
     state = TrainState.read(held.state) if held else TrainState()
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-    adamw = optimizer.build(
+    optimizers = optimizer.build(
         model,
+        name=settings.optimizer,
         learning_rate=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
+        muon_learning_rate=settings.muon_learning_rate,
+        muon_momentum=settings.muon_momentum,
     )
     if held:
-        optimizer.load_state_by_name(model, adamw, held.optimizer)
+        optimizer.load_state_by_name(model, optimizers, held.optimizer)
         if place.dtype == torch.float16 and state.scaler:  # the run may have begun in another dtype
             scaler.load_state_dict(state.scaler)
     if settings.wandb_log and writes:
@@ -317,7 +325,7 @@ def set_up(settings: TrainSettings) -> Training:
         sampler=sampler,
         model=model,
         forward=model,
-        optimizer=adamw,
+        optimizers=optimizers,
         scaler=scaler,
         state=state,
         pace=metrics.Pace(START, state.seconds, budget),
@@ -439,7 +447,7 @@ def log_step(t: Training, loss: Tensor, norm: Tensor) -> None:
     record = {
         "step": t.state.step,
         "loss": t.runtime.sum(loss.item())[0] / t.runtime.world,
-        "lr": t.optimizer.param_groups[0]["lr"],
+        "lr": t.optimizers[-1].param_groups[0]["lr"],
         "grad_norm": norm.item() if math.isfinite(norm) else None,
         "tokens": t.state.step * tokens,
         "seconds": t.pace.elapsed(),
@@ -530,7 +538,7 @@ def save(t: Training, best: bool = False) -> None:
         held = checkpoint.Checkpoint(
             config=asdict(t.model.config),
             model={name: p.detach() for name, p in t.model.named_parameters()},
-            optimizer=optimizer.state_by_name(t.model, t.optimizer),
+            optimizer=optimizer.state_by_name(t.model, t.optimizers),
             state=state,
         )
         checkpoint.keep(Path(t.settings.out_dir), held, best=best, last=t.settings.keep_checkpoints)

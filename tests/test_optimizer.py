@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -14,17 +15,32 @@ def adamw(model, weight_decay=0.1):
     return optimizer.build(model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
+def muon(model, weight_decay=0.1):
+    return optimizer.build(
+        model,
+        name="muon",
+        learning_rate=1e-2,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+        muon_learning_rate=0.02,
+        muon_momentum=0.9,
+    )
+
+
 def step(model, opt, seed):
     torch.manual_seed(seed)
     idx = torch.randint(11, (3, 8))
     model(idx, idx)[1].backward()
-    opt.step()
-    opt.zero_grad()
+    for one in opt:
+        one.step()
+        one.zero_grad()
 
 
 def test_matrices_and_embeddings_decay_and_vectors_do_not():
     model = tiny()
-    decayed, free = (g["params"] for g in optimizer.parameter_groups(model, 0.1))
+    (opt,) = adamw(model)
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.1, 0.0]
+    decayed, free = (g["params"] for g in opt.param_groups)
     assert {id(p) for p in decayed} | {id(p) for p in free} == {id(p) for p in model.parameters()}
     assert all(p.dim() >= 2 for p in decayed) and all(p.dim() < 2 for p in free)
     assert len(decayed) == 2 + 4 * 2  # wte (tied), wpe, and four matrices a block
@@ -33,8 +49,14 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not():
 def test_frozen_parameters_are_left_out():
     model = tiny()
     model.transformer["wpe"].weight.requires_grad_(False)
-    groups = optimizer.parameter_groups(model, 0.1)
-    assert not any(p is model.transformer["wpe"].weight for g in groups for p in g["params"])
+    for build in (adamw, muon):
+        groups = [g for one in build(model) for g in one.param_groups]
+        assert not any(p is model.transformer["wpe"].weight for g in groups for p in g["params"])
+
+
+def test_a_model_that_is_frozen_altogether_is_refused():
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        adamw(tiny().requires_grad_(False))
 
 
 def test_a_step_equals_adamw_written_out():
@@ -45,7 +67,7 @@ def test_a_step_equals_adamw_written_out():
     idx = torch.randint(11, (3, 8))
     model(idx, idx)[1].backward()
     gradients = {n: p.grad.double().clone() for n, p in model.named_parameters()}
-    opt.step()
+    opt[0].step()
     for name, p in model.named_parameters():
         g, w = gradients[name], before[name]
         m, v = 0.1 * g, 0.05 * g * g  # the moments after the first step, from zero
@@ -54,16 +76,70 @@ def test_a_step_equals_adamw_written_out():
         torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_state_by_name_survives_a_round_trip_and_training_goes_on_bit_for_bit():
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = tiny()
+    first, second = muon(model)
+    assert isinstance(first, torch.optim.Muon) and isinstance(second, torch.optim.AdamW)
+    name_of = {id(p): n for n, p in model.named_parameters()}
+    inside = sorted(name_of[id(p)] for g in first.param_groups for p in g["params"])
+    assert inside == sorted(
+        f"transformer.h.{layer}.{part}.weight"
+        for layer in (0, 1)
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    )
+    outside = {name_of[id(p)] for g in second.param_groups for p in g["params"]}
+    assert outside == set(name_of.values()) - set(inside)
+    assert {g["weight_decay"] for g in first.param_groups} == {0.1}
+
+
+def newton_schulz(matrix):
+    """Muon's quintic iteration (Jordan et al. 2024) in float64: near the nearest orthogonal matrix."""
+    x = matrix / np.linalg.norm(matrix)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def test_a_step_equals_muon_written_out():
+    model = tiny()
+    before = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
+    start, momentum, opt = dict(before), {}, muon(model)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        idx = torch.randint(11, (3, 8))
+        model(idx, idx)[1].backward()
+        for name, p in model.named_parameters():
+            if optimizer.in_a_block(name) and p.dim() == 2:
+                g = p.grad.double().numpy()
+                momentum[name] = 0.9 * momentum.get(name, 0.0) + 0.1 * g  # as torch has it: a mean
+                update = newton_schulz(0.1 * g + 0.9 * momentum[name])  # Nesterov's
+                scale = 0.02 * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+                before[name] = before[name] * (1 - 0.02 * 0.1) - scale * update
+        for one in opt:
+            one.step()
+            one.zero_grad()
+    for name in momentum:
+        found = model.get_parameter(name).detach().double().numpy()
+        wrong = np.linalg.norm(found - before[name]) / np.linalg.norm(before[name] - start[name])
+        assert wrong < 0.1, (name, wrong)  # torch's iteration runs in bfloat16
+
+
+@pytest.mark.parametrize("build", [adamw, muon])
+def test_state_by_name_survives_a_round_trip_and_training_goes_on_bit_for_bit(build):
     one = tiny()
-    opt_one = adamw(one)
+    opt_one = build(one)
     for seed in range(3):
         step(one, opt_one, seed)
     two = tiny(seed=5)
     two.load_state_dict(one.state_dict())
-    opt_two = adamw(two)
+    opt_two = build(two)
     state = {k: v.clone() for k, v in optimizer.state_by_name(one, opt_one).items()}
-    assert "exp_avg/transformer.h.0.attn.c_attn.weight" in state
+    assert "exp_avg/transformer.wte.weight" in state
+    kept = "momentum_buffer" if build is muon else "exp_avg"
+    assert f"{kept}/transformer.h.0.attn.c_attn.weight" in state
     optimizer.load_state_by_name(two, opt_two, state)
     for seed in range(3, 6):
         step(one, opt_one, seed)
@@ -86,7 +162,10 @@ def test_state_of_another_model_is_refused_by_name():
         optimizer.load_state_by_name(model, opt, state)
 
 
-def test_the_learning_rate_is_set_in_every_group():
-    opt = adamw(tiny())
-    optimizer.set_learning_rate(opt, 0.25)
+def test_the_learning_rate_is_set_in_every_group_and_muon_s_in_proportion():
+    (opt,) = adamw(tiny())
+    optimizer.set_learning_rate([opt], 0.25)
     assert [g["lr"] for g in opt.param_groups] == [0.25, 0.25]
+    both = muon(tiny())
+    optimizer.set_learning_rate(both, 0.005)  # half of the peak
+    assert [g["lr"] for one in both for g in one.param_groups] == [0.01, 0.005, 0.005]

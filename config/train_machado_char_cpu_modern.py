@@ -1,0 +1,28 @@
+# Machado de Assis, tales, by characters, on a CPU, with what small models are made of today: 0.21M parameters.
+
+out_dir = "out/machado-char-cpu-modern"
+dataset = "machado_char"
+eval_interval = 2500
+eval_iters = 20
+log_interval = 100
+
+n_layer = 4
+n_head = 4
+n_embd = 64
+block_size = 32
+batch_size = 32
+gradient_accumulation_steps = 1
+norm = "rmsnorm"
+qk_norm = True
+position = "rope"
+activation = "relu2"
+
+max_iters = 5000
+optimizer = "muon"
+learning_rate = 5e-3
+muon_learning_rate = 0.02
+min_lr = 0.0
+lr_schedule = "wsd"
+decay_frac = 0.6
+warmup_iters = 100
+beta2 = 0.99
