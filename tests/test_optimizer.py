@@ -109,9 +109,8 @@ def test_a_step_equals_muon_written_out():
     start, momentum, opt = dict(before), {}, muon(model)
     for seed in range(2):
         torch.manual_seed(seed)
-        idx = torch.randint(11, (3, 8))
-        model(idx, idx)[1].backward()
         for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)  # well conditioned: torch's iteration runs in bfloat16
             if optimizer.in_a_block(name) and p.dim() == 2:
                 g = p.grad.double().numpy()
                 momentum[name] = 0.9 * momentum.get(name, 0.0) + 0.1 * g  # as torch has it: a mean
@@ -124,7 +123,7 @@ def test_a_step_equals_muon_written_out():
     for name in momentum:
         found = model.get_parameter(name).detach().double().numpy()
         wrong = np.linalg.norm(found - before[name]) / np.linalg.norm(before[name] - start[name])
-        assert wrong < 0.1, (name, wrong)  # torch's iteration runs in bfloat16
+        assert wrong < 0.05, (name, wrong)
 
 
 @pytest.mark.parametrize("build", [adamw, muon])
