@@ -68,8 +68,9 @@ def open_writer(
             f"{source} comes without a tokenizer: put the corpus it was trained on into data/, "
             "or the tokenizer.json of that corpus beside it"
         )
-    model = GPT(GPTConfig(**weights.config))
-    checkpoint.load_into(model, weights.tensors, weights.source)
+    with torch.device("meta"):  # no memory, no initial weights: those that were loaded become its own
+        model = GPT(GPTConfig(**weights.config))
+    checkpoint.adopt(model, weights.tensors, weights.source)
     if weights.tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {weights.tokenizer.vocab_size} tokens and the model "

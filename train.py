@@ -22,7 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from configurator import Resolved, command, setting
-from fradique import checkpoint, dataset, evaluation, metrics, optimizer, pretrained, run, runtime, schedule
+from fradique import (
+    checkpoint,
+    dataset,
+    evaluation,
+    finetune,
+    metrics,
+    optimizer,
+    pretrained,
+    run,
+    runtime,
+    schedule,
+)
 from fradique import tokenizer as tokenizers
 from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, POSITIONS, GPTConfig
 
@@ -70,6 +81,11 @@ class TrainSettings:
     logit_softcap: float = setting(0.0, "c: bend logits into (-c, c); 0: leave them", lo=0.0)
     flash: bool = setting(True, "torch's fused attention; False: the plain softmax")
 
+    freeze: str = setting("", "parts that are not trained: wte,wpe,h.0-5,h.6.attn", group="fine-tuning")
+    lora_rank: int = setting(0, "train a difference of this rank beside frozen weights (LoRA); 0: train the weights", lo=0)
+    lora_alpha: float = setting(16.0, "the difference counts lora_alpha / lora_rank times", above=0.0)
+    lora_targets: str = setting("c_attn,c_proj,c_fc", "the linear layers that get one, by the end of their names")
+
     optimizer: str = setting("adamw", "adamw; or muon for the matrices inside the blocks, adamw for the rest", choices=optimizer.OPTIMIZERS, group="optimizer")
     learning_rate: float = setting(6e-4, "the peak of AdamW's", above=0.0)
     muon_learning_rate: float = setting(0.02, "the peak of Muon's, on the same schedule", above=0.0)
@@ -114,6 +130,11 @@ class TrainSettings:
             metrics.seconds(self.time_budget)
         except ValueError as error:
             found.append(str(error))
+        if self.lora_rank and self.init_from == "scratch":
+            found.append(
+                f"lora_rank = {self.lora_rank} adapts weights that are there, and init_from=scratch has none: "
+                "give --init_from a run folder, gpt2, …, or leave lora_rank at 0"
+            )
         if self.overwrite and self.init_from == "resume":
             found.append("overwrite deletes the run that init_from=resume would go on with: give one of the two")
         return found
@@ -345,18 +366,23 @@ def make_model(
     """The model by init_from, the settings with its true shape, and the checkpoint where a run is resumed."""
     tokenizer = corpus.tokenizer
     if settings.init_from == "scratch":
-        return GPT(model_config(settings, padded(tokenizer))), settings, None
+        model = GPT(model_config(settings, padded(tokenizer)))
+        choose_trained(model, settings)
+        return model, settings, None
     if settings.init_from == "resume":
         folder = Path(settings.out_dir)
         run.check_tokenizer(folder, tokenizer, corpus.folder)
         latest = checkpoint.newest(folder, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         held = checkpoint.load(latest)
-        model = GPT(model_config(settings, held.config.get("vocab_size", 0)))
-        checkpoint.load_into(model, held.model, str(latest))
+        with torch.device("meta"):  # no memory yet: the tensors that were loaded become its own
+            model = GPT(model_config(settings, held.config.get("vocab_size", 0)))
+            choose_trained(model, settings)
+        checkpoint.adopt(model, held.model, str(latest))
         return model, settings, held
     weights = pretrained.load(settings.init_from)
-    model = GPT(GPTConfig(**weights.config | {"dropout": settings.dropout, "flash": settings.flash}))
-    checkpoint.load_into(model, weights.tensors, weights.source)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**weights.config | {"dropout": settings.dropout, "flash": settings.flash}))
+    checkpoint.adopt(model, weights.tensors, weights.source)
     pretrained.check_tokenizer(weights, tokenizer, corpus.folder)
     if settings.block_size < model.config.block_size:
         model.crop_block_size(settings.block_size)
@@ -365,8 +391,17 @@ def make_model(
             f"block_size = {settings.block_size} is longer than the {model.config.block_size} positions of "
             f"{weights.source}: choose --block_size={model.config.block_size} or less"
         )
+    choose_trained(model, settings)
     shape = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
     return model, replace(settings, **shape), None
+
+
+def choose_trained(model: GPT, settings: TrainSettings) -> None:
+    """LoRA beside frozen weights, or some layers frozen, as the settings say."""
+    if settings.lora_rank:
+        finetune.add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+    if settings.freeze:
+        finetune.freeze(model, settings.freeze)
 
 
 def model_config(settings: TrainSettings, vocab_size: int) -> GPTConfig:
@@ -399,7 +434,9 @@ def wandb_options(settings: TrainSettings) -> dict[str, Any] | None:
 def introduce(t: Training) -> None:
     """Say what is about to run, and what was chosen by itself."""
     size = metrics.human(t.model.num_params(non_embedding=False))
-    t.log.say(f"{size} parameters on {t.runtime.describe()}; {tokens_per_step(t.settings):,} tokens a step")
+    part = finetune.trained(t.model)
+    some = f", {metrics.human(part)} of them trained," if part < t.model.num_params(False) else ""
+    t.log.say(f"{size} parameters{some} on {t.runtime.describe()}; {tokens_per_step(t.settings):,} tokens a step")
     t.log.say(
         f"{t.corpus.folder}: {t.corpus.train.tokens:,} tokens to train on, {t.corpus.val.tokens:,} to validate"
     )
@@ -536,7 +573,7 @@ def save(t: Training, best: bool = False) -> None:
         now = {"seconds": t.pace.elapsed(), "closing_seconds": t.pace.closing}
         state = asdict(t.state) | now | {"scaler": t.scaler.state_dict()}
         held = checkpoint.Checkpoint(
-            config=asdict(t.model.config),
+            config=asdict(t.model.config) | finetune.describe(t.model),
             model={name: p.detach() for name, p in t.model.named_parameters()},
             optimizer=optimizer.state_by_name(t.model, t.optimizers),
             state=state,

@@ -1,4 +1,5 @@
-# Machado de Assis, tales, by characters, on a CPU, with what small models are made of today: 0.21M parameters.
+# Machado de Assis, tales, by characters, on a CPU, with the parts that small models have today: 0.21M
+# parameters, as train_machado_char_cpu.py, and the same number of tokens.
 
 out_dir = "out/machado-char-cpu-modern"
 dataset = "machado_char"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -49,6 +50,22 @@ def tokens_of(merges: Merges) -> list[bytes]:
         tokens[left + right] = tokens[left] + tokens[right]
     checked_vocab_size(len(tokens) + 1)
     return list(tokens.values())
+
+
+def merges_behind(tokens: Sequence[bytes]) -> list[tuple[str, str]]:
+    """The inverse of `tokens_of`: the two halves that earlier merges leave of each token."""
+    rank = {token: i for i, token in enumerate(tokens)}
+    shown = {byte: char for char, byte in byte_alphabet().items()}
+    merges = []
+    for i, token in enumerate(tokens[256:], 256):
+        parts = [token[at : at + 1] for at in range(len(token))]
+        while len(parts) > 2:
+            ranks = [rank.get(a + b, i) for a, b in itertools.pairwise(parts)]
+            at = ranks.index(min(ranks))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        left, right = ("".join(shown[byte] for byte in part) for part in parts)
+        merges.append((left, right))
+    return merges
 
 
 def checked_vocab_size(vocab_size: int) -> int:

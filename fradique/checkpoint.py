@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -204,11 +205,23 @@ def load(folder: Path, with_optimizer: bool = True) -> Checkpoint:
     """Read a checkpoint, on the CPU, after verifying it. Raises ValueError naming what is damaged."""
     verify(folder)
     try:
-        model = safetensors.torch.load_file(folder / "model.safetensors")
-        optimizer = safetensors.torch.load_file(folder / "optimizer.safetensors") if with_optimizer else {}
+        model = _read(folder / "model.safetensors")
+        optimizer = _read(folder / "optimizer.safetensors") if with_optimizer else {}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
     return Checkpoint(read_json(folder / "model.json"), model, optimizer, read_json(folder / "state.json"))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Copies of the tensors in a file, which is mapped for one at a time: they do not hang on it, and memory
+    never holds more than they and one page of it."""
+    with safetensors.safe_open(path, framework="pt") as stored:
+        names = list(stored.keys())
+    tensors = {}
+    for name in names:
+        with safetensors.safe_open(path, framework="pt") as stored:
+            tensors[name] = stored.get_tensor(name).clone()
+    return tensors
 
 
 def newest(run: Path, warn: Callable[[str], None]) -> Path:
@@ -244,6 +257,19 @@ def fit(expected: dict[str, Tensor], found: dict[str, Tensor], source: str) -> N
     if problems:
         listed = "\n  - ".join(problems)
         raise ValueError(f"{source} does not fit this model, {len(problems)} tensors differ:\n  - {listed}")
+
+
+def adopt(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Make tensors the model's parameters, without a copy: it may have been built on the meta device.
+
+    Raises ValueError, by `fit`, where any differs.
+    """
+    parameters = dict(model.named_parameters())  # a tied parameter stands here once, under its first name
+    fit(parameters, tensors, source)
+    adopted = {id(p): nn.Parameter(tensors[name], p.requires_grad) for name, p in parameters.items()}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(module, name, adopted[id(parameter)])
 
 
 def load_into(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -95,7 +95,7 @@ def load_state_by_name(
     entries: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         field, _, name = key.partition("/")
-        entries.setdefault(name, {})[field] = value.clone()  # not the mapped file of the checkpoint
+        entries.setdefault(name, {})[field] = value
     known = [name for one in optimizers for name in _names(model, one)]
     missing = sorted(set(known) - set(entries)) if tensors else []
     strangers = sorted(set(entries) - set(known))

@@ -222,6 +222,11 @@ class GPT2Tokenizer(_ByteLevelBPE):
     def __init__(self) -> None:
         super().__init__(*bpe.gpt2())
 
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens in the byte alphabet, in order of rank."""
+        return bpe.merges_behind(self._tokens[:-1])
+
     def to_json(self) -> dict[str, Any]:
         """What tokenizer.json holds: the name alone."""
         return {"format": FORMAT, "kind": self.kind}

@@ -1,0 +1,106 @@
+"""Files of tensors that others wrote: safetensors, one or many, and old pickles of plain data.
+
+Nothing here knows what the tensors mean. Every refusal names the file and what to do.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from fradique import checkpoint
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of safetensors files by name, the largest first, without the `prefix` that some have.
+
+    Each look-up maps its file anew and gives a view of it, so nothing is held here: who copies them one by
+    one never has more than the copies and one tensor in memory.
+    """
+
+    def __init__(self, files: Iterable[Path], prefix: str = "") -> None:
+        self.places: dict[str, tuple[Path, str]] = {}
+        for file in files:
+            with _opened(file) as stored:
+                self.places |= {name.removeprefix(prefix): (file, name) for name in stored.keys()}  # noqa: SIM118
+        self.names = sorted(self.places, key=lambda name: -self[name].numel())
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored_name = self.places[name]
+        with _opened(file) as stored:
+            return stored.get_tensor(stored_name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as stored:
+            yield stored
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; copy or download it again") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{file} is truncated, or a pickle or something else instead of safetensors ({error}); copy or "
+            "download it again, or save the model anew with save_pretrained of transformers"
+        ) from error
+
+
+def stored_in(folder: Path, prefix: str) -> Mapping[str, Tensor] | None:
+    """The tensors of a Hugging Face folder: one file, several with an index, or, long ago, a pickle.
+
+    None where there are none.
+    """
+    index, pickled = folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
+    if (folder / "model.safetensors").exists():
+        return TensorFiles([folder / "model.safetensors"], prefix)
+    if index.exists():
+        return TensorFiles((folder / name for name in _shard_names(index)), prefix)
+    return bare_tensors(plain_data(pickled), pickled, prefix) if pickled.exists() else None
+
+
+def _shard_names(index: Path) -> list[str]:
+    names = checkpoint.read_json(index).get("weight_map")
+    files = set(names.values()) if isinstance(names, dict) else set()
+    if not files or any(not isinstance(name, str) or Path(name).name != name for name in files):
+        raise ValueError(f"{index} is damaged: its weight_map names no files of this folder")
+    return sorted(files)
+
+
+def plain_data(path: Path) -> Any:
+    """What torch.save wrote. Raises ValueError where it is more than plain data: that is never run."""
+    try:
+        with path.open("rb") as file:
+            mappable = file.read(4) == b"PK\x03\x04"  # the zip format, of torch 1.6 and later
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of pickles that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except Exception as error:  # a damaged pickle raises almost anything
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} is a pickle of more than tensors and plain data: it asks for {asked[1]}, which "
+                "could run code, so it was not opened; nanoGPT's ckpt.pt needs nothing of the kind"
+            ) from error
+        why = re.split(r"\. |\n", str(error).rpartition("WeightsUnpickler error: ")[2].strip())[0]
+        raise ValueError(
+            f"{path} cannot be read: it is truncated or damaged, or not written by torch.save "
+            f"({type(error).__name__}: {why}); copy it again"
+        ) from error
+
+
+def bare_tensors(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
+    """A dict of tensors by name, without the prefix of torch.compile's wrapper and `prefix`."""
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()) or not state:
+        raise ValueError(f"{path} holds no model: neither nanoGPT's ckpt.pt nor a dict of tensors by name")
+    return {str(name).removeprefix("_orig_mod.").removeprefix(prefix): t for name, t in state.items()}
