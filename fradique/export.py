@@ -107,7 +107,7 @@ def _json_files(
     files = {
         "config.json": layouts.to_json(config, layout) | special,
         "generation_config.json": {key: value for key, value in special.items() if value is not None}
-        | {"do_sample": True, "temperature": 0.8, "max_length": config["block_size"]},
+        | {"do_sample": True, "temperature": 0.8},
     }
     if tokenizer is None:
         return files
