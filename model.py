@@ -78,7 +78,7 @@ class GPTConfig:
             f"{name} = {value} must be at least {least}"
             for names, least in ((SIZES, 1), (SIZES_OR_NONE, 0))
             for name in names
-            if (value := getattr(self, name)) < least
+            if not (value := getattr(self, name)) >= least
         ]
         if not found:
             found += self._contradictions()
@@ -186,7 +186,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+        # what autocast made smaller is widened again: torch has no fast kernel for two dtypes, and says so
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, NORM_EPS)
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
@@ -465,7 +466,7 @@ class GPT(nn.Module):
             x = x + self.transformer["wpe"](positions)
         elif self.config.position == "sinusoidal":
             # the factor lifts the tokens to the size of the sines (Vaswani et al. 2017, §3.4)
-            x = x * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd)
+            x = x * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd).to(x.dtype)
         if self.config.embd_norm:
             x = self.transformer["ln_e"](x)
         return F.dropout(x, self.config.dropout, self.training)
@@ -485,7 +486,7 @@ class GPT(nn.Module):
         queries, keys = positions[:, None], torch.arange(start + T, device=positions.device)
         seen = keys <= queries  # (T, S)
         if start < prefix - 1:
-            seen = seen | ((keys < prefix) & (queries < prefix))
+            seen = seen | (keys < prefix)
         if narrow:
             seen = seen & (keys > queries - config.sliding_window)
         if not biased:
@@ -505,9 +506,8 @@ class GPT(nn.Module):
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, by default without the positions (the token table counts: it is the output layer)."""
         total = sum(p.numel() for p in self.parameters())
-        if non_embedding and "wpe" in self.transformer:
-            total -= self.transformer["wpe"].weight.numel()
-        return total
+        tables = [self.transformer[name] for name in ("wpe", "rel") if name in self.transformer]
+        return total - sum(table.weight.numel() for table in tables if non_embedding)
 
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward for a token of a full block: 6N + 12 L C T (PaLM, appendix B).

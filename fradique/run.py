@@ -49,19 +49,26 @@ def take(
     """Make the folder ours, and let it stand by itself: settings.json and tokenizer.json.
 
     A run that goes on forgets what it wrote after step `go_on_from`; a new one (None) deletes what is there,
-    where `overwrite` allows it.
+    where `overwrite` allows it. Raises ValueError where the folder cannot be written to.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.recover(run)
-    if go_on_from is not None:
-        settings = settings | {"init_from": saved_settings(run).get("init_from", "scratch")}  # how it began
-        checkpoint.set_aside_after(run, go_on_from)
-        metrics.rewind(run, go_on_from)
-    elif overwrite:
-        clear(run)
-    about = {"settings": settings, "decided": decided, "versions": versions(), "git_commit": git_commit()}
-    checkpoint.write_atomically(run / SETTINGS, checkpoint.as_json(about))
-    tokenizers.save(tokenizer, run / TOKENIZER)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.recover(run)
+        if go_on_from is not None:
+            began = saved_settings(run).get("init_from", "scratch")
+            settings = settings | {"init_from": began}
+            checkpoint.set_aside_after(run, go_on_from)
+            metrics.rewind(run, go_on_from)
+        elif overwrite:
+            clear(run)
+        about = {"settings": settings, "decided": decided, "versions": versions(), "git_commit": git_commit()}
+        checkpoint.write_atomically(run / SETTINGS, checkpoint.as_json(about))
+        tokenizers.save(tokenizer, run / TOKENIZER)
+    except OSError as error:
+        raise ValueError(
+            f"out_dir={run} cannot be written to: {error.strerror or error}. Make room or the folder "
+            "writable, or choose another --out_dir"
+        ) from error
 
 
 def saved_settings(run: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """train.py as a newcomer meets it: every mistake gets one message, status 2, and loses nothing."""
 
+import ctypes
 import os
 import pickle
 import re
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from conftest import flags, make_text, run_script, run_training, write_corpus
 
+import train
+from configurator import command
 from fradique import checkpoint
 
 
@@ -166,6 +169,51 @@ def test_an_out_dir_that_cannot_be_written_is_told(settings, tmp_path):
 def test_a_read_only_out_dir_is_told(settings):
     message = refused(replace(settings, out_dir="/proc/fradique"))
     assert "/proc/fradique" in message
+
+
+@pytest.fixture
+def modes_bind(tmp_path):
+    """What a file's mode forbids is forbidden: to root too, which gives up CAP_DAC_OVERRIDE for so long."""
+    header, held = (
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+        (ctypes.c_uint32 * 6)(),
+    )  # of this thread, by version 3
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc and libc.capget(header, held) == 0:
+        effective, *others = held
+        libc.capset(header, (ctypes.c_uint32 * 6)(effective & ~(1 << 1), *others))
+    (tmp_path / "probe").mkdir(mode=0o555)
+    try:
+        (tmp_path / "probe" / "file").touch()
+    except PermissionError:
+        yield
+    else:
+        pytest.skip("this user may write into folders that are read-only")
+    finally:
+        if libc:
+            libc.capset(header, held)
+
+
+@pytest.mark.parametrize("words", [[], ["--overwrite"], ["--init_from=resume", "--max_iters=4"]])
+def test_an_out_dir_that_is_read_only_is_told_and_left_as_it_was(settings, words, modes_bind, capsys):
+    folder = Path(settings.out_dir)
+    folder.mkdir()
+    if words:
+        run_training(replace(settings, max_iters=2))
+
+    def content():
+        return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in folder.rglob("*")}
+
+    before = content()
+    folder.chmod(0o555)
+    capsys.readouterr()
+    argv = [*flags(settings), *words]
+    assert command(train.main, train.TrainSettings, argv, base=train.settings_of_the_run) == 2
+    folder.chmod(0o755)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out_dir={folder} cannot be written to: ") and "Permission denied" in said
+    assert "choose another --out_dir" in said and "Traceback" not in said
+    assert content() == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX's")

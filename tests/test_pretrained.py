@@ -34,12 +34,12 @@ def somewhere_else(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
 
 
-def randomise(model):
+def randomise(model, spread=0.2):
     """Every parameter random, so that no bias is 0 and no norm is 1."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
     return model.eval()
 
 
@@ -116,6 +116,31 @@ def test_greedy_generation_equals_that_of_transformers():
         prompt, max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False
     )
     assert torch.equal(ours.generate(prompt, 60, temperature=0), expected)
+
+
+def test_gpt2_at_its_full_size_is_that_of_transformers():
+    """124M parameters, as published but for their values: logits, loss, gradients, and 200 greedy tokens."""
+    torch.manual_seed(0)
+    theirs = randomise(GPT2LMHeadModel(GPT2Config()), spread=0.02)
+    theirs.save_pretrained("gpt2")
+    ours = GPT(GPTConfig(**(held := pretrained.load("gpt2")).config))
+    checkpoint.adopt(ours, held.tensors, held.source)
+    del held
+    ours.eval()
+    assert ours.num_params(non_embedding=False) == 124_439_808
+    idx = ids(50257, 2, 96)
+    expected = theirs(idx, labels=idx)
+    logits, loss = ours(idx, idx)[0], ours(idx[:, :-1], idx[:, 1:])[1]
+    assert (logits - expected.logits).abs().max() < 1e-4
+    assert abs(loss.item() - expected.loss.item()) < 1e-5
+    expected.loss.backward()
+    loss.backward()
+    gradients = pretrained.to_hf({name: p.grad for name, p in ours.named_parameters()})
+    for name, p in theirs.named_parameters():
+        assert (gradients[name] - p.grad).abs().max() < 1e-4 * p.grad.abs().max(), name
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 50256}
+    written = theirs.generate(idx[:1, :5], attention_mask=idx[:1, :5] ** 0, max_new_tokens=200, **options)
+    assert torch.equal(ours.generate(idx[:1, :5], 200, temperature=0), written)
 
 
 def test_keys_without_prefix_and_buffers_and_a_tied_head_are_the_same_weights():

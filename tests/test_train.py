@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,12 @@ import torch.nn.functional as F
 from conftest import ROOT, flags, losses, run_script, run_training
 
 import train
+from configurator import command
 from fradique import checkpoint, metrics, optimizer
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
+)
 
 
 def same_model(a: train.Training, b: train.Training) -> bool:
@@ -37,16 +43,66 @@ def same_folder(a: Path, b: Path) -> bool:
     )
 
 
-def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Have the process get a signal in the middle of a step."""
+def before_steps(monkeypatch, happens) -> None:
+    """Have `happens(t)` done before each step of training."""
     real = train.train_step
 
     def train_step(t, lr):
-        if t.state.step == step:
-            signal.raise_signal(number)
+        happens(t)
         return real(t, lr)
 
     monkeypatch.setattr(train, "train_step", train_step)
+
+
+def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Have the process get a signal in the middle of a step."""
+    before_steps(monkeypatch, lambda t: signal.raise_signal(number) if t.state.step == step else None)
+
+
+def cut_at(monkeypatch, step: int) -> None:
+    """Have the run end at a step without a word to it, as a power cut does."""
+
+    def cut(t):
+        if t.state.step == step:
+            raise RuntimeError("power cut")
+
+    before_steps(monkeypatch, cut)
+
+
+def interrupted(settings, interrupt, step: int) -> Path:
+    """The folder of a run that `interrupt` (stop_at or cut_at) ended at a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, step)
+        with pytest.raises(RuntimeError, match="power cut") if interrupt is cut_at else nullcontext():
+            run_training(settings)
+    return Path(settings.out_dir)
+
+
+def resume(folder: Path) -> None:
+    """python train.py --init_from=resume --out_dir=…, in this process."""
+    words = ["--init_from=resume", f"--out_dir={folder}"]
+    assert command(train.main, train.TrainSettings, words, base=train.settings_of_the_run) == 0
+
+
+def state_of(folder: Path) -> dict:
+    """What state.json of a checkpoint says, but for the clock."""
+    state = checkpoint.load(folder).state
+    return {name: value for name, value in state.items() if "seconds" not in name}
+
+
+def told(folder: Path) -> list[dict]:
+    """What metrics.jsonl says, but for the clock."""
+    return [{k: v for k, v in r.items() if "second" not in k} for r in metrics.read(folder)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The last checkpoints, the best and the metrics of two runs that ended are equal to the last bit."""
+    last = checkpoint.step_folders(other)[-1].name
+    assert checkpoint.step_folders(one)[-1].name == last
+    for name in (last, "best"):
+        assert same_folder(one / name, other / name), name
+        assert state_of(one / name) == state_of(other / name)
+    assert told(one) == told(other) and "final_loss" in told(one)[-1]
 
 
 def test_the_same_settings_give_the_same_run_to_the_last_bit(settings, tmp_path):
@@ -82,6 +138,67 @@ def test_resumed_run_equals_uninterrupted_run(settings, tmp_path, monkeypatch, s
     assert evaluations[0] == evaluations[1]
 
 
+def test_resumed_run_has_the_patience_that_was_left(settings, tmp_path):
+    """Evaluations before the interruption count for early_stop_evals: both runs stop at the same step."""
+    ruined = replace(settings, learning_rate=0.3, lr_schedule="constant", warmup_iters=0, max_iters=10**6)
+    settings = replace(ruined, eval_interval=2, early_stop_evals=3)
+    whole = replace(settings, out_dir=str(tmp_path / "whole"))
+    _, undisturbed = run_training(whole)
+    best = undisturbed.state.best_step
+    assert undisturbed.state.step == best + 6
+    folder = interrupted(settings, stop_at, best + 5)
+    assert state_of(checkpoint.step_folders(folder)[-1])["evals_since_best"] == 2
+    resume(folder)
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("interrupt", [stop_at, cut_at])
+def test_resumed_run_equals_uninterrupted_run_where_only_better_steps_are_saved(
+    settings, tmp_path, interrupt
+):
+    """A cut run begins again at the last better step, before an evaluation that it had made already."""
+    rising = replace(settings, learning_rate=0.05, lr_schedule="constant", warmup_iters=8)
+    settings = replace(rising, always_save_checkpoint=False, keep_checkpoints=9)
+    whole = replace(settings, out_dir=str(tmp_path / "whole"))
+    run_training(whole)
+    assert not (tmp_path / "whole" / "step-00000010").exists()
+    folder = interrupted(settings, interrupt, 13)
+    begins = "step-00000014" if interrupt is stop_at else "step-00000005"
+    assert checkpoint.step_folders(folder)[-1].name == begins
+    resume(folder)
+    assert_same_run(folder, tmp_path / "whole")
+
+
+def test_resumed_run_that_began_with_weights_equals_uninterrupted_run(settings, tmp_path):
+    """It goes on in the shape of those weights, and without them."""
+    first = Path(settings.out_dir)
+    run_training(settings)
+    settings = replace(settings, init_from=str(first), out_dir=str(tmp_path / "tuned"), seed=7)
+    settings = replace(settings, n_layer=7, block_size=8)
+    whole = replace(settings, out_dir=str(tmp_path / "whole"))
+    run_training(whole)
+    folder = interrupted(settings, stop_at, 8)
+    shutil.rmtree(first)
+    resume(folder)
+    assert_same_run(folder, tmp_path / "whole")
+    about = checkpoint.read_json(folder / "settings.json")
+    assert about["settings"]["init_from"] == str(first)  # how it began
+
+
+@needs_compiler
+def test_resumed_run_equals_uninterrupted_run_when_compiled(settings, tmp_path, monkeypatch, capsys):
+    settings = replace(settings, compile=True, n_layer=1, max_iters=6, eval_interval=3)
+    compiled = []
+    before_steps(monkeypatch, lambda t: compiled.append(t.forward is not t.model))
+    whole = replace(settings, out_dir=str(tmp_path / "whole"))
+    run_training(whole)
+    folder = interrupted(settings, stop_at, 3)
+    resume(folder)
+    assert_same_run(folder, tmp_path / "whole")
+    assert compiled == [True] * 12
+    assert "torch.compile failed" not in capsys.readouterr().err
+
+
 def test_a_run_in_its_second_epoch_resumes_too(settings, tmp_path, monkeypatch):
     """The corpus has about 700 windows: with 64 rows a step the epoch turns within 20 steps."""
     settings = replace(settings, batch_size=64)
@@ -97,7 +214,8 @@ def test_a_run_in_its_second_epoch_resumes_too(settings, tmp_path, monkeypatch):
 
 def test_kill_9_at_random_moments_loses_nothing(settings, tmp_path):
     """The process is killed three times, wherever it is; the run ends with the undisturbed run's bits."""
-    settings = replace(settings, max_iters=150, eval_interval=10)
+    ruined = replace(settings, learning_rate=0.4, warmup_iters=120, weight_decay=5.0)  # best at about 40
+    settings = replace(ruined, max_iters=120, eval_interval=10)
     run_training(replace(settings, out_dir=str(tmp_path / "whole")))
     rng = random.Random(0)
     words = flags(replace(settings, log_interval=1))
@@ -124,8 +242,8 @@ def test_kill_9_at_random_moments_loses_nothing(settings, tmp_path):
         process.wait()
         process.stdout.close()
     run_training(replace(settings, init_from="resume"))
-    assert same_folder(tmp_path / "whole" / "step-00000150", Path(settings.out_dir) / "step-00000150")
-    assert losses(settings.out_dir) == losses(tmp_path / "whole")
+    assert 0 < state_of(tmp_path / "whole" / "best")["step"] < 80
+    assert_same_run(Path(settings.out_dir), tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -393,6 +511,25 @@ def test_a_run_folder_stands_by_itself(settings):
     } <= record.keys()
 
 
+def test_the_loss_curve_is_drawn_anew_at_each_evaluation(settings, tmp_path, monkeypatch):
+    """Each time it is the picture of all that metrics.jsonl holds by then."""
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+    from lab import curves
+
+    folder, pictures = Path(settings.out_dir), []
+
+    def compare(t=None):
+        if t is None or t.state.step % settings.eval_interval == 0:
+            curves.draw([curves.read(folder)], tmp_path / "now.png")
+            pictures.append((folder / "loss.png").read_bytes())
+            assert pictures[-1] == (tmp_path / "now.png").read_bytes()
+
+    before_steps(monkeypatch, compare)
+    run_training(replace(settings, max_iters=10))
+    compare()
+    assert len(set(pictures)) == 3
+
+
 def test_resume_takes_the_settings_of_the_run_and_lets_flags_win(settings, tmp_path):
     run_training(settings)
     done = run_script(
@@ -456,9 +593,9 @@ def test_a_failing_compiler_gives_one_warning_and_the_same_numbers(settings, tmp
     assert losses(other.out_dir) == losses(settings.out_dir)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@needs_compiler
 def test_a_compiled_run_equals_the_eager_run(settings, tmp_path):
-    settings = replace(settings, dropout=0.0, max_iters=6)
+    settings = replace(settings, dropout=0.0, max_iters=6, n_layer=1)
     run_training(settings)
     done = run_script(
         "train.py", *flags(replace(settings, out_dir=str(tmp_path / "b"), compile=True)), timeout=280
@@ -571,13 +708,18 @@ def test_a_time_budget_goes_on_where_the_stopped_run_was(settings, clock, monkey
     assert t.state.step == 31  # no time was left
 
 
-def test_wandb_gets_the_metrics_in_offline_mode(settings, tmp_path):
+def test_wandb_gets_the_metrics_and_a_resumed_run_goes_on_under_its_id(settings, tmp_path):
+    """Offline, in two processes: each writes a log of its own, under the id that the run folder keeps."""
     pytest.importorskip("wandb")
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
-    words = flags(replace(settings, wandb_log=True, wandb_project="p", max_iters=5))
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    logs = list(Path(settings.out_dir).glob("wandb/offline-run-*/*.wandb"))
-    assert len(logs) == 1
-    assert b"eval_val_loss" in logs[0].read_bytes()
+    folder = Path(settings.out_dir)
+    begin = flags(replace(settings, wandb_log=True, wandb_project="p", max_iters=3))
+    for words in (begin, ["--init_from=resume", f"--out_dir={folder}", "--max_iters=5"]):
+        done = run_script("train.py", *words, env=env)
+        assert done.returncode == 0, done.stderr
+    logs = sorted(folder.glob("wandb/offline-run-*/*.wandb"))  # the folders are named by the time
+    assert [path.name for path in logs] == [f"run-{(folder / 'wandb_id.txt').read_text()}.wandb"] * 2
+    contents = [path.read_bytes() for path in logs]
+    assert b"eval_val_loss" in contents[0]
+    steps = [{int(n) for n in re.findall(rb"\x05_step\x82\x01\x01(\d)", content)} for content in contents]
+    assert steps == [{0, 1, 2, 3}, {4, 5}]  # of the protobufs of which such a log is made

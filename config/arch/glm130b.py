@@ -1,5 +1,5 @@
-# GLM-130B (Zeng et al. 2023), four layers of it: post-norm with a weighted stream (DeepNorm), and a quarter
-# of the block as a prefix that sees itself both ways and is not predicted.
+# GLM-130B (Zeng et al. 2023), four layers of it: post-norm with a weighted stream (DeepNorm), and 16 tokens
+# of prefix that see one another both ways and are not predicted.
 # Any training config takes it: python train.py config/train_eca_char.py config/arch/glm130b.py
 
 n_layer = 4
@@ -8,7 +8,7 @@ n_embd = 128
 
 norm = "layernorm"
 norm_place = "deepnorm"
-prefix_len = block_size // 4
+prefix_len = 16
 position = "rope"
 activation = "geglu"
 bias = True
