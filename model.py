@@ -213,6 +213,7 @@ class CausalSelfAttention(nn.Module):
         kv_width = config.kv_heads * config.head_dim
         self.widths = (config.n_embd, kv_width, kv_width)  # of q, k, v
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.c_attn.stacked = self.widths  # three matrices in one, for optimizers that take them one by one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
@@ -280,6 +281,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.activation in GATED
         self.c_fc = nn.Linear(config.n_embd, config.inner * (2 if self.gated else 1), bias=config.bias)
+        if self.gated:
+            self.c_fc.stacked = (config.inner, config.inner)  # gate and value
         self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 

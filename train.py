@@ -258,6 +258,7 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
             loss = t.forward(x, y)[1] / len(batches)
         t.scaler.scale(loss).backward()
         total += loss.detach()
+    optimizer.find_gradients(t.optimizers)
     for one in t.optimizers:
         t.scaler.unscale_(one)
     norm = nn.utils.clip_grad_norm_(t.model.parameters(), settings.grad_clip or math.inf)
@@ -313,7 +314,7 @@ def set_up(settings: TrainSettings) -> Training:
         muon_momentum=settings.muon_momentum,
     )
     if held:
-        optimizer.load_state_by_name(model, optimizers, held.optimizer)
+        optimizer.load_state_by_name(optimizers, held.optimizer)
         if place.dtype == torch.float16 and state.scaler:  # the run may have begun in another dtype
             scaler.load_state_dict(state.scaler)
     if settings.wandb_log and writes:
@@ -575,7 +576,7 @@ def save(t: Training, best: bool = False) -> None:
         held = checkpoint.Checkpoint(
             config=asdict(t.model.config) | finetune.describe(t.model),
             model={name: p.detach() for name, p in t.model.named_parameters()},
-            optimizer=optimizer.state_by_name(t.model, t.optimizers),
+            optimizer=optimizer.state_by_name(t.optimizers),
             state=state,
         )
         checkpoint.keep(Path(t.settings.out_dir), held, best=best, last=t.settings.keep_checkpoints)

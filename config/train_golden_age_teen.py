@@ -1,6 +1,6 @@
 # A Story of the Golden Age (James Baldwin), by characters; the second of three sizes: 0.8M parameters.
-# Measured on two cores of an AMD EPYC (Zen 4, 2.6 GHz, no AMX): one of the cores, busy with other things
-#   too, took 9 minutes for 2000 steps; whole-validation loss 1.852.
+# Measured on two cores of an Intel Xeon with AMX (2.6 GHz): 2000 steps in 2m37s, whole-validation loss
+#   1.832, 2.63 bits per byte.
 
 out_dir = "out/golden-age-teen"
 dataset = "golden_age_char"

@@ -1,18 +1,12 @@
 """Parameter groups, AdamW, Muon, and optimizer state under the names of the parameters."""
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 OPTIMIZERS = ("adamw", "muon")
-
-
-def parameter_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay; biases and norm gains do not (nanoGPT's groups)."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def build(
@@ -26,7 +20,7 @@ def build(
     muon_momentum: float = 0.95,
 ) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019), fused where torch has it for the model's device; before it, where
-    `name` is "muon", Muon (Jordan et al. 2024) for the matrices inside the blocks.
+    `name` is "muon", Muon for the matrices inside the blocks.
 
     Frozen parameters are left out. Raises ValueError where all of them are.
     """
@@ -34,19 +28,16 @@ def build(
     if not trained:
         raise ValueError("every parameter is frozen: there is nothing to train")
     matrices = {n: p for n, p in trained.items() if name == "muon" and in_a_block(n) and p.dim() == 2}
-    rest = [p for n, p in trained.items() if n not in matrices]
+    rest = {n: p for n, p in trained.items() if n not in matrices}
     found: list[torch.optim.Optimizer] = []
     if matrices:
-        found.append(
-            torch.optim.Muon(
-                matrices.values(),
-                lr=muon_learning_rate,
-                momentum=muon_momentum,
-                weight_decay=weight_decay,
-            )
-        )
+        rows = {
+            f"{n}.weight": module.stacked for n, module in model.named_modules() if hasattr(module, "stacked")
+        }
+        parts = [part for n, p in matrices.items() for part in _parts(n, p, rows.get(n, (p.size(0),)))]
+        found.append(Muon(parts, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay))
     if rest:
-        fused = rest[0].device.type in ("cpu", "cuda", "mps")
+        fused = next(iter(rest.values())).device.type in ("cpu", "cuda", "mps")
         groups = parameter_groups(rest, weight_decay)
         found.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
     for one in found:
@@ -55,9 +46,63 @@ def build(
     return found
 
 
+def parameter_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
+    """Matrices and embeddings decay; biases and norm gains do not (nanoGPT's groups)."""
+    groups = [
+        {"params": [(n, p) for n, p in parameters.items() if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in parameters.items() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def in_a_block(name: str) -> bool:
     """Whether a parameter is one of a layer's, and no embedding or output layer."""
     return ".h." in name
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the matrices that are stacked in a parameter: some of its rows."""
+
+    name: str
+    whole: nn.Parameter
+    rows: slice
+    view: nn.Parameter  # the rows, in the memory of the whole
+
+
+def _parts(name: str, whole: nn.Parameter, rows: tuple[int, ...]) -> list[Part]:
+    ends = list(itertools.accumulate(rows))
+    assert ends[-1] == whole.size(0), (name, rows)
+    names = [name] if len(rows) == 1 else [f"{name}[{i}]" for i in range(len(rows))]
+    slices = [slice(end - count, end) for end, count in zip(ends, rows, strict=True)]
+    return [
+        Part(part, whole, place, nn.Parameter(whole.detach()[place]))
+        for part, place in zip(names, slices, strict=True)
+    ]
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan et al. 2024), for which stacked matrices (q, k, v; gate, value) are several.
+
+    An orthogonal update of the stack would not be one of each of them.
+    """
+
+    def __init__(self, parts: list[Part], **options: float) -> None:
+        super().__init__([(part.name, part.view) for part in parts], **options)
+        self.parts = parts
+
+    def find_gradients(self) -> None:
+        """Each part's gradient is its rows of the whole's: to be called once they are there."""
+        for part in self.parts:
+            grad = part.whole.grad
+            part.view.grad = None if grad is None else grad[part.rows]
+
+
+def find_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Show every optimizer the gradients of the model: to be called after the backward pass."""
+    for one in optimizers:
+        if isinstance(one, Muon):
+            one.find_gradients()
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
@@ -67,18 +112,17 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: fl
             group["lr"] = learning_rate * group["lr_ratio"]
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def _names(optimizer: torch.optim.Optimizer) -> list[str]:
     """The names of the optimizer's parameters, in the order in which torch numbers them."""
-    name_of = {id(p): name for name, p in model.named_parameters()}
-    return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
 
 
-def state_by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def state_by_name(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' tensors as `<field>/<parameter>`: a flat dict that safetensors can hold."""
     return {
         f"{field}/{name}": value
         for one in optimizers
-        for name, entry in zip(_names(model, one), _entries(one), strict=True)
+        for name, entry in zip(_names(one), _entries(one), strict=True)
         for field, value in entry.items()
     }
 
@@ -88,15 +132,13 @@ def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
 
 
-def load_state_by_name(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
-) -> None:
+def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     """The inverse of `state_by_name`. Raises ValueError naming the parameters whose state is not there."""
     entries: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         field, _, name = key.partition("/")
         entries.setdefault(name, {})[field] = value
-    known = [name for one in optimizers for name in _names(model, one)]
+    known = [name for one in optimizers for name in _names(one)]
     missing = sorted(set(known) - set(entries)) if tensors else []
     strangers = sorted(set(entries) - set(known))
     if missing or strangers:
@@ -109,6 +151,6 @@ def load_state_by_name(
             )
         )
     for one in optimizers:
-        saved, names = one.state_dict(), _names(model, one)
+        saved, names = one.state_dict(), _names(one)
         saved["state"] = {i: entries[name] for i, name in enumerate(names) if name in entries}
         one.load_state_dict(saved)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fradique import optimizer
+from fradique import finetune, optimizer
 from model import GPT, GPTConfig
 
 
@@ -31,9 +31,10 @@ def step(model, opt, seed):
     torch.manual_seed(seed)
     idx = torch.randint(11, (3, 8))
     model(idx, idx)[1].backward()
+    optimizer.find_gradients(opt)
     for one in opt:
         one.step()
-        one.zero_grad()
+    model.zero_grad()
 
 
 def test_matrices_and_embeddings_decay_and_vectors_do_not():
@@ -81,14 +82,11 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     first, second = muon(model)
     assert isinstance(first, torch.optim.Muon) and isinstance(second, torch.optim.AdamW)
     name_of = {id(p): n for n, p in model.named_parameters()}
-    inside = sorted(name_of[id(p)] for g in first.param_groups for p in g["params"])
-    assert inside == sorted(
-        f"transformer.h.{layer}.{part}.weight"
-        for layer in (0, 1)
-        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    )
+    inside = {f"transformer.h.{n}.{part}.weight" for n in (0, 1) for part in
+              ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}  # fmt: skip
+    assert {name.partition("[")[0] for g in first.param_groups for name in g["param_names"]} == inside
     outside = {name_of[id(p)] for g in second.param_groups for p in g["params"]}
-    assert outside == set(name_of.values()) - set(inside)
+    assert outside == set(name_of.values()) - inside
     assert {g["weight_decay"] for g in first.param_groups} == {0.1}
 
 
@@ -114,16 +112,40 @@ def test_a_step_equals_muon_written_out():
             if optimizer.in_a_block(name) and p.dim() == 2:
                 g = p.grad.double().numpy()
                 momentum[name] = 0.9 * momentum.get(name, 0.0) + 0.1 * g  # as torch has it: a mean
-                update = newton_schulz(0.1 * g + 0.9 * momentum[name])  # Nesterov's
-                scale = 0.02 * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+                matrices = 3 if "c_attn" in name else 1  # q, k and v, each by itself
+                parts = np.split(0.1 * g + 0.9 * momentum[name], matrices)  # Nesterov's
+                update = np.concatenate([newton_schulz(part) for part in parts])
+                scale = 0.02 * max(1.0, p.shape[0] / matrices / p.shape[1]) ** 0.5
                 before[name] = before[name] * (1 - 0.02 * 0.1) - scale * update
+        optimizer.find_gradients(opt)
         for one in opt:
             one.step()
-            one.zero_grad()
     for name in momentum:
         found = model.get_parameter(name).detach().double().numpy()
         wrong = np.linalg.norm(found - before[name]) / np.linalg.norm(before[name] - start[name])
         assert wrong < 0.05, (name, wrong)
+
+
+def test_gate_and_value_are_two_matrices_for_muon_and_lora_s_are_whole():
+    torch.manual_seed(0)
+    model = GPT(
+        GPTConfig(
+            block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, n_kv_head=1, activation="swiglu"
+        )
+    )
+    shapes = {
+        name: tuple(p.shape)
+        for group in muon(model)[0].param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
+    attention = [shapes[f"transformer.h.0.attn.c_attn.weight[{i}]"] for i in range(3)]
+    assert attention == [(8, 8), (4, 8), (4, 8)]
+    assert [shapes[f"transformer.h.0.mlp.c_fc.weight[{i}]"] for i in range(2)] == [(24, 8), (24, 8)]
+    finetune.add_lora(model, 2, 4.0, "c_attn")
+    (only,) = muon(model)
+    assert only.param_groups[0]["param_names"] == [
+        f"transformer.h.0.attn.c_attn.lora_{matrix}" for matrix in "ab"
+    ]
 
 
 @pytest.mark.parametrize("build", [adamw, muon])
@@ -135,11 +157,11 @@ def test_state_by_name_survives_a_round_trip_and_training_goes_on_bit_for_bit(bu
     two = tiny(seed=5)
     two.load_state_dict(one.state_dict())
     opt_two = build(two)
-    state = {k: v.clone() for k, v in optimizer.state_by_name(one, opt_one).items()}
+    state = {k: v.clone() for k, v in optimizer.state_by_name(opt_one).items()}
     assert "exp_avg/transformer.wte.weight" in state
     kept = "momentum_buffer" if build is muon else "exp_avg"
-    assert f"{kept}/transformer.h.0.attn.c_attn.weight" in state
-    optimizer.load_state_by_name(two, opt_two, state)
+    assert f"{kept}/transformer.h.0.attn.c_attn.weight{'[2]' if build is muon else ''}" in state
+    optimizer.load_state_by_name(opt_two, state)
     for seed in range(3, 6):
         step(one, opt_one, seed)
         step(two, opt_two, seed)
@@ -151,14 +173,14 @@ def test_state_of_another_model_is_refused_by_name():
     model = tiny()
     opt = adamw(model)
     step(model, opt, 0)
-    state = optimizer.state_by_name(model, opt)
+    state = optimizer.state_by_name(opt)
     state["exp_avg/transformer.h.9.ln_1.weight"] = torch.zeros(8)
     for field in ("exp_avg", "exp_avg_sq", "step"):
         del state[f"{field}/transformer.wpe.weight"]
     with pytest.raises(
         ValueError, match=r"missing: transformer.wpe.weight; not in the model: transformer.h.9"
     ):
-        optimizer.load_state_by_name(model, opt, state)
+        optimizer.load_state_by_name(opt, state)
 
 
 def test_the_learning_rate_is_set_in_every_group_and_muon_s_in_proportion():

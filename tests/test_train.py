@@ -294,7 +294,7 @@ def test_a_step_is_the_textbook_step(settings):
     norm = torch.sqrt(sum((p.grad**2).sum() for p in twin.parameters()))
     for p in twin.parameters():
         p.grad *= min(1.0, 0.5 / (norm.item() + 1e-6))
-    groups = optimizer.parameter_groups(list(twin.parameters()), settings.weight_decay)
+    groups = optimizer.parameter_groups(dict(twin.named_parameters()), settings.weight_decay)
     torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), fused=False, foreach=False).step()
     got, got_norm = train.train_step(t, 0.01)
     assert got.item() == pytest.approx(loss.item(), abs=1e-6)
