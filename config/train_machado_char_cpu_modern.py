@@ -8,7 +8,7 @@ eval_iters = 20
 log_interval = 100
 
 n_layer = 4
-n_head = 4
+n_head = 8
 n_embd = 64
 block_size = 32
 batch_size = 32
@@ -16,12 +16,13 @@ gradient_accumulation_steps = 1
 norm = "rmsnorm"
 qk_norm = True
 position = "rope"
-activation = "relu2"
+activation = "swiglu"
 
 max_iters = 5000
 optimizer = "muon"
 learning_rate = 5e-3
-muon_learning_rate = 0.02
+muon_learning_rate = 5e-3
+weight_decay = 0.0
 min_lr = 0.0
 lr_schedule = "wsd"
 decay_frac = 0.6
