@@ -204,7 +204,7 @@ class Sight:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what stands before it."""
+    """Multi-head attention in which a token sees itself, what stands before it, and its prefix."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -494,9 +494,9 @@ class GPT(nn.Module):
             seen = seen & (keys > queries - config.sliding_window)
         if not biased:
             return seen
-        distance = queries - keys  # (T, S)
+        distance = queries - keys  # (T, S); below 0 within a prefix
         if config.position == "alibi":
-            scores = -alibi_slopes(config.n_head, positions.device)[:, None, None] * distance
+            scores = -alibi_slopes(config.n_head, positions.device)[:, None, None] * distance.abs()
         else:
             scores = self.transformer["rel"](relative_buckets(distance)).permute(2, 0, 1)  # (n_head, T, S)
         return scores.masked_fill(~seen, float("-inf"))[None]

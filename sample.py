@@ -65,8 +65,9 @@ def open_writer(
     weights = pretrained.load(source, checkpoint_name)
     if weights.tokenizer is None:
         raise ValueError(
-            f"{source} comes without a tokenizer: put the corpus it was trained on into data/, "
-            "or the tokenizer.json of that corpus beside it"
+            f"{source} comes without a tokenizer that this program knows (characters, GPT-2's, or a BPE of its "
+            "own): of nanoGPT's ckpt.pt, put the corpus it was trained on into data/, or the tokenizer.json of "
+            "that corpus beside it; of a run folder, copy its tokenizer.json back"
         )
     with torch.device("meta"):  # no memory, no initial weights: those that were loaded become its own
         model = GPT(GPTConfig(**weights.config))

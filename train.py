@@ -76,7 +76,7 @@ class TrainSettings:
     embd_norm: bool = setting(False, "normalise the embedding, as BLOOM does")
     parallel_block: bool = setting(False, "attention and MLP side by side, as in PaLM and GPT-J")
     prefix_len: int = setting(0, "tokens at the beginning of a block that see one another both ways, unpredicted", lo=0)
-    sliding_window: int = setting(0, "how many tokens back a layer sees; 0: all", lo=0)
+    sliding_window: int = setting(0, "how many tokens a layer sees, the one itself among them; 0: all", lo=0)
     tie_weights: bool = setting(True, "one matrix for the embedding and the output layer")
     logit_softcap: float = setting(0.0, "c: bend logits into (-c, c); 0: leave them", lo=0.0)
     flash: bool = setting(True, "torch's fused attention; False: the plain softmax")
@@ -264,10 +264,13 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     norm = nn.utils.clip_grad_norm_(t.model.parameters(), settings.grad_clip or math.inf)
     if place.device.type != "cuda":
         check_finite(t, t.state.step + 1, total, norm)
-    for one in t.optimizers:
-        t.scaler.step(one)
+    if not t.scaler.is_enabled() or math.isfinite(norm):  # float16: all optimizers step, or none of them
+        for one in t.optimizers:
+            t.scaler.step(one)
     t.scaler.update()
     t.model.zero_grad(set_to_none=True)
+    for one in t.optimizers:  # Muon's views of the gradients too
+        one.zero_grad(set_to_none=True)
     return total, norm
 
 
@@ -375,8 +378,10 @@ def make_model(
         run.check_tokenizer(folder, tokenizer, corpus.folder)
         latest = checkpoint.newest(folder, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         held = checkpoint.load(latest)
+        shape = model_config(settings, held.config.get("vocab_size", 0))
+        check_same_shape(shape, held.config, folder)
         with torch.device("meta"):  # no memory yet: the tensors that were loaded become its own
-            model = GPT(model_config(settings, held.config.get("vocab_size", 0)))
+            model = GPT(shape)
             choose_trained(model, settings)
         checkpoint.adopt(model, held.model, str(latest))
         return model, settings, held
@@ -385,6 +390,12 @@ def make_model(
         model = GPT(GPTConfig(**weights.config | {"dropout": settings.dropout, "flash": settings.flash}))
     checkpoint.adopt(model, weights.tensors, weights.source)
     pretrained.check_tokenizer(weights, tokenizer, corpus.folder)
+    if weights.tokenizer is None:
+        print(
+            f"warning: {weights.source} comes without a tokenizer that this program knows: whether the tokens of "
+            f"{corpus.folder} mean the same to it cannot be checked",
+            file=sys.stderr,
+        )
     if settings.block_size < model.config.block_size:
         model.crop_block_size(settings.block_size)
     elif settings.block_size > model.config.block_size:
@@ -395,6 +406,19 @@ def make_model(
     choose_trained(model, settings)
     shape = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
     return model, replace(settings, **shape), None
+
+
+def check_same_shape(asked: GPTConfig, held: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError where a resumed run would go on as another model: many settings change no tensor."""
+    free = ("dropout", "flash")
+    before = {field.name: held.get(field.name, field.default) for field in fields(GPTConfig)}
+    changed = {name: value for name, value in before.items() if name not in free and getattr(asked, name) != value}
+    if changed:
+        raise ValueError(
+            f"the run in {folder} cannot go on as another model: "
+            + "; ".join(f"{name} was {value!r} and is {getattr(asked, name)!r} now" for name, value in changed.items())
+            + f". Leave these as they were, or begin a new run with --init_from={folder}"
+        )
 
 
 def choose_trained(model: GPT, settings: TrainSettings) -> None:
@@ -485,7 +509,7 @@ def log_step(t: Training, loss: Tensor, norm: Tensor) -> None:
     record = {
         "step": t.state.step,
         "loss": t.runtime.sum(loss.item())[0] / t.runtime.world,
-        "lr": t.optimizers[-1].param_groups[0]["lr"],
+        "lr": t.optimizers[-1].param_groups[0]["lr"],  # AdamW's, where there are two
         "grad_norm": norm.item() if math.isfinite(norm) else None,
         "tokens": t.state.step * tokens,
         "seconds": t.pace.elapsed(),

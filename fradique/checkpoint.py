@@ -81,7 +81,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         (beside / "manifest.json").write_text(manifest, encoding="utf-8")
         for path in [*beside.iterdir(), beside]:
             _sync(path)
-        _move_into_place(beside, folder)
+        move_into_place(beside, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"the checkpoint {folder} could not be written: {error}. Earlier checkpoints are untouched; make "
@@ -123,7 +123,7 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def _move_into_place(beside: Path, folder: Path) -> None:
+def move_into_place(beside: Path, folder: Path) -> None:
     """Rename; a folder that is in the way steps aside first and is found again by `recover` after a crash."""
     aside = folder.with_name(f".{folder.name}.old")
     if folder.exists():

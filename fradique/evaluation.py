@@ -18,7 +18,10 @@ from fradique.runtime import Runtime
 def mean_loss(
     model: nn.Module, split: Split, windows: list[Window], batch_size: int, place: Runtime
 ) -> float:
-    """Mean cross-entropy over all targets of `windows`, in nats a token."""
+    """Mean cross-entropy over all targets of `windows`, in nats a token.
+
+    A prefix decoder predicts only what follows its prefix: of its windows the loss is the mean over that.
+    """
     total, count = 0.0, 0
     training = model.training
     model.eval()

@@ -19,6 +19,14 @@ from fradique import tokenizer as tokenizers
 from fradique.layouts import GPT2, LAYOUTS, Layout
 
 OUR_TOKENIZER = "fradique_tokenizer.json"
+FILES = {
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    OUR_TOKENIZER,
+}
 
 
 def write(
@@ -41,8 +49,9 @@ def write(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {config['vocab_size']}: they "
             "do not belong together"
         )
+    folder = folder.expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        exported = folder.is_dir() and (folder / "config.json").exists()
+        exported = folder.is_dir() and {path.name for path in folder.iterdir()} <= FILES
         if not (overwrite and exported):
             raise ValueError(
                 f"{folder} is there already and holds something: choose another folder"
@@ -59,9 +68,7 @@ def write(
         for name, content in _json_files(config, layout, tokenizer).items():
             (beside / name).write_text(checkpoint.as_json(content), encoding="utf-8")
         shutil.copymode(beside / "config.json", beside / "model.safetensors")
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
+        checkpoint.move_into_place(beside, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} could not be written: {error}") from error
     finally:

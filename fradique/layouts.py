@@ -319,21 +319,25 @@ def _from_llama(there: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     there = LLAMA_SIZES | {"intermediate_size": 11008} | dict(there)
     there["num_key_value_heads"] = there.get("num_key_value_heads") or there["num_attention_heads"]
     rope = there.get("rope_parameters") or there.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     there["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", there.get("rope_theta", 10000.0))
     problems = no_sizes(there, [*LLAMA_SIZES, "intermediate_size", "num_key_value_heads"])
     head_dim = None if problems else there["hidden_size"] // there["num_attention_heads"]
     there["head_dim"] = there.get("head_dim") or head_dim
     problems += _unlike(
-        {"rms_norm_eps": 1e-6, "hidden_act": "silu"} | there,
+        {"rms_norm_eps": 1e-6, "hidden_act": "silu", "mlp_bias": False} | there,
         {
             "rms_norm_eps": (NORM_EPS,),
             "hidden_act": ("silu",),
             "rope_type": ("default",),
-            "head_dim": (head_dim, there["head_dim"]) if problems else (head_dim,),
+            "head_dim": (head_dim or there["head_dim"],),
             "mlp_bias": (there.get("attention_bias", False),),
             "tie_word_embeddings": (True, False),
         },
     )
+    if not isinstance(theta, int | float) or not theta > 0:
+        problems.append(f"rope_theta = {theta!r} is no number above 0")
     if problems:
         return {}, problems
     heads, kv_heads = there["num_attention_heads"], there["num_key_value_heads"]
@@ -343,7 +347,7 @@ def _from_llama(there: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "n_kv_head": 0 if kv_heads == heads else kv_heads,
         "norm": "rmsnorm",
         "position": "rope",
-        "rope_theta": float(rope.get("rope_theta", there.get("rope_theta", 10000.0))),
+        "rope_theta": float(theta),
         "bias": there.get("attention_bias", False),
         "tie_weights": there.get("tie_word_embeddings", False),
     }, []

@@ -98,6 +98,9 @@ class Muon(torch.optim.Muon):
             part.view.grad = None if grad is None else grad[part.rows]
 
 
+FIELDS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
+
+
 def find_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
     """Show every optimizer the gradients of the model: to be called after the backward pass."""
     for one in optimizers:
@@ -138,8 +141,9 @@ def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[st
     for key, value in tensors.items():
         field, _, name = key.partition("/")
         entries.setdefault(name, {})[field] = value
-    known = [name for one in optimizers for name in _names(one)]
-    missing = sorted(set(known) - set(entries)) if tensors else []
+    known = {name: FIELDS[type(one)] for one in optimizers for name in _names(one)}
+    complete = {name for name, entry in entries.items() if known.get(name, set()) <= entry.keys()}
+    missing = sorted(set(known) - complete) if tensors else []
     strangers = sorted(set(entries) - set(known))
     if missing or strangers:
         raise ValueError(
@@ -149,6 +153,8 @@ def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[st
                 for what, which in (("missing", missing), ("not in the model", strangers))
                 if which
             )
+            + ". optimizer, freeze and lora_* must be those of the run; to change them, begin a new one with "
+            "--init_from=<its folder>"
         )
     for one in optimizers:
         saved, names = one.state_dict(), _names(one)

@@ -40,8 +40,8 @@ class Weights:
 
 
 def load(source: str, checkpoint: str = "best", warn: Callable[[str], None] = warnings.warn) -> Weights:
-    """Weights from a run folder or one of its checkpoints, nanoGPT's ckpt.pt, or GPT-2's layout: a folder, a
-    `.safetensors` file, or a name on the hub.
+    """Weights from a run folder or one of its checkpoints, nanoGPT's ckpt.pt, or GPT-2's or LLaMA's layout: a
+    folder, a `.safetensors` file, or a name on the hub.
 
     Of a run, `checkpoint` takes "best", "newest", or a step. Raises ValueError: what, where, what to do.
     """
@@ -66,8 +66,8 @@ def load(source: str, checkpoint: str = "best", warn: Callable[[str], None] = wa
     raise ValueError(
         f"{source} {'holds no weights' if path.is_dir() else 'is no file or folder that is here'}. "
         "Weights come from a run folder (out/<run>) or one of its checkpoints, from nanoGPT's ckpt.pt, from "
-        "GPT-2 in Hugging Face's layout (a folder with config.json and model.safetensors, or a .safetensors "
-        f"file), or from the hub by name: {', '.join(HUB_NAMES)}, owner/name"
+        "GPT-2 or LLaMA in Hugging Face's layout (a folder with config.json and model.safetensors, or a "
+        f".safetensors file), or from the hub by name: {', '.join(HUB_NAMES)}, owner/name"
     )
 
 

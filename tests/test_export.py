@@ -227,6 +227,14 @@ def test_an_exported_model_is_replaced_only_when_asked():
     assert isinstance(opened()[0], LlamaForCausalLM)
 
 
+def test_a_folder_with_more_than_a_model_is_never_replaced():
+    write(random_model())
+    Path("out/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds something: choose another folder$"):
+        write(random_model(), overwrite=True)
+    assert Path("out/thesis.txt").exists() and Path("out/model.safetensors").exists()
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused():
     with pytest.raises(ValueError, match="10 tokens and the embedding 9"):
         write(random_model(vocab_size=9))

@@ -1,6 +1,7 @@
 """Whole runs of other architectures and optimizers, and of parts of a model: trained, resumed, exported."""
 
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,50 @@ def test_every_architecture_file_goes_behind_a_training_config(name):
     settings = resolve(train.TrainSettings, files).settings
     assert settings.dataset == "eca_char" and settings.n_embd == 128
     assert train.model_config(settings, 100).problems() == []
+
+
+@pytest.mark.parametrize("changes", [{"position": "none"}, {"n_head": 4}, {"activation": "relu"}])
+def test_a_resumed_run_does_not_go_on_as_another_model(settings, changes):
+    settings = replace(settings, position="rope", max_iters=4)
+    run_training(settings)
+    ((name, value),) = changes.items()
+    before = getattr(settings, name)
+    with pytest.raises(ValueError, match=rf"another model: {name} was {before!r} and is {value!r} now"):
+        train.set_up(replace(settings, init_from="resume", **changes))
+    assert run_training(replace(settings, init_from="resume", max_iters=6, dropout=0.3))[0] == 0
+
+
+@pytest.mark.parametrize("before", ["adamw", "muon"])
+def test_a_resumed_run_keeps_its_optimizer(settings, base, before):
+    """With LoRA the names of what is trained do not tell which optimizer it was."""
+    settings = replace(settings, init_from=base, lora_rank=2, max_iters=4, optimizer=before)
+    run_training(settings)
+    other = replace(settings, init_from="resume", optimizer={"adamw": "muon", "muon": "adamw"}[before])
+    with pytest.raises(ValueError, match="optimizer, freeze and lora_\\* must be those of the run"):
+        train.set_up(other)
+
+
+def test_weights_without_a_known_tokenizer_come_with_a_warning(settings, base, tmp_path, capsys):
+    assert pretrained.main(["export", f"--out_dir={base}", f"--to={tmp_path / 'hf'}"]) == 0
+    (tmp_path / "hf" / "fradique_tokenizer.json").unlink()
+    train.set_up(replace(settings, init_from=str(tmp_path / "hf"))).log.close()
+    assert "comes without a tokenizer that this program knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"])
+def test_a_gradient_that_overflows_in_float16_is_skipped_by_both_optimizers(settings, monkeypatch, bad, name):
+    t = train.set_up(replace(settings, optimizer="muon"))
+    t.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    t.runtime = replace(t.runtime, dtype=torch.float16, device=torch.device("cpu"))
+    monkeypatch.setattr(type(t.runtime), "autocast", lambda self: nullcontext())
+    t.model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, bad))
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    scale = t.scaler.get_scale()
+    train.train_step(t, 1e-2)
+    assert all(torch.equal(p, before[n]) for n, p in t.model.named_parameters())
+    assert t.scaler.get_scale() < scale
+    t.log.close()
 
 
 def test_lora_on_two_processes_gives_the_losses_of_one(settings, base, tmp_path):

@@ -11,3 +11,14 @@ embd_norm = True
 position = "alibi"
 activation = "gelu_tanh"
 bias = True
+
+# what it does not have, in case the training config does
+n_kv_head = 0
+n_inner = 0
+qk_norm = False
+rope_theta = 10000.0
+parallel_block = False
+prefix_len = 0
+sliding_window = 0
+tie_weights = True
+logit_softcap = 0.0

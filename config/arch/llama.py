@@ -11,3 +11,14 @@ position = "rope"
 activation = "swiglu"
 bias = False
 tie_weights = False
+
+# what it does not have, in case the training config does
+n_kv_head = 0
+n_inner = 0
+qk_norm = False
+embd_norm = False
+rope_theta = 10000.0
+parallel_block = False
+prefix_len = 0
+sliding_window = 0
+logit_softcap = 0.0

@@ -13,3 +13,13 @@ n_kv_head = 1
 position = "rope"
 activation = "swiglu"
 bias = False
+
+# what it does not have, in case the training config does
+n_inner = 0
+qk_norm = False
+embd_norm = False
+rope_theta = 10000.0
+prefix_len = 0
+sliding_window = 0
+tie_weights = True
+logit_softcap = 0.0
