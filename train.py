@@ -379,11 +379,11 @@ def make_model(
         latest = checkpoint.newest(folder, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         held = checkpoint.load(latest)
         shape = model_config(settings, held.config.get("vocab_size", 0))
-        check_same_shape(shape, held.config, folder)
         with torch.device("meta"):  # no memory yet: the tensors that were loaded become its own
             model = GPT(shape)
             choose_trained(model, settings)
         checkpoint.adopt(model, held.model, str(latest))
+        check_same_shape(shape, held.config, folder)
         return model, settings, held
     weights = pretrained.load(settings.init_from)
     with torch.device("meta"):
