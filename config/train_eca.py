@@ -1,5 +1,7 @@
 # Eça de Queiroz, 21 works, in 4,096 tokens of their own (byte-level BPE): 12.3M parameters.
-# Made for a GPU; time and loss were not measured yet.
+# For a GPU; the whole run was not measured yet. Measured on two cores of an Intel Xeon with AMX (2.6 GHz):
+#   4 s a step; the first 23 steps (--time_budget=120s --warmup_iters=10 --eval_iters=2) reach a
+#   whole-validation loss of 6.806, 2.97 bits per byte.
 
 out_dir = "out/eca"
 dataset = "eca"
