@@ -208,9 +208,10 @@ def test_a_gradient_that_overflows_in_float16_is_skipped_by_both_optimizers(sett
     t.log.close()
 
 
-def test_lora_on_two_processes_gives_the_losses_of_one(settings, base, tmp_path):
-    """Frozen parameters take no part in the sharing of gradients."""
-    settings = replace(settings, init_from=base, lora_rank=2, dropout=0.0, max_iters=4, eval_interval=100)
+@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"optimizer": "muon"}], ids=["lora", "muon"])
+def test_two_processes_give_the_losses_of_one(settings, base, tmp_path, changes):
+    """Frozen parameters take no part in the sharing of gradients; Muon sees those that were shared."""
+    settings = replace(settings, init_from=base, dropout=0.0, max_iters=4, eval_interval=100, **changes)
     settings = replace(settings, gradient_accumulation_steps=2)
     run_training(settings)
     from test_train import torchrun  # the way that two processes are started there
