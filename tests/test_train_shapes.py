@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, flags, losses, run_script, run_training
+from test_train import same_folder, stop_at, torchrun
 from transformers import AutoModelForCausalLM
 
 import sample
@@ -23,15 +24,8 @@ def interrupted_and_whole(settings, tmp_path, monkeypatch, step=13):
     """The same run stopped in the middle of a step and resumed, and never stopped."""
     whole = replace(settings, out_dir=str(tmp_path / "whole"))
     _, undisturbed = run_training(whole)
-    real = train.train_step
-
-    def train_step(t, lr):
-        if t.state.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return real(t, lr)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", train_step)
+        stop_at(patch, step)
         assert run_training(settings)[0] == 128 + signal.SIGTERM
     _, resumed = run_training(replace(settings, init_from="resume"))
     assert losses(settings.out_dir) == losses(whole.out_dir)
@@ -39,11 +33,7 @@ def interrupted_and_whole(settings, tmp_path, monkeypatch, step=13):
 
 
 def same(a: train.Training, b: train.Training) -> bool:
-    one, two = (checkpoint.load(Path(t.settings.out_dir) / "step-00000020") for t in (a, b))
-    return all(
-        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-        for x, y in ((one.model, two.model), (one.optimizer, two.optimizer))
-    )
+    return same_folder(*(Path(t.settings.out_dir) / "step-00000020" for t in (a, b)))
 
 
 @pytest.mark.parametrize("changes", [MODERN, ODD], ids=["modern, muon", "deepnorm, relative, geglu"])
@@ -214,8 +204,6 @@ def test_two_processes_give_the_losses_of_one(settings, base, tmp_path, changes)
     settings = replace(settings, init_from=base, dropout=0.0, max_iters=4, eval_interval=100, **changes)
     settings = replace(settings, gradient_accumulation_steps=2)
     run_training(settings)
-    from test_train import torchrun  # the way that two processes are started there
-
     two = replace(settings, out_dir=str(tmp_path / "two"))
     assert torchrun(2, *flags(two)).returncode == 0
     assert losses(two.out_dir) == pytest.approx(losses(settings.out_dir), abs=1e-5)
