@@ -2,7 +2,8 @@
 
 A decoder-only transformer (Vaswani et al. 2017; GPT-2: Radford et al. 2019) with nanoGPT's face:
 `GPT(GPTConfig(...))`, `forward(idx, targets) -> (logits, loss)`, `generate(idx, max_new_tokens)`.
-It imports torch only; it opens no file, chooses no device and prints nothing.
+It imports torch, and `fradique.kernels`, which does no more; it opens no file, chooses no device and prints
+nothing.
 
 Shapes: B batch, T time (tokens), S keys seen so far, C = n_embd, V = vocab_size.
 """
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fradique import kernels
 
 ACTIVATIONS = {
-    "gelu": F.gelu,  # the exact form, with erf: nanoGPT's
+    "gelu": kernels.gelu,  # the exact form, with erf: nanoGPT's
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's (Hendrycks & Gimpel 2016)
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # Primer (So et al. 2021)
@@ -209,7 +213,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
-        self.attend = fused_attention if config.flash else plain_attention
+        self.attend = kernels.attention if config.flash else plain_attention
         kv_width = config.kv_heads * config.head_dim
         self.widths = (config.n_embd, kv_width, kv_width)  # of q, k, v
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
@@ -235,12 +239,7 @@ class CausalSelfAttention(nn.Module):
             q, k, v, sight.mask, self.dropout if self.training else 0.0
         )  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
-
-
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S), true where query t, which stands at position S - T + t, may look at key s."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        return kernels.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 def plain_attention(
@@ -254,24 +253,10 @@ def plain_attention(
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_head, T, S)
     if mask is None:
-        mask = causal_mask(q.size(2), k.size(2), q.device)
+        mask = kernels.causal_mask(q.size(2), k.size(2), q.device)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
     return weights.to(v.dtype) @ v
-
-
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
-) -> Tensor:
-    """The same through torch's kernels (FlashAttention where torch has it: Dao et al. 2022)."""
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    T, S = q.size(2), k.size(2)
-    causal = mask is None and T == S
-    if mask is None and 1 < T < S:  # a single new token sees every key
-        mask = causal_mask(T, S, q.device)
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
@@ -293,7 +278,7 @@ class MLP(nn.Module):
             x = self.activation(gate) * x
         else:
             x = self.activation(x)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return kernels.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -384,6 +369,9 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
+        self.gradient_checkpointing = (
+            False  # True: blocks run again in the backward pass instead of being kept
+        )
         parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
         if config.position == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -426,14 +414,16 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         prefix: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        with_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits and loss.
 
         With targets (B, T): logits (B, T, V) and the mean cross-entropy in nats; targets of -1 do not count.
-        Without: the logits of the last position, (B, 1, V), and None. With a cache, `idx` continues what it
-        holds. Of a prefix decoder the first `prefix` tokens see one another (at most prefix_len; where it is
-        None, all that come with an empty cache), and the targets among them do not count. Raises ValueError
-        where the tokens do not fit the block.
+        Where nobody needs these logits (`with_logits=False`) None stands for them: that takes less memory.
+        Without targets: the logits of the last position, (B, 1, V), and None. With a cache, `idx` continues
+        what it holds. Of a prefix decoder the first `prefix` tokens see one another (at most prefix_len;
+        where it is None, all that come with an empty cache), and the targets among them do not count.
+        Raises ValueError where the tokens do not fit the block.
         """
         T = idx.size(1)
         start = cache.length if cache is not None else 0
@@ -449,7 +439,10 @@ class GPT(nn.Module):
             rotation=self._rotation(positions),
         )
         for block in self.transformer["h"]:
-            x = block(x, sight, cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, sight, use_reentrant=False)
+            else:
+                x = block(x, sight, cache)
         if "ln_f" in self.transformer:
             x = self.transformer["ln_f"](x)
         if cache is not None:
@@ -458,6 +451,9 @@ class GPT(nn.Module):
             return self._logits(x[:, -1:]), None
         if prefix > 1:
             targets = torch.where(positions < prefix - 1, -1, targets)
+        if not with_logits:
+            cap = self.config.logit_softcap
+            return None, kernels.linear_cross_entropy(x, self.lm_head.weight, targets, cap)
         logits = self._logits(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
@@ -472,7 +468,7 @@ class GPT(nn.Module):
             x = x * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd).to(x.dtype)
         if self.config.embd_norm:
             x = self.transformer["ln_e"](x)
-        return F.dropout(x, self.config.dropout, self.training)
+        return kernels.dropout(x, self.config.dropout, self.training)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rope":

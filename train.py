@@ -118,6 +118,7 @@ class TrainSettings:
     device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N", group="machine")
     dtype: str = setting("auto", "of the forward pass; weights stay float32", choices=("auto", *runtime.DTYPES))
     compile: bool | str = setting("auto", "torch.compile; auto: when the run is long enough", choices=("auto", True, False))
+    gradient_checkpointing: bool = setting(False, "keep the blocks' inputs alone, and run them twice: less memory, a third more time")
     backend: str = setting("auto", "of torch.distributed under torchrun: auto | nccl | gloo")
     # fmt: on
 
@@ -248,16 +249,17 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     settings, place = t.settings, t.runtime
     torch.manual_seed(dataset.hash_numbers(settings.seed, t.state.step, place.rank))
     optimizer.set_learning_rate(t.optimizers, lr)
-    batches = list(t.sampler.micro_batches(t.state.step, place.rank, place.world))
+    batches = place.slices(t.sampler.micro_batches(t.state.step, place.rank, place.world))
     total = torch.zeros((), device=place.device)
-    for i, batch in enumerate(batches):
-        x, y = place.move(*batch)
-        if place.world > 1:  # gradients are shared once, with the last micro-batch
-            t.forward.require_backward_grad_sync = i == len(batches) - 1
-        with place.autocast():
-            loss = t.forward(x, y)[1] / len(batches)
-        t.scaler.scale(loss).backward()
-        total += loss.detach()
+    with place.autocast():  # around them all: the weights are cast once
+        for i, batch in enumerate(batches):
+            x, y = place.move(*batch)
+            if place.world > 1:  # gradients are shared once, with the last slice
+                t.forward.require_backward_grad_sync = i == len(batches) - 1
+            loss = t.forward(x, y, with_logits=False)[1] / len(batches)
+            with place.autocast(enabled=False):
+                t.scaler.scale(loss).backward()
+            total += loss.detach()
     optimizer.find_gradients(t.optimizers)
     for one in t.optimizers:
         t.scaler.unscale_(one)
@@ -305,6 +307,7 @@ def set_up(settings: TrainSettings) -> Training:
     )
     sampler.share(place.world)
     model.to(place.device)
+    model.gradient_checkpointing = settings.gradient_checkpointing
     state = TrainState.read(held.state) if held else TrainState()
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
     optimizers = optimizer.build(
@@ -475,9 +478,10 @@ def compile_forward(t: Training) -> nn.Module:
     """The compiled model, tried on a forward and backward pass of the first batch; eager where that fails."""
 
     def try_it(forward: nn.Module) -> None:
-        x, y = t.runtime.move(*next(t.sampler.micro_batches(0, t.runtime.rank, t.runtime.world)))
+        x, y = t.runtime.move(*t.runtime.slices(t.sampler.micro_batches(0, t.runtime.rank, t.runtime.world))[0])
         with t.runtime.autocast():
-            forward(x, y)[1].backward()
+            loss = forward(x, y, with_logits=False)[1]
+        loss.backward()
         t.model.zero_grad(set_to_none=True)
 
     return runtime.compiled(t.model, try_it, t.log.warn)

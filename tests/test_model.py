@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from transformers import generation
 
 import model as model_module
+from fradique import kernels
 from model import (
     GPT,
     GPTConfig,
     KVCache,
-    causal_mask,
     draw,
     filter_logits,
-    fused_attention,
     penalise_repetition,
     plain_attention,
     window_start,
@@ -165,7 +164,7 @@ def test_fused_attention_equals_plain_attention_forward_and_backward():
 def test_new_tokens_attend_to_cached_ones_alike_on_both_paths(T, S):
     q, k, v = (torch.randn(2, 3, length, 8, generator=seeded(length)) for length in (T, S, S))
     whole = plain_attention(torch.cat([torch.zeros(2, 3, S - T, 8), q], dim=2), k, v)[:, :, S - T :]
-    for attend in (plain_attention, fused_attention):
+    for attend in (plain_attention, kernels.attention):
         torch.testing.assert_close(attend(q, k, v), whole, rtol=0, atol=1e-6)
 
 
@@ -185,7 +184,7 @@ def test_the_gradient_of_plain_attention_is_that_of_finite_differences():
 
 
 def test_the_mask_lets_a_query_see_what_stands_up_to_it():
-    mask = causal_mask(2, 5, torch.device("cpu"))
+    mask = kernels.causal_mask(2, 5, torch.device("cpu"))
     assert mask.tolist() == [[True, True, True, True, False], [True] * 5]
 
 
@@ -236,9 +235,9 @@ def test_dropout_acts_in_training_and_only_there(flash):
 def test_dropout_within_attention_keeps_the_expected_value():
     q, k = torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 8, 4)
     v = torch.randn(1, 1, 8, 4, generator=seeded())
-    for attend in (plain_attention, fused_attention):
+    for attend in (plain_attention, kernels.attention):
         torch.manual_seed(0)
-        drawn = torch.stack([attend(q, k, v, dropout=0.3) for _ in range(4000)])
+        drawn = torch.stack([attend(q, k, v, None, 0.3) for _ in range(4000)])
         assert drawn.std(0).max() > 0.1
         torch.testing.assert_close(drawn.mean(0), attend(q, k, v), rtol=0, atol=0.05)
 

@@ -1,7 +1,10 @@
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from fradique import runtime
 
@@ -116,3 +119,43 @@ def test_a_second_ctrl_c_stops_at_once():
             signal.raise_signal(signal.SIGINT)
     finally:
         stop.forget()
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "at_once"),
+    [(64, 256, 16), (12, 64, 12), (2, 1024, 2), (7, 2048, 1), (3, 9999, 1), (18, 1024, 3), (1, 4, 1)],
+)
+def test_a_slice_is_the_largest_equal_part_that_fits(rows, length, at_once, monkeypatch):
+    monkeypatch.setattr(runtime, "CPU_TOKENS_AT_ONCE", 4096)
+    x = torch.arange(rows * length).view(rows, length)
+    place = runtime.Runtime(torch.device("cpu"), torch.float32, False)
+    parts = place.slices([(x, x + 1), (x + 2, x + 3)])
+    assert {part[0].shape for part in parts} == {(at_once, length)}
+    assert torch.equal(torch.cat([part[0] for part in parts]), torch.cat([x, x + 2]))
+    assert torch.equal(torch.cat([part[1] for part in parts]), torch.cat([x + 1, x + 3]))
+
+
+PAGES = """
+import resource, torch
+from fradique import runtime
+if {keep}:
+    runtime.keep_freed_memory()
+def faults():
+    for _ in range(10):
+        torch.zeros(1 << 24)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = faults()
+print(faults() - first)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_freed_memory_is_not_fetched_anew_from_the_kernel():
+    pages = {}
+    for keep in (False, True):
+        command = [sys.executable, "-c", PAGES.format(keep=keep)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        pages[keep] = int(done.stdout)
+    if pages[False] < 1000:
+        pytest.skip("this malloc keeps freed memory by itself, or its pages are huge")
+    assert pages[True] < pages[False] / 10

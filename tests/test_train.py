@@ -23,7 +23,7 @@ from conftest import ROOT, flags, losses, run_script, run_training
 
 import train
 from configurator import command
-from fradique import checkpoint, metrics, optimizer
+from fradique import checkpoint, metrics, optimizer, runtime
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
@@ -157,7 +157,7 @@ def test_resumed_run_equals_uninterrupted_run_where_only_better_steps_are_saved(
     settings, tmp_path, interrupt
 ):
     """A cut run begins again at the last better step, before an evaluation that it had made already."""
-    rising = replace(settings, learning_rate=0.05, lr_schedule="constant", warmup_iters=8)
+    rising = replace(settings, learning_rate=0.05, lr_schedule="constant", warmup_iters=6)
     settings = replace(rising, always_save_checkpoint=False, keep_checkpoints=9)
     whole = replace(settings, out_dir=str(tmp_path / "whole"))
     run_training(whole)
@@ -280,6 +280,27 @@ def test_gradient_accumulation_equals_one_large_batch(settings, tmp_path):
     run_training(other)
     for step, loss in losses(settings.out_dir).items():
         assert losses(other.out_dir)[step] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_step_cut_into_slices_equals_the_whole_step(settings, tmp_path, monkeypatch):
+    found = []
+    for at_once in (1, 1 << 20):
+        monkeypatch.setattr(runtime, "CPU_TOKENS_AT_ONCE", at_once)
+        folder = tmp_path / str(at_once)
+        run_training(replace(settings, dropout=0.0, out_dir=str(folder)))
+        found.append(list(losses(folder).values()))
+    assert len(found[0]) == settings.max_iters
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_run(settings, tmp_path):
+    other = replace(
+        settings, gradient_checkpointing=True, dropout=0.2, out_dir=str(tmp_path / "checkpointed")
+    )
+    settings = replace(settings, dropout=0.2)
+    run_training(settings)
+    run_training(other)
+    assert losses(settings.out_dir) == losses(other.out_dir) != {}
 
 
 def test_a_step_is_the_textbook_step(settings):
@@ -581,7 +602,7 @@ def test_a_failing_compiler_gives_one_warning_and_the_same_numbers(settings, tmp
     run_training(settings)
 
     def broken(model):
-        def fail(*_):
+        def fail(*_, **__):
             raise RuntimeError("no compiler today")
 
         return fail

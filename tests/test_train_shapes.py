@@ -188,7 +188,7 @@ def test_a_gradient_that_overflows_in_float16_is_skipped_by_both_optimizers(sett
     t = train.set_up(replace(settings, optimizer="muon"))
     t.scaler = torch.amp.GradScaler("cpu", enabled=True)
     t.runtime = replace(t.runtime, dtype=torch.float16, device=torch.device("cpu"))
-    monkeypatch.setattr(type(t.runtime), "autocast", lambda self: nullcontext())
+    monkeypatch.setattr(type(t.runtime), "autocast", lambda self, enabled=True: nullcontext())
     t.model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, bad))
     before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
     scale = t.scaler.get_scale()

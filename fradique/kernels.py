@@ -1,0 +1,393 @@
+"""What the model spends its time in, made fast for the device at hand: attention, dropout, cross-entropy.
+
+Each does what a line of plain torch does, and a test holds it to that line. On CUDA and MPS they are torch's
+own kernels. On a CPU torch's are slow to train with: its generator draws a number a mask, dropout turns its
+fused attention off, and the backward pass of that attention is slower than the products that it saves.
+
+Shapes: B batch, H heads, T queries, S keys, D head_dim, N rows, C width, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SAVED_SCORES = 512  # longest T whose probabilities are kept for the backward pass whole, on a CPU
+QUERY_BLOCK, KEY_BLOCK = 256, 128  # parts of a longer one that fit the cache
+LARGE_VOCABULARY = 1 << 14  # tokens from which logits are made chunk by chunk however few the rows
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}  # numbers of a chunk of logits in float32
+LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number -> integers as wide
+
+
+# Dropout
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """x with each number made 0 with probability p, the others divided by 1 - p (Srivastava et al. 2014).
+
+    On a CPU p is rounded to `kept_share`.
+    """
+    if not training or p == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    if torch.compiler.is_compiling():
+        return _dropout_to_fuse(x, p)
+    return _Dropout.apply(x, p)
+
+
+def kept_share(p: float) -> float:
+    """1 - p, to a 256th, below 1: the part that dropout on a CPU keeps, and what it divides by."""
+    return (256 - _dropped_bytes(p)) / 256
+
+
+def _dropped_bytes(p: float) -> int:
+    return min(255, max(1, round(256 * p)))
+
+
+def _random_bytes(count: int) -> Tensor:
+    """(at least count,) int64: `count` bytes, drawn eight at a time from torch's generator."""
+    return torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
+
+
+@torch.library.custom_op("fradique::random_bytes", mutates_args=())
+def _bytes_to_fuse(x: Tensor) -> Tensor:
+    """A byte for each number of x, in its shape, for a compiled graph. That it takes x, of which it reads
+    nothing but the shape, keeps the draws of two places from becoming one."""
+    return _random_bytes(x.numel()).view(torch.uint8)[: x.numel()].view(x.shape)
+
+
+@_bytes_to_fuse.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.uint8)
+
+
+def _dropout_to_fuse(x: Tensor, p: float) -> Tensor:
+    """Dropout that inductor makes one loop of, with what stands around it; it compares floats fastest."""
+    draws = torch.ops.fradique.random_bytes(x)
+    return x * (draws.float() >= _dropped_bytes(p)) * (1 / kept_share(p))
+
+
+def _keep(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+    """Integers as wide as dtype: all bits set where a number is kept, none where it is dropped.
+
+    A byte a number: each is cut out of the drawn words, and compared by the sign of a difference.
+    """
+    width, dropped = dtype.itemsize, _dropped_bytes(p)
+    count = math.prod(shape)
+    words = _random_bytes(count).view(LANES[width])
+    keep = torch.empty(width, words.numel(), dtype=words.dtype)
+    for i, lane in enumerate(keep):
+        torch.bitwise_right_shift(words, 8 * i, out=lane).bitwise_and_(255)
+    keep = keep.neg_().add_(dropped - 1).bitwise_right_shift_(8 * width - 1)  # byte >= dropped: -1, else 0
+    return keep.flatten()[:count].view(shape)
+
+
+def _and(x: Tensor, keep: Tensor) -> Tensor:
+    return (x.contiguous().view(keep.dtype) & keep).view(x.dtype)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float) -> Tensor:  # noqa: ANN001
+        keep = _keep(x.shape, p, x.dtype)
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / kept_share(p)
+        return _and(x, keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        (keep,) = ctx.saved_tensors
+        return _and(grad, keep).mul_(ctx.scale), None
+
+
+# The activation
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Φ(x), exactly, with erf (Hendrycks & Gimpel 2016)."""
+    on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
+    return torch.ops.fradique.gelu(x) if on_cpu else F.gelu(x)
+
+
+@torch.library.custom_op("fradique::gelu", mutates_args=())
+def _gelu(x: Tensor) -> Tensor:
+    """torch's own kernel inside a compiled graph: for a CPU inductor would write a slower one."""
+    return F.gelu(x)
+
+
+@torch.library.custom_op("fradique::gelu_backward", mutates_args=())
+def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad.contiguous(), x)
+
+
+@_gelu.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_gelu_backward.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+_gelu.register_autograd(
+    lambda ctx, grad: _gelu_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+# Attention
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S), true where query t, which stands at position S - T + t, may look at key s."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
+    """softmax(q kᵀ / √D + mask) v, with dropout p on the probabilities: (B, H, T, D).
+
+    q (B, H, T, D); k, v (B, H or fewer, S, D). mask: None for causal; bool (T, S), true where seen; or
+    (1, H, T, S), added to the scores.
+    """
+    T, S = q.size(2), k.size(2)
+    on_cpu = q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and T == S
+    if on_cpu and (p or q.dtype == torch.bfloat16):
+        if p or T <= SAVED_SCORES:
+            return _attention_on_cpu(q, k, v, mask, p)
+        if mask is None and not torch.compiler.is_compiling():
+            return _LongAttention.apply(*_same_heads(q, k, v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    causal = mask is None and T == S
+    if mask is None and 1 < T < S:  # a single new token sees every key
+        mask = causal_mask(T, S, q.device)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal, enable_gqa=grouped)
+
+
+def _same_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v repeated for the queries that share them."""
+    group = q.size(1) // k.size(1)
+    return (q, k, v) if group == 1 else (q, *(a.repeat_interleave(group, dim=1) for a in (k, v)))
+
+
+def _attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    q, k, v = _same_heads(q, k, v)
+    T = q.size(2)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(T, T, dtype=q.dtype).masked_fill_(~mask, -math.inf)[None, None]
+    if torch.compiler.is_compiling():
+        mask = _triangle(T, torch.float32) if mask is None else mask.float()
+        return _AttentionToFuse.apply(q, k, v, mask, p)
+    return _Attention.apply(q, k, v, None if mask is None else mask.to(q.dtype), p)
+
+
+def _triangle(size: int, dtype: torch.dtype) -> Tensor:
+    """(size, size): -inf above the diagonal, to be added to scores."""
+    return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B H, T, D), contiguous."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+class _Attention(torch.autograd.Function):
+    """Attention by blocks of queries, whose probabilities are kept. The gradient is FlashAttention's (Dao et
+    al. 2022, appendix B): dS = P ∘ (dP - t), where t, the sum of P ∘ dP over the keys, is that of dO ∘ O.
+
+    The factors 1 / √D and 1 / kept share are given to q and v, which are smaller than the scores.
+    """
+
+    @staticmethod
+    def forward(  # noqa: ANN205
+        ctx,  # noqa: ANN001
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        p: float,
+    ):
+        B, H, T, _ = q.shape
+        ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / kept_share(p) if p else 1.0
+        q, k, v = _flat(q * ctx.scale), _flat(k), _flat(v * ctx.v_scale if p else v)
+        step = T if T <= SAVED_SCORES else QUERY_BLOCK
+        causal = _triangle(step, q.dtype) if mask is None else None
+        out, kept = torch.empty_like(q), []
+        for start in range(0, T, step):
+            end = min(T, start + step)
+            seen = end if mask is None else T
+            scores = torch.bmm(q[:, start:end], k[:, :seen].transpose(1, 2))  # (B H, rows, seen)
+            if mask is None:
+                scores[:, :, start:].add_(causal[: end - start, : end - start])
+            else:
+                scores.view(B, H, end - start, T).add_(mask[:, :, start:end])
+            probs = torch.softmax(scores, dim=-1)
+            dropped = _and(probs, _keep(probs.shape, p, probs.dtype)) if p else probs
+            out[:, start:end] = torch.bmm(dropped, v[:, :seen])
+            kept += [probs, dropped]
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.shape, ctx.step, ctx.mask = (B, H, T, -1), step, mask is not None and mask.shape
+        return out.view(ctx.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+        q, k, v, out, *kept = ctx.saved_tensors
+        B, H, T, _ = ctx.shape
+        grad = _flat(grad)
+        total = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)  # (B H, T, 1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_mask = grad.new_zeros(ctx.mask) if ctx.needs_input_grad[3] else None
+        for start, probs, dropped in zip(range(0, T, ctx.step), kept[::2], kept[1::2], strict=True):
+            end, seen = min(T, start + ctx.step), probs.size(2)
+            rows = grad[:, start:end]
+            d_scores = torch.bmm(rows, v[:, :seen].transpose(1, 2)).mul_(dropped)
+            d_scores.sub_(probs * total[:, start:end])
+            if d_mask is not None:
+                d_mask[:, :, start:end] = d_scores.view(B, H, -1, T).sum_to_size(
+                    d_mask[:, :, start:end].shape
+                )
+            dq[:, start:end] = torch.bmm(d_scores, k[:, :seen])
+            dk[:, :seen] += torch.bmm(d_scores.transpose(1, 2), q[:, start:end])
+            dv[:, :seen] += torch.bmm(dropped.transpose(1, 2), rows)
+        dq.mul_(ctx.scale)
+        if ctx.v_scale != 1.0:
+            dv.mul_(ctx.v_scale)
+        return dq.view(ctx.shape), dk.view(ctx.shape), dv.view(ctx.shape), d_mask, None
+
+
+class _AttentionToFuse(torch.autograd.Function):
+    """`_Attention` in whole expressions, for inductor to make loops of. That the gradient is written out lets
+    it keep the probabilities in q's dtype, where it would find them again in float32."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:  # noqa: ANN001
+        ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / kept_share(p) if p else 1.0
+        q, v = q * ctx.scale, v * ctx.v_scale
+        scores = q @ k.transpose(-2, -1)  # (B, H, T, T)
+        # float32, and added: inductor is slow at filling where a mask says
+        probs = F.softmax(scores.float() + mask, dim=-1).to(q.dtype)
+        dropped = probs
+        if p:
+            draws = torch.ops.fradique.random_bytes(scores)
+            dropped = probs * (draws.float() >= _dropped_bytes(p))
+        out = dropped @ v
+        ctx.save_for_backward(q, k, v, out, probs, dropped)
+        ctx.mask_shape = mask.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+        q, k, v, out, probs, dropped = ctx.saved_tensors
+        total = (grad.float() * out.float()).sum(-1, keepdim=True)  # (B, H, T, 1)
+        d_dropped = grad @ v.transpose(-2, -1)
+        d_scores = (d_dropped.float() * dropped.float() - probs.float() * total).to(q.dtype)
+        dq, dk = d_scores @ k * ctx.scale, d_scores.transpose(-2, -1) @ q
+        dv = dropped.transpose(-2, -1) @ grad * ctx.v_scale
+        d_mask = d_scores.float().sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
+        return dq, dk, dv, d_mask, None
+
+
+class _LongAttention(torch.autograd.Function):
+    """Causal attention whose forward pass is torch's flash kernel, and whose backward pass finds the
+    probabilities again from the logarithms of their sums, by blocks of keys (Dao et al. 2022, alg. 4)."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ANN001
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sums = flash(q, k, v, 0.0, True)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN001
+        q, k, v, out, log_sums = ctx.saved_tensors
+        B, H, T, D = q.shape
+        scale = 1 / math.sqrt(D)
+        total = _flat((grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype))  # (B H, T, 1)
+        log_sums = log_sums.reshape(B * H, T, 1).to(q.dtype)
+        q, k, v, grad = _flat(q * scale), _flat(k), _flat(v), _flat(grad)
+        causal = _triangle(KEY_BLOCK, q.dtype)
+        dq = torch.zeros(q.shape)  # float32: it is a sum over the blocks
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        for start in range(0, T, KEY_BLOCK):
+            end = min(T, start + KEY_BLOCK)
+            later = slice(start, T)  # the queries that see these keys
+            probs = torch.bmm(q[:, later], k[:, start:end].transpose(1, 2))  # (B H, T - start, keys)
+            probs[:, : end - start].add_(causal[: end - start, : end - start])
+            probs.sub_(log_sums[:, later]).exp_()
+            dv[:, start:end] = torch.bmm(probs.transpose(1, 2), grad[:, later])
+            d_scores = torch.bmm(grad[:, later], v[:, start:end].transpose(1, 2))
+            d_scores.sub_(total[:, later]).mul_(probs)
+            dk[:, start:end] = torch.bmm(d_scores.transpose(1, 2), q[:, later])
+            dq[:, later] += torch.bmm(d_scores, k[:, start:end])
+        dq = dq.mul_(scale).to(q.dtype)
+        return dq.view(B, H, T, D), dk.view(B, H, T, D), dv.view(B, H, T, D)
+
+
+# Cross-entropy
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
+    """Mean cross-entropy, in nats, of the logits x weightᵀ: a scalar. Targets of -1 do not count.
+
+    x (..., C), weight (V, C), targets (...) int64. Where the logits are many they are made and left chunk by
+    chunk, half of them at most, so that float32 never holds more than one copy of them; their gradient is
+    kept in the dtype that the layers compute in.
+    """
+    x, targets = x.flatten(0, -2), targets.flatten()
+    if weight.size(0) < LARGE_VOCABULARY and x.size(0) * weight.size(0) <= LOGITS_AT_ONCE[x.device.type]:
+        logits = F.linear(x, weight)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return _LinearCrossEntropy.apply(x.to(dtype), weight, targets, softcap)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is found together with the loss: each chunk of logits is made once, and becomes its own
+    gradient, softmax(logits) - onehot(target), in place."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:  # noqa: ANN001
+        with torch.autocast(x.device.type, enabled=False):
+            low = weight.to(x.dtype)
+            learns = any(ctx.needs_input_grad[:2])
+            counted = targets >= 0
+            count = counted.sum()
+            total = torch.zeros((), device=x.device)
+            rows = max(1, min(-(-x.size(0) // 2), LOGITS_AT_ONCE[x.device.type] // weight.size(0)))
+            d_logits = x.new_empty(x.size(0), weight.size(0)) if learns else None
+            for start in range(0, x.size(0), rows):
+                part = slice(start, start + rows)
+                logits = (x[part] @ low.t()).float()  # (rows, V)
+                if softcap:
+                    bent = logits.div_(softcap).tanh_()
+                    slope = 1 - bent.to(x.dtype).square()
+                    logits = bent.mul_(softcap)
+                target = targets[part].clamp(min=0)[:, None]
+                log_sum = logits.logsumexp(-1, keepdim=True)
+                total += ((log_sum - logits.gather(1, target))[:, 0] * counted[part]).sum()
+                if learns:
+                    logits.sub_(log_sum).exp_()
+                    logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
+                    d_logits[part] = logits.mul_(counted[part][:, None] / count)
+                    if softcap:
+                        d_logits[part] *= slope
+            if learns:
+                # xᵀ made contiguous: torch multiplies by a matrix that is transposed at half the speed
+                d_weight = None
+                if ctx.needs_input_grad[1]:
+                    d_weight = torch.empty_like(weight).copy_((x.t().contiguous() @ d_logits).t())
+                ctx.save_for_backward(d_logits @ low, d_weight)
+            return total / count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+        d_x, d_weight = ctx.saved_tensors
+        return d_x * grad, None if d_weight is None else d_weight * grad, None, None

@@ -1,0 +1,285 @@
+"""The fast forms of attention, dropout and cross-entropy against the equations and autograd."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fradique import kernels
+from model import GPT, GPTConfig, plain_attention
+
+# torch's compiler warns of what it does itself
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+]
+IN_GRAPH = "aot_eager_decomp_partition"  # what inductor does to a graph, without its C++
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def q_k_v(B=2, H=3, T=10, D=8, kv_heads=None, dtype=torch.float32):
+    heads = (H, kv_heads or H, kv_heads or H)
+    return [normal(B, h, T, D, seed=i, dtype=dtype).requires_grad_() for i, h in enumerate(heads)]
+
+
+def equation(q, k, v, mask=None, keep=None, share=1.0):
+    """Attention in float64, with the probabilities that `keep` drops; autograd differentiates it."""
+    q, k, v = (a.double() for a in (q, k, v))
+    k, v = (a.repeat_interleave(q.size(1) // k.size(1), dim=1) for a in (k, v))
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    T = q.size(2)
+    seen = mask if mask is not None else torch.ones(T, T, dtype=torch.bool).tril()
+    scores = scores.masked_fill(~seen, -math.inf) if seen.dtype == torch.bool else scores + seen.double()
+    probs = scores.softmax(-1)
+    return (probs if keep is None else probs * keep.double() / share) @ v
+
+
+def same_with_gradients(found, expected, inputs, tolerance):
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+    grad = normal(*found.shape, seed=9)
+    mine = torch.autograd.grad(found, inputs, grad.to(found.dtype), retain_graph=True)
+    truth = torch.autograd.grad(expected, inputs, grad.double(), retain_graph=True)
+    for a, b in zip(mine, truth, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=3 * tolerance)
+
+
+MASKS = {
+    "causal": lambda: None,
+    "seen": lambda: torch.ones(10, 10, dtype=torch.bool).tril().triu(-3),
+    "added": lambda: torch.full((10, 10), -math.inf).triu(1)[None, None] + normal(1, 3, 10, 10, seed=5),
+}
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_equals_the_equation(mask, kv_heads, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(kernels, "SAVED_SCORES", 4)
+        monkeypatch.setattr(kernels, "QUERY_BLOCK", 4)  # 10 = 4 + 4 + 2
+    q, k, v = q_k_v(kv_heads=kv_heads)
+    mask = MASKS[mask]()
+    found = kernels._attention_on_cpu(q, k, v, mask, 0.0)
+    same_with_gradients(found, equation(q, k, v, mask), (q, k, v), 1e-6)
+
+
+def test_attention_drops_what_its_masks_say(monkeypatch):
+    kept = []
+    draw = kernels._keep
+    monkeypatch.setattr(kernels, "_keep", lambda *args: kept.append(draw(*args)) or kept[-1])
+    q, k, v = q_k_v()
+    found = kernels.attention(q, k, v, None, 0.3)
+    assert len(kept) == 1
+    keep = (kept[0] != 0).view(2, 3, 10, 10)
+    assert 0.5 < keep.float().mean() < 0.9
+    same_with_gradients(found, equation(q, k, v, None, keep, kernels.kept_share(0.3)), (q, k, v), 2e-6)
+
+
+def test_the_gradient_of_an_added_mask_is_that_of_the_equation():
+    q, k, v = q_k_v()
+    mask = normal(1, 3, 10, 10, seed=5).requires_grad_()
+    found, expected = kernels._attention_on_cpu(q, k, v, mask, 0.0), equation(q, k, v, mask)
+    same_with_gradients(found, expected, (q, mask), 1e-6)
+
+
+def test_attention_in_bfloat16_is_near_the_equation():
+    q, k, v = q_k_v(T=40, dtype=torch.bfloat16)
+    same_with_gradients(kernels.attention(q, k, v), equation(q, k, v), (q, k, v), 0.03)
+
+
+def test_attention_over_a_long_context_equals_the_equation(monkeypatch):
+    monkeypatch.setattr(kernels, "KEY_BLOCK", 4)
+    q, k, v = q_k_v()
+    found = kernels._LongAttention.apply(q, k, v)
+    same_with_gradients(found, equation(q, k, v), (q, k, v), 1e-6)
+
+
+def test_a_long_bfloat16_context_without_dropout_takes_that_way(monkeypatch):
+    monkeypatch.setattr(kernels, "SAVED_SCORES", 16)
+    q, k, v = q_k_v(T=40, kv_heads=1, dtype=torch.bfloat16)
+    found = kernels.attention(q, k, v)
+    assert "LongAttention" in type(found.grad_fn).__name__
+    same_with_gradients(found, equation(q, k, v), (q, k, v), 0.03)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_in_a_compiled_graph_equals_the_equation(mask):
+    q, k, v = q_k_v(kv_heads=1)
+    mask = MASKS[mask]()
+    compiled = torch.compile(kernels._attention_on_cpu, backend=IN_GRAPH)
+    same_with_gradients(compiled(q, k, v, mask, 0.0), equation(q, k, v, mask), (q, k, v), 1e-6)
+
+
+def test_dropout_in_compiled_attention_is_that_of_its_bytes():
+    q, k, v = q_k_v()
+    torch.manual_seed(3)
+    found = torch.compile(kernels.attention, backend=IN_GRAPH)(q, k, v, None, 0.3)
+    torch.manual_seed(3)
+    keep = torch.ops.fradique.random_bytes(torch.empty(2, 3, 10, 10)) >= round(0.3 * 256)
+    same_with_gradients(found, equation(q, k, v, None, keep, kernels.kept_share(0.3)), (q, k, v), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.99])
+def test_dropout_keeps_the_share_that_it_says(dtype, p):
+    torch.manual_seed(0)
+    count = 200_003  # no multiple of 8
+    x = torch.ones(count, dtype=dtype, requires_grad=True)
+    y = kernels.dropout(x, p, True)
+    share = kernels.kept_share(p)
+    assert abs(share - (1 - p)) <= 1 / 256 and share < 1
+    kept = (y != 0).double().mean().item()
+    assert abs(kept - share) < 5 * math.sqrt(share * (1 - share) / count)
+    assert set(y.tolist()) == {0.0, torch.tensor(1 / share, dtype=dtype).item()}
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, y)
+
+
+def test_each_byte_is_compared_rightly():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.int64)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "_random_bytes", lambda count: every.clone())
+            keep = kernels._keep(torch.Size([256]), 51 / 256, dtype)
+        assert keep.unique().tolist() == [-1, 0]
+        assert (keep != 0).sum() == 256 - 51
+
+
+def test_dropout_is_drawn_from_torchs_generator():
+    x = torch.ones(1000)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(kernels.dropout(x, 0.5, True))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert kernels.dropout(x, 0.5, False) is x and kernels.dropout(x, 0.0, True) is x
+
+
+def test_two_places_of_a_compiled_graph_drop_differently():
+    def two(x):
+        return kernels.dropout(x * 1.0, 0.5, True), kernels.dropout(x + 0.0, 0.5, True)
+
+    x = torch.ones(4096, requires_grad=True)
+    a, b = torch.compile(two, backend=IN_GRAPH)(x)
+    alike = ((a != 0) == (b != 0)).float().mean()
+    assert 0.4 < alike < 0.6
+    (grad,) = torch.autograd.grad(a.sum() + b.sum(), x)
+    torch.testing.assert_close(grad, (a + b).detach())
+
+
+def test_gelu_in_a_compiled_graph_is_torchs():
+    x = normal(300).double().requires_grad_()
+    y = torch.compile(kernels.gelu, backend=IN_GRAPH)(x)
+    truth = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    torch.testing.assert_close(y, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(a.sum(), x)[0] for a in (y, truth)))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("at_once", [1 << 24, 7 * 11])
+def test_cross_entropy_by_chunks_equals_that_of_all_logits(softcap, at_once, monkeypatch):
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", {"cpu": at_once})
+    x, weight = normal(4, 5, 6).requires_grad_(), normal(11, 6, seed=1).requires_grad_()
+    targets = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(2))
+    targets[0, :3] = targets[3, 4] = -1
+    found = kernels.linear_cross_entropy(x, weight, targets, softcap)
+    logits = x.double() @ weight.double().t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(3 * y, (x, weight)) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_cross_entropy_by_chunks_without_gradients(monkeypatch):
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", {"cpu": 11})
+    x, weight, targets = normal(5, 6), normal(11, 6, seed=1), torch.arange(5)
+    expected = F.cross_entropy(x @ weight.t(), targets)
+    torch.testing.assert_close(kernels.linear_cross_entropy(x, weight, targets), expected)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest float32 tensor with a side of `vocab` that any operation makes."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.numbers = vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            made = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
+            if made and tensor.dim() == 2 and tensor.size(1) == self.vocab:
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_float32_holds_half_of_a_large_vocabularys_logits_at_a_time(with_logits):
+    config = GPTConfig(block_size=32, vocab_size=50304, n_layer=1, n_head=1, n_embd=8)
+    model, idx = GPT(config), torch.arange(64).view(2, 32)
+    with Largest(50304) as seen, torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, idx, with_logits=with_logits)[1]
+        loss.backward()
+    assert (
+        seen.numbers <= 32 * 50304
+    ) != with_logits  # with the logits there is all of them: the test can fail
+
+
+def test_the_loss_is_the_same_with_and_without_logits():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=16, vocab_size=20000, n_layer=2, n_head=2, n_embd=16, prefix_len=4)
+    model = GPT(config)
+    idx, targets = (torch.from_numpy(np.random.default_rng(i).integers(20000, size=(2, 16))) for i in (0, 1))
+    losses = []
+    for with_logits in (True, False):
+        logits, loss = model(idx, targets, with_logits=with_logits)
+        assert (logits is None) != with_logits
+        losses.append(loss)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less():
+    def run(checkpointing):
+        torch.manual_seed(0)
+        config = GPTConfig(block_size=32, vocab_size=31, n_layer=4, n_head=2, n_embd=16, dropout=0.2)
+        model = GPT(config).train()
+        model.gradient_checkpointing = checkpointing
+        idx, kept = torch.arange(64).view(2, 32) % 31, []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        return loss, [p.grad for p in model.parameters()], sum(kept)
+
+    (loss, gradients, kept), (same_loss, same_gradients, fewer) = run(False), run(True)
+    assert torch.equal(loss, same_loss)
+    for a, b in zip(gradients, same_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert fewer < kept / 3
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_a_model_learns_the_same_with_each_attention_in_float32(flash):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16, flash=flash))
+    idx = torch.arange(32).view(2, 16) % 31
+    model(idx, idx)[1].backward()
+    q, k, v = q_k_v()
+    torch.testing.assert_close(kernels.attention(q, k, v), plain_attention(q, k, v), rtol=0, atol=1e-6)
