@@ -351,43 +351,48 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: fl
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is found together with the loss: each chunk of logits is made once, and becomes its own
-    gradient, softmax(logits) - onehot(target), in place."""
+    gradient, softmax(logits) - onehot(target), which is kept in x's dtype.
+
+    The logarithm of the sum of exponentials is the largest logit less the logarithm of its probability, which
+    is never small: so one pass, the softmax, does for both.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:  # noqa: ANN001
         with torch.autocast(x.device.type, enabled=False):
             low = weight.to(x.dtype)
             learns = any(ctx.needs_input_grad[:2])
-            counted = targets >= 0
-            count = counted.sum()
-            total = torch.zeros((), device=x.device)
+            counted = (targets >= 0)[:, None]
+            count, total = counted.sum(), torch.zeros((), device=x.device)
             rows = max(1, min(-(-x.size(0) // 2), LOGITS_AT_ONCE[x.device.type] // weight.size(0)))
             d_logits = x.new_empty(x.size(0), weight.size(0)) if learns else None
             for start in range(0, x.size(0), rows):
                 part = slice(start, start + rows)
-                logits = (x[part] @ low.t()).float()  # (rows, V)
+                logits = x[part] @ low.t()  # (rows, V)
                 if softcap:
                     bent = logits.div_(softcap).tanh_()
-                    slope = 1 - bent.to(x.dtype).square()
-                    logits = bent.mul_(softcap)
+                    slope, logits = 1 - bent.square(), bent * softcap
                 target = targets[part].clamp(min=0)[:, None]
-                log_sum = logits.logsumexp(-1, keepdim=True)
-                total += ((log_sum - logits.gather(1, target))[:, 0] * counted[part]).sum()
+                probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+                log_sum = logits.amax(-1, keepdim=True).float() - probs.amax(-1, keepdim=True).log()
+                total += ((log_sum - logits.gather(1, target).float()) * counted[part]).sum()
                 if learns:
-                    logits.sub_(log_sum).exp_()
-                    logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
-                    d_logits[part] = logits.mul_(counted[part][:, None] / count)
+                    probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
+                    d_logits[part] = probs
                     if softcap:
                         d_logits[part] *= slope
-            if learns:
+            d_x = d_weight = None
+            if ctx.needs_input_grad[0]:
+                d_x = (d_logits @ low).mul_(counted)
+            if ctx.needs_input_grad[1]:
                 # xᵀ made contiguous: torch multiplies by a matrix that is transposed at half the speed
-                d_weight = None
-                if ctx.needs_input_grad[1]:
-                    d_weight = torch.empty_like(weight).copy_((x.t().contiguous() @ d_logits).t())
-                ctx.save_for_backward(d_logits @ low, d_weight)
+                found = (x * counted).t().contiguous() @ d_logits  # (C, V)
+                d_weight = torch.empty_like(weight).copy_(found.t())
+            ctx.save_for_backward(count, d_x, d_weight)
             return total / count
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
-        d_x, d_weight = ctx.saved_tensors
-        return d_x * grad, None if d_weight is None else d_weight * grad, None, None
+        count, *found = ctx.saved_tensors
+        scale = grad / count
+        return *(None if each is None else each * scale for each in found), None, None
