@@ -138,8 +138,10 @@ class Beside:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     def run(self, count: int) -> float:
         """Raises RuntimeError where the process has died: its own message stands above."""
