@@ -606,7 +606,7 @@ class GPT(nn.Module):
     def _cache(self, idx: Tensor, room: int) -> KVCache:
         """An empty cache for the rows of idx (B, T), in the dtype that the layers compute in."""
         kind = idx.device.type
-        weights = self.lm_head.weight.dtype
+        weights = self.transformer["wte"].weight.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights
         return KVCache(self.config, idx.size(0), idx.device, dtype, room)
 

@@ -35,7 +35,8 @@ Write = Callable[[Tensor, int], object]  # a prompt (B, T) and a number of token
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Rates of prefill and decode, in tokens a second over all rows, and what they are measured beside."""
-    model, place = writer_of(args)
+    writer = writer_of(args)
+    model, place = writer.model, writer.runtime
     config, device = model.config, place.device
 
     def ours(idx: Tensor, count: int) -> None:
@@ -47,12 +48,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         others["nanogpt_ratio"] = nanogpt(config, args.nanogpt, device)
     if args.huggingface:
         others["huggingface_ratio"] = huggingface(config, device)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = parameters_of(config)
+    weights = parameters * place.dtype.itemsize
     result: dict[str, Any] = {
         "machine": machine.describe(device),
         "torch": torch.__version__,
         "dtype": str(place.dtype).removeprefix("torch."),
-        "parameters": model.num_params(non_embedding=False),
+        "parameters": parameters,
         "limit_tokens_per_second": machine.read_bandwidth(device) / weights,
     }
     prompt = torch.randint(config.vocab_size, (1, min(512, config.block_size // 2)), device=device)
@@ -65,6 +67,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rates |= {name: machine.median_ratio(seconds, mine) for name, seconds in theirs.items()}
         result[f"decode_{batch}"] = rates
     return result
+
+
+def parameters_of(config: GPTConfig) -> int:
+    with torch.device("meta"):
+        return GPT(config).num_params(non_embedding=False)
 
 
 def by_turns(
@@ -82,14 +89,16 @@ def by_turns(
     return mine, theirs
 
 
-def writer_of(args: argparse.Namespace) -> tuple[GPT, runtime.Runtime]:
+def writer_of(args: argparse.Namespace) -> sample.Writer:
     """The model of a run, or one of a shape with random weights, as sample.py would open it."""
     if args.out_dir:
         writer = sample.open_writer(args.out_dir, device=args.device, dtype=args.dtype)
-        return writer.model, writer.runtime
-    torch.manual_seed(0)
-    place = runtime.start(device=args.device, dtype=args.dtype)
-    return GPT(SHAPES[args.shape]).to(place.device).eval(), place
+    else:
+        torch.manual_seed(0)
+        place = runtime.start(device=args.device, dtype=args.dtype)
+        model = GPT(SHAPES[args.shape]).to(place.device).eval()
+        writer = sample.Writer(model, tokenizer=None, runtime=place)
+    return sample.quicken(writer, args.dtype)
 
 
 @torch.no_grad()
