@@ -1,5 +1,5 @@
 """Weights laid out for writing. To write a token all weights are read from memory once, and on a CPU that is
-what it costs: in bfloat16 they are half as large, and lie in the order in which the matrix units take them."""
+what it costs: in bfloat16 they are half as large, in the order in which its matrix units take them."""
 
 import torch
 from torch import Tensor, nn
