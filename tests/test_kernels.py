@@ -293,3 +293,15 @@ def test_a_model_learns_the_same_with_each_attention_in_float32(flash):
     model(idx, idx)[1].backward()
     q, k, v = q_k_v()
     torch.testing.assert_close(kernels.attention(q, k, v), plain_attention(q, k, v), rtol=0, atol=1e-6)
+
+
+def test_the_loss_in_a_compiled_graph_is_that_of_the_equation():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=20000, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.arange(32).view(2, 16)
+    compiled = torch.compile(model, backend=IN_GRAPH)
+    losses = [model(idx, idx)[1], compiled(idx, idx, with_logits=False)[1]]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
