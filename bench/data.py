@@ -1,9 +1,10 @@
-"""How fast text becomes tokens.
+"""How fast text becomes tokens, and tokens batches.
 
     python -m bench.data [--input FILE_OR_FOLDER ...] [--threads 2] [--rounds 5]
 
 Rates are in MB of UTF-8 text a second. Ours and the library's own batch encoder take turns on the same text,
-so that a machine that is busy with other things slows both; the ratio is the median over the rounds.
+so that a machine that is busy with other things slows both; the ratio is the median over the rounds. Batches
+are cut out of a file of 64 million tokens as train.py cuts them, and as a loop over windows would.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import argparse
 import json
 import statistics
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fradique import bpe, tokenizer
+import numpy as np
+import torch
+
+from fradique import bpe, dataset, tokenizer
 from fradique.sources import python_library
 from fradique.text import Text, cut_pieces, files_text, find_files
 
@@ -58,6 +63,38 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
     return result
 
 
+LOADED_TOKENS, BLOCK_SIZE, BATCH_SIZE, BATCHES = 1 << 26, 1024, 12, 200
+
+
+def measure_loading(rounds: int) -> Rates:
+    """Million tokens a second of batches of 12 x 1024, cut by the sampler and by a loop over windows."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.bin"
+        np.random.default_rng(0).integers(50257, size=LOADED_TOKENS).astype("<u2").tofile(path)
+        split = dataset.Split([path], "uint16", 50257, None)
+        sampler = dataset.Sampler(split, BLOCK_SIZE, BATCH_SIZE, 1, seed=0)
+        tokens = split.shards[0]
+
+        def ours() -> None:
+            for step in range(BATCHES):
+                list(sampler.micro_batches(step))
+
+        def loop() -> None:
+            for _ in range(BATCHES):
+                starts = torch.randint(len(tokens) - BLOCK_SIZE, (BATCH_SIZE,)).tolist()
+                for shift in (0, 1):
+                    torch.stack(
+                        [
+                            torch.from_numpy(tokens[i + shift : i + shift + BLOCK_SIZE].astype(np.int64))
+                            for i in starts
+                        ]
+                    )
+
+        found = compare(BATCHES * BATCH_SIZE * BLOCK_SIZE / 1e6, rounds, ours, loop)
+    names = {"mb_s": "mtokens_s", "library_mb_s": "loop_mtokens_s"}
+    return {names.get(name, name): value for name, value in found.items()}
+
+
 def compare(
     megabytes: float, rounds: int, ours: Callable[[], object], library: Callable[[], object] | None
 ) -> Rates:
@@ -94,6 +131,12 @@ def table(result: dict[str, Any]) -> str:
     lines.append(
         f"gpt2: {result['gpt2']['mtokens_s']:.2f} million tokens/s; {result['text_mb']:.1f} MB of text"
     )
+    if "load" in result:
+        load = result["load"]
+        lines.append(
+            f"batches of {BATCH_SIZE} x {BLOCK_SIZE}: {load['mtokens_s']:.0f} million tokens/s, "
+            f"{load['ratio']:.2f} times a loop's"
+        )
     return "\n".join(lines)
 
 
@@ -108,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     text = _text(args.input)
     result = measure(list(cut_pieces(text.chunks())), args.threads, args.rounds)
+    result["load"] = measure_loading(args.rounds)
     print(table(result))
     print(json.dumps({"bench": "data", **result}))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import flags
 
+from bench import data as bench_data
 from bench import machine, textbook
 from bench import sample as bench_sample
 from bench import train as bench_train
@@ -100,3 +101,10 @@ def test_writing_is_measured_beside_transformers(capsys, monkeypatch):
     for batch in (1, 16):
         assert result[f"decode_{batch}"]["huggingface_ratio"] > 0
     assert any("writing 16 rows" in line and "Hugging Face's" in line for line in lines)
+
+
+def test_loading_is_measured_beside_a_loop(monkeypatch):
+    monkeypatch.setattr(bench_data, "LOADED_TOKENS", 1 << 16)
+    monkeypatch.setattr(bench_data, "BATCHES", 2)
+    rates = bench_data.measure_loading(rounds=1)
+    assert rates["ratio"] == pytest.approx(rates["mtokens_s"] / rates["loop_mtokens_s"])
