@@ -91,6 +91,16 @@ def test_a_batch_depends_on_its_place_alone(tmp_path):
     assert sampler_of(split, 8, 10).batch(0, 12)[0].tolist() != whole.tolist()
 
 
+def test_windows_found_ahead_are_those_of_the_sequence(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "WINDOWS_AHEAD", 5)
+    split = make_split(tmp_path, [90, 60])
+    sampler = sampler_of(split, block_size=7, seed=3)
+    for first, count in ((0, 3), (3, 9), (40, 1), (2, 12), (0, 3)):  # over groups and epochs, and back
+        found, _ = sampler.batch(first, count)
+        expected, _ = split.read(sampler.windows(first, count))
+        assert found.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "world"), [(4, 6, 2), (4, 6, 3), (6, 1, 3), (4, 1, 4)]
 )
