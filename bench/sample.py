@@ -101,7 +101,6 @@ def writer_of(args: argparse.Namespace) -> sample.Writer:
     return sample.quicken(writer, args.dtype)
 
 
-@torch.no_grad()
 def nanogpt(config: GPTConfig, folder: Path, device: torch.device) -> Write:
     """nanoGPT's own model, from its folder, in float32 on a CPU and bfloat16 on CUDA, as its sample.py runs."""
     ours = sys.modules.pop("model")  # its module has the name of ours

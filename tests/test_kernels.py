@@ -285,12 +285,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less():
     assert fewer < kept / 3
 
 
-@pytest.mark.parametrize("flash", [True, False])
-def test_a_model_learns_the_same_with_each_attention_in_float32(flash):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16, flash=flash))
-    idx = torch.arange(32).view(2, 16) % 31
-    model(idx, idx)[1].backward()
+def test_attention_in_float32_equals_plain_attention():
     q, k, v = q_k_v()
     torch.testing.assert_close(kernels.attention(q, k, v), plain_attention(q, k, v), rtol=0, atol=1e-6)
 
