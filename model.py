@@ -1,9 +1,9 @@
-"""The GPT: its configuration, its parts, the model, and generation.
+"""The GPT: its configuration, its parts, and the model.
 
 A decoder-only transformer (Vaswani et al. 2017; GPT-2: Radford et al. 2019) with nanoGPT's face:
 `GPT(GPTConfig(...))`, `forward(idx, targets) -> (logits, loss)`, `generate(idx, max_new_tokens)`.
-It imports torch, and `fradique.kernels`, which does no more; it opens no file, chooses no device and prints
-nothing.
+It imports torch, and `fradique.kernels` and `fradique.generation`, which do no more; it opens no file,
+chooses no device and prints nothing.
 
 Shapes: B batch, T time (tokens), S keys seen so far, C = n_embd, V = vocab_size.
 """
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fradique import kernels
+from fradique import generation, kernels
+from fradique.generation import KVCache
 
 ACTIVATIONS = {
     "gelu": kernels.gelu,  # the exact form, with erf: nanoGPT's
@@ -145,31 +146,6 @@ CHOICES = {
 }
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, in memory reserved once."""
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        room: int | None = None,  # tokens; a whole block where None is given
-    ) -> None:
-        room = config.block_size if room is None else room
-        shape = (config.n_layer, batch, config.kv_heads, room, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, kv_heads, T, head_dim) behind what is held; return all S of them."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
 class LayerNorm(nn.Module):
     """Layer normalisation (Ba et al. 2016) whose bias may be left out."""
 
@@ -214,8 +190,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
         self.attend = kernels.attention if config.flash else plain_attention
-        kv_width = config.kv_heads * config.head_dim
-        self.widths = (config.n_embd, kv_width, kv_width)  # of q, k, v
+        self.heads = (config.n_head, config.kv_heads, config.kv_heads)  # of q, k, v
+        self.widths = tuple(count * config.head_dim for count in self.heads)
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_attn.stacked = self.widths  # three matrices in one, for optimizers that take them one by one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -223,11 +199,14 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, sight: Sight, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head or kv_heads, T, head_dim)
-            for part in self.c_attn(x).split(self.widths, dim=2)
-        )
+        y = self.mix(self.c_attn(x), sight, cache)  # (B, T, C)
+        return kernels.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def mix(self, stacked: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+        """Queries, keys and values side by side, (B, T, sum(widths)) -> what each query reads, (B, T, C)."""
+        B, T, _ = stacked.shape
+        heads = stacked.view(B, T, -1, self.head_dim).split(self.heads, dim=2)
+        q, k, v = (part.transpose(1, 2) for part in heads)  # (B, n_head or kv_heads, T, head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if sight.rotation is not None:
@@ -238,8 +217,7 @@ class CausalSelfAttention(nn.Module):
         y = self.attend(
             q, k, v, sight.mask, self.dropout if self.training else 0.0
         )  # (B, n_head, T, head_dim)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return kernels.dropout(self.c_proj(y), self.dropout, self.training)
+        return y.transpose(1, 2).reshape(B, T, -1)  # the heads side by side again
 
 
 def plain_attention(
@@ -272,13 +250,14 @@ class MLP(nn.Module):
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)  # (B, T, inner), twice that where it is gated
-        if self.gated:
-            gate, x = x.chunk(2, dim=-1)
-            x = self.activation(gate) * x
-        else:
-            x = self.activation(x)
-        return kernels.dropout(self.c_proj(x), self.dropout, self.training)
+        return kernels.dropout(self.c_proj(self.bend(self.c_fc(x))), self.dropout, self.training)
+
+    def bend(self, x: Tensor) -> Tensor:
+        """The activation of x (B, T, inner); of gate and value, (B, T, 2 inner), where it is gated."""
+        if not self.gated:
+            return self.activation(x)
+        gate, value = x.chunk(2, dim=-1)
+        return self.activation(gate) * value
 
 
 class Block(nn.Module):
@@ -343,7 +322,8 @@ def alibi_slopes(n_head: int, device: torch.device) -> Tensor:
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]
-    return torch.tensor(slopes, device=device)
+    # filled there and not copied from here, which a recorded step could not do
+    return torch.stack([torch.full((), slope, device=device) for slope in slopes])
 
 
 RELATIVE_BUCKETS, RELATIVE_FARTHEST = 32, 128
@@ -426,16 +406,16 @@ class GPT(nn.Module):
         Raises ValueError where the tokens do not fit the block.
         """
         T = idx.size(1)
-        start = cache.length if cache is not None else 0
+        start, seen = (0, T) if cache is None else (cache.length, cache.reach(T))
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the block of {self.config.block_size}")
         if prefix is None:
             prefix = 0 if start else T
         prefix = min(self.config.prefix_len, prefix)
-        positions = torch.arange(start, start + T, device=idx.device)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
         x = self._embed(idx, positions)  # (B, T, C)
         sight = Sight(
-            mask=self._mask(positions, start, prefix),
+            mask=self._mask(positions, start, seen, prefix),
             rotation=self._rotation(positions),
         )
         for block in self.transformer["h"]:
@@ -475,14 +455,15 @@ class GPT(nn.Module):
             return None
         return rope(positions, self.config.head_dim, self.config.rope_theta)
 
-    def _mask(self, positions: Tensor, start: int, prefix: int) -> Tensor | None:
-        """`Sight.mask` for queries at `positions` (T,), from `start` on, over all keys up to the last."""
+    def _mask(self, positions: Tensor, start: int, S: int, prefix: int) -> Tensor | None:
+        """`Sight.mask` for queries at `positions` (T,), from `start` on, over S keys: all up to the last
+        query, and the places behind them where a cache of fixed length answers with those too."""
         config, T = self.config, positions.numel()
         biased = config.position in ("alibi", "relative")
-        narrow = 0 < config.sliding_window < start + T
-        if not (biased or narrow or start < prefix - 1):
+        narrow = 0 < config.sliding_window < S
+        if not (biased or narrow or start < prefix - 1 or start + T < S):
             return None
-        queries, keys = positions[:, None], torch.arange(start + T, device=positions.device)
+        queries, keys = positions[:, None], torch.arange(S, device=positions.device)
         seen = keys <= queries  # (T, S)
         if start < prefix - 1:
             seen = seen | (keys < prefix)
@@ -546,121 +527,6 @@ class GPT(nn.Module):
         drawn = self.stream(idx, max_new_tokens, temperature=temperature, top_k=top_k, **options)
         return torch.cat([idx, *(token[:, None] for token in drawn)], dim=1)
 
-    @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        n_vocab: int | None = None,
-        use_cache: bool = True,
-        hop: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """Yield the next token of every row, (B,), `max_new_tokens` times, as each is drawn.
-
-        temperature 0 takes the likeliest; what `filter_logits` takes restricts the draw. `n_vocab` keeps to
-        the first ids, where the vocabulary is padded. Raises ValueError for options out of range.
-        Past the block the window slides on by `hop` tokens at a time (an eighth of the block where None is
-        given; 1 is nanoGPT's), so that a cache is refilled once in `hop` tokens. With and without a cache the
-        windows, and so the tokens, are the same.
-        """
-        training, block_size = self.training, self.config.block_size
-        hop = max(1, block_size // 8) if hop is None else hop
-        for sound, wrong in (
-            (idx.size(1) > 0, "there is no token to go on from"),
-            (1 <= hop <= block_size, f"hop = {hop} must be between 1 and the block size, {block_size}"),
-            (temperature >= 0, f"temperature = {temperature} must be at least 0"),
-            (top_k is None or top_k > 0, f"top_k = {top_k} must be at least 1"),
-            (top_p is None or top_p > 0, f"top_p = {top_p} must be above 0"),
-            (min_p is None or 0 < min_p <= 1, f"min_p = {min_p} must be above 0 and at most 1"),
-            (repetition_penalty > 0, f"repetition_penalty = {repetition_penalty} must be above 0"),
-        ):
-            if not sound:
-                raise ValueError(wrong)
-        room = min(block_size, idx.size(1) + max_new_tokens)  # tokens that the cache may have to hold
-        cache = self._cache(idx, room) if use_cache else None
-        window, given = -1, 0  # where the window begins, and how many tokens were there when it did
-        try:
-            self.eval()
-            for _ in range(max_new_tokens):
-                start = window_start(idx.size(1), block_size, hop)
-                if start != window:
-                    window, given = start, idx.size(1) - start
-                    if cache is not None:
-                        cache.length = 0
-                fresh = idx[:, start + (cache.length if cache else 0) :]  # what the cache does not hold yet
-                logits = self(fresh, cache=cache, prefix=given)[0][:, -1, :n_vocab].float()  # (B, V)
-                logits = penalise_repetition(logits, idx, repetition_penalty)
-                token = draw(logits, temperature, top_k, top_p, min_p, generator)
-                idx = torch.cat([idx, token[:, None]], dim=1)
-                yield token
-        finally:
-            self.train(training)
-
-    def _cache(self, idx: Tensor, room: int) -> KVCache:
-        """An empty cache for the rows of idx (B, T), in the dtype that the layers compute in."""
-        kind = idx.device.type
-        weights = self.transformer["wte"].weight.dtype
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights
-        return KVCache(self.config, idx.size(0), idx.device, dtype, room)
-
-
-def window_start(length: int, block_size: int, hop: int) -> int:
-    """Where the context of `length` tokens begins: at 0, or the first multiple of `hop` that makes it fit."""
-    return max(0, math.ceil((length - block_size) / hop) * hop)
-
-
-def penalise_repetition(logits: Tensor, idx: Tensor, penalty: float) -> Tensor:
-    """Make tokens of idx (B, T) less likely: divide positive logits, multiply negative ones (CTRL, §4.1)."""
-    if penalty == 1.0:
-        return logits
-    n_vocab = logits.size(1)
-    wide = F.pad(logits, (0, 1))  # (B, V + 1): the last column takes ids of a padded vocabulary, and goes
-    idx = idx.clamp(max=n_vocab)
-    seen = wide.gather(1, idx)  # (B, T)
-    return wide.scatter(1, idx, torch.where(seen > 0, seen / penalty, seen * penalty))[:, :n_vocab]
-
-
-def draw(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token id a row, (B,), from logits (B, V). Temperature 0 is greedy."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
-    probs = F.softmax(filter_logits(logits, top_k, top_p, min_p), dim=-1)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
-
-
-def filter_logits(
-    logits: Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
-) -> Tensor:
-    """Set the logits (B, V) of tokens that may not be drawn to -inf. At least one token is always left.
-
-    In this order, each on what the one before left: top_k, the k likeliest; top_p, the fewest whose
-    probabilities reach p (Holtzman et al. 2020); min_p, those at least p times as likely as the likeliest
-    (Nguyen et al. 2024).
-    """
-    if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p is not None and top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probs = F.softmax(ordered, dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p  # what stands before it suffices already
-        beyond[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
-    if min_p is not None:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
-    return logits
+    def stream(self, idx: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """Yield the next token of every row, (B,), as each is drawn: see `generation.stream`."""
+        return generation.stream(self, idx, max_new_tokens, **options)

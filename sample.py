@@ -7,6 +7,7 @@ printf "Era uma vez" | python sample.py --out_dir=out/eca-char --start=-
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class SampleSettings:
     seed: int = setting(1337, "the same seed gives the same text", lo=0, hi=2**62)
 
     device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N", group="machine")
-    dtype: str = setting("auto", "auto: what the card has; on a CPU float32, or packed bfloat16 from 50M parameters where it has that", choices=("auto", *runtime.DTYPES))
+    dtype: str = setting("auto", "auto: what the card has; on a CPU float32, or packed bfloat16 from 5M parameters where it has that", choices=("auto", *runtime.DTYPES))
     cache: bool = setting(True, "keep keys and values; False: compute the whole context for each token")
     debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
@@ -56,6 +57,10 @@ class Writer:
     model: GPT
     tokenizer: tokenizers.Tokenizer
     runtime: runtime.Runtime
+    lowered: bool = False  # the weights themselves are in the runtime's dtype, and need no autocast
+
+    def autocast(self) -> AbstractContextManager:
+        return nullcontext() if self.lowered else self.runtime.autocast()
 
 
 def open_writer(
@@ -82,11 +87,17 @@ def open_writer(
 
 
 def quicken(writer: Writer, dtype: str) -> Writer:
-    """The writer, packed in bfloat16 where that writes faster and dtype is auto; it can then do nothing else."""
-    if dtype != "auto" or not decoding.worth_packing(writer.model, writer.runtime.device):
+    """The writer with weights of 16 bits, where that writes faster; it can then do nothing else.
+
+    On CUDA they take the runtime's dtype. On a CPU they are packed in bfloat16, where dtype is auto.
+    """
+    model, place = writer.model, writer.runtime
+    if place.device.type == "cuda":
+        return replace(writer, model=model.to(place.dtype), lowered=True)
+    if dtype != "auto" or not decoding.worth_packing(model, place.device):
         return writer
-    decoding.pack(writer.model)
-    return replace(writer, runtime=replace(writer.runtime, dtype=torch.bfloat16))
+    decoding.pack(model)
+    return replace(writer, runtime=replace(place, dtype=torch.bfloat16), lowered=True)
 
 
 def read_prompt(start: str) -> str:
@@ -150,7 +161,7 @@ def write(writer: Writer, prompt: str, settings: SampleSettings) -> Iterator[lis
         generator=generator,
     )
     while not all(row.done for row in rows):
-        with writer.runtime.autocast():  # entered anew for each token: the caller's code is not in it
+        with writer.autocast():  # entered anew for each token: the caller's code is not in it
             tokens = next(stream, None)
         if tokens is None:
             break

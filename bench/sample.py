@@ -40,7 +40,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config, device = model.config, place.device
 
     def ours(idx: Tensor, count: int) -> None:
-        with place.autocast():
+        with writer.autocast():
             list(model.stream(idx, count))
 
     others: dict[str, Write] = {}
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out_dir", help="a run folder, or what sample.py takes as init_from, instead")
     add("--device", default="auto")
     add("--dtype", default="auto")
-    add("--tokens", type=int, default=200, help="to write in a round (default: %(default)s)")
+    add("--tokens", type=int, default=500, help="to write in a round (default: %(default)s)")
     add("--rounds", type=int, default=5, help="of which the medians are told (default: %(default)s)")
     add("--nanogpt", type=Path, metavar="FOLDER", help="measure beside a nanoGPT that lies there")
     add("--huggingface", action="store_true", help="measure beside transformers' generate")

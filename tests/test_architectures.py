@@ -15,11 +15,14 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
 from configurator import resolve
-from model import GPT, GPTConfig, KVCache, alibi_slopes, relative_buckets
+from fradique import decoding, generation
+from fradique.generation import KVCache
+from model import GPT, GPTConfig, alibi_slopes, relative_buckets
 from train import TrainSettings, model_config
 
 ARCH = ROOT / "config" / "arch"
@@ -739,6 +742,42 @@ def test_a_cache_filled_in_pieces_gives_the_logits_of_the_whole(name, architectu
         assert cache.length == 16
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_recorded_and_played_again_writes_the_same(name, architecture, monkeypatch):
+    """What a CUDA graph does: no line of Python runs when it plays, so none may depend on the position."""
+
+    def record(work):
+        result = work().clone()
+        graph = make_fx(work)()
+        return lambda: result.copy_(graph()), result
+
+    model = random_model(architecture(name))
+    cases = [(idx := ids(2, prompt), model.generate(idx, 20, temperature=0)) for prompt in (2, 7, 20)]
+    monkeypatch.setattr(generation, "cuda_graph", record)
+    monkeypatch.setattr(generation, "can_record", lambda device: True)
+    lengths = []
+    model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].size(1)))
+    for idx, expected in cases:
+        assert torch.equal(model.generate(idx, 20, temperature=0), expected)
+    assert lengths.count(1) == 2 * len(cases)  # while recording; every other token came from the record
+
+
+@pytest.mark.skipif(not decoding.can_pack(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packed_model_gives_the_logits_of_bfloat16_weights(name, architecture):
+    packed, plain = (random_model(architecture(name)) for _ in range(2))
+    decoding.pack(packed)
+    plain.to(torch.bfloat16)
+    idx = ids(2, 16)
+    with torch.no_grad():
+        expected = plain(idx, idx)[0].float()
+        cache = KVCache(packed.config, 2, idx.device, torch.bfloat16)
+        for start, end in [(0, 5), (5, 6), (6, 13), (13, 16)]:
+            logits = packed(idx[:, start:end], idx[:, start:end], cache)[0].float()
+            error = (logits - expected[:, start:end]).abs().max()
+            assert error <= 0.03 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     "options", [{"temperature": 0}, {"temperature": 0.9, "top_k": 12}], ids=["greedy", "drawn"]
 )
@@ -957,8 +996,8 @@ def test_shared_keys_shrink_the_attention_and_the_cache(n_kv_head, bias):
     assert shared.transformer["h"][0].attn.c_attn.weight.shape == (96 - saved, 32)
     assert full.num_params() - shared.num_params() == 2 * saved * (32 + bias)
     caches = [KVCache(m.config, 3, torch.device("cpu"), torch.float32) for m in (full, shared)]
-    assert caches[0].keys.shape == caches[0].values.shape == (2, 3, 4, 16, 8)
-    assert caches[1].keys.shape == caches[1].values.shape == (2, 3, n_kv_head, 16, 8)
+    for cache, heads in zip(caches, (4, n_kv_head), strict=True):
+        assert [part.shape for part in cache.keys + cache.values] == 4 * [(3, heads, 16, 8)]
 
 
 def test_an_output_layer_of_its_own_costs_a_table_more():

@@ -12,16 +12,8 @@ from transformers import generation
 
 import model as model_module
 from fradique import kernels
-from model import (
-    GPT,
-    GPTConfig,
-    KVCache,
-    draw,
-    filter_logits,
-    penalise_repetition,
-    plain_attention,
-    window_start,
-)
+from fradique.generation import KVCache, draw, filter_logits, penalise_repetition, window_start
+from model import GPT, GPTConfig, plain_attention
 
 TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 steady = settings(derandomize=True, deadline=None, max_examples=100, database=None)
@@ -320,7 +312,8 @@ def test_a_hop_of_one_is_nanogpt_s_sliding_window(use_cache, temperature):
         else:
             logits = logits / temperature
             logits[logits < logits.topk(10).values[:, [-1]]] = -float("inf")
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            u = torch.rand(3, 1, generator=generator)
+            token = (logits.softmax(-1).cumsum(-1) > u).int().argmax(-1, keepdim=True)
         idx = torch.cat([idx, token], dim=1)
     assert torch.equal(found, idx)
 
@@ -357,6 +350,14 @@ def test_drawn_tokens_follow_the_distribution():
     drawn = draw(logits, temperature=0.7, generator=seeded()).bincount(minlength=4) / 40_000
     expected = np.exp(np.array([0, 1, 2, -1]) / 0.7)
     np.testing.assert_allclose(drawn.numpy(), expected / expected.sum(), atol=0.01)
+
+
+def test_what_cannot_be_is_not_drawn_even_where_the_number_drawn_is_0_or_rounds_to_1(monkeypatch):
+    never = -float("inf")
+    logits = torch.tensor([[never, 0.0, never, 0.0, never]])
+    for u, token in ((0.0, 1), (0.49, 1), (0.51, 3), (1.0, 3)):
+        monkeypatch.setattr(torch, "rand", lambda shape, u=u, **kw: torch.full(shape, u))
+        assert draw(logits).tolist() == [token]
 
 
 def test_the_same_seed_draws_the_same_text_and_another_seed_another():
