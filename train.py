@@ -559,17 +559,21 @@ def evaluate_and_save(t: Training, last: bool = False) -> None:
         log_evaluation(t, losses)
         if improved or last or t.settings.always_save_checkpoint:
             save(t, best=improved)
-        if t.pace.budget is not None and not t.pace.closing:
+        in_all = time.monotonic() - start
+        if t.pace.budget is not None and not t.pace.writing:
             write_sample(t)  # the last step is followed by one: see how long it takes
-    t.pace.closing = closing_seconds(t, in_evaluation, time.monotonic() - start)
+    t.pace.closing = closing_seconds(t, in_evaluation, in_all)
 
 
 def closing_seconds(t: Training, in_evaluation: float, in_all: float) -> float:
-    """How long the end of the run will take: as the longest evaluation so far, and the whole split."""
+    """How long the end of the run will take: as the evaluation just made, the whole split, and a sample.
+
+    Not as the longest so far: the first is slow, and so is one beside which the machine had other work.
+    """
     size, count = t.settings.block_size, t.settings.eval_iters * t.settings.batch_size
     here, there = (split.count_windows(size) for split in (t.corpus.train, t.corpus.val))
     whole = in_evaluation * there / (min(count, here) + min(count, there))
-    return max(t.pace.closing, 1.1 * (in_all + whole))
+    return 1.1 * (in_all + whole + t.pace.writing)
 
 
 def log_evaluation(t: Training, losses: dict[str, float]) -> None:
@@ -666,7 +670,7 @@ def report_evaluation(t: Training) -> None:
 
 def write_sample(t: Training) -> str:
     """Draw a sample with the tokens of `sample_start` before it, keep it in samples.txt, and return it."""
-    settings, tokenizer = t.settings, t.corpus.tokenizer
+    settings, tokenizer, start = t.settings, t.corpus.tokenizer, time.monotonic()
     if not t.runtime.is_main:
         return ""
     prompt = tokenizers.encode_prompt(tokenizer, settings.sample_start)
@@ -679,6 +683,7 @@ def write_sample(t: Training) -> str:
         )
     text = tokenizer.decode(out[0].tolist())
     t.log.sample(t.state.step, text)
+    t.pace.writing = time.monotonic() - start
     return text
 
 

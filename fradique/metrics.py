@@ -111,6 +111,7 @@ class Pace:
         self.now = earlier  # seconds, as all ranks agreed last
         self.closing = 0.0  # seconds that what follows the last step is expected to take
         self.last_step = 0.0  # seconds
+        self.writing = 0.0  # seconds that the last sample took
         self.marked, self.marked_step, self.away = time.monotonic(), 0, 0.0
 
     def elapsed(self) -> float:

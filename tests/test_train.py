@@ -717,6 +717,19 @@ def test_a_time_budget_is_kept_with_long_steps_and_evaluations_on_the_way(settin
         assert clock.seconds - 1000.0 <= 20.0
 
 
+def test_one_slow_evaluation_does_not_shorten_the_run(settings, clock, monkeypatch):
+    """A first one that takes ten times as long, as on a machine that was busy then."""
+    real, waits = train.fixed_losses, iter([9.0])
+
+    def slow_at_first(t):
+        clock.seconds += next(waits, 0.0)
+        return real(t)
+
+    monkeypatch.setattr(train, "fixed_losses", slow_at_first)
+    run_training(replace(settings, time_budget="60s", eval_interval=100, eval_iters=10**6))
+    assert 58.0 < clock.seconds - 1000.0 <= 60.0
+
+
 def test_a_time_budget_goes_on_where_the_stopped_run_was(settings, clock, monkeypatch):
     settings = replace(settings, time_budget="20s", eval_interval=1000)
     stop_at(monkeypatch, 30)
