@@ -1,5 +1,6 @@
-"""Weights laid out for writing. To write a token all weights are read from memory once, and that is most of what
-it costs: in 16 bits they are half as large, on a CPU in the order in which its matrix units take them."""
+"""Weights laid out for writing. To write a token all weights are read from memory once, and that is most of
+what it costs: in 16 bits they are half as large, on a CPU in the order in which its matrix units take them.
+"""
 
 from typing import TYPE_CHECKING
 

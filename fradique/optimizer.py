@@ -1,6 +1,7 @@
 """Parameter groups, AdamW, Muon, and optimizer state under the names of the parameters."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,8 @@ def _parts(name: str, whole: nn.Parameter, rows: tuple[int, ...]) -> list[Part]:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), for which stacked matrices (q, k, v; gate, value) are several.
+    """torch's Muon (Jordan et al. 2024), for which stacked matrices (q, k, v; gate, value) are several, and
+    which makes the updates of all matrices of one shape together: the same update, in fewer and larger steps.
 
     An orthogonal update of the stack would not be one of each of them.
     """
@@ -96,6 +98,46 @@ class Muon(torch.optim.Muon):
         for part in self.parts:
             grad = part.whole.grad
             part.view.grad = None if grad is None else grad[part.rows]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every matrix that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            kept = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, kept, group["momentum"])  # Nesterov's
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for sides in dict.fromkeys(tuple(sorted(p.shape)) for p in params):
+                which = [i for i, p in enumerate(params) if tuple(sorted(p.shape)) == sides]
+                wide = torch.stack([_lying(ahead[i]) for i in which])  # (matrices, smaller, larger side)
+                updates = orthogonalise(wide, group["ns_coefficients"], group["ns_steps"]).to(wide.dtype)
+                for i, update in zip(which, updates, strict=True):
+                    rows, columns = params[i].shape
+                    rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                    params[i].add_(update if rows <= columns else update.t(), alpha=-rate)
+
+
+def _lying(x: Tensor) -> Tensor:
+    """A matrix with no more rows than columns: x, or its transpose."""
+    return x if x.size(0) <= x.size(1) else x.t()
+
+
+def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Matrices (n, smaller, larger side) -> about their nearest orthogonal ones, in bfloat16: singular values
+    come to lie around 1, by a quintic iteration of Newton and Schulz (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    x = x.to(torch.bfloat16)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.transpose(1, 2))  # (n, smaller, smaller)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 FIELDS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
