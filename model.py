@@ -167,7 +167,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # what autocast made smaller is widened again: torch has no fast kernel for two dtypes, and says so
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, NORM_EPS)
+        return kernels.rms_norm(x.to(self.weight.dtype), self.weight, NORM_EPS)
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
@@ -310,8 +310,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x (B, heads, T, head_dim) -> the same shape, computed in float32.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return kernels.rotate(x, cos, sin)
 
 
 def alibi_slopes(n_head: int, device: torch.device) -> Tensor:

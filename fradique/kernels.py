@@ -138,6 +138,69 @@ _gelu.register_autograd(
 )
 
 
+# Norm and rotation
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019)."""
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.device.type != "cpu" or not learns or torch.compiler.is_compiling():
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With a gradient in few steps: that of layer norm, which torch has as one kernel, for a mean of 0. That
+    also takes away the mean of the gradient, as layer norm must: it is given back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = size.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN001
+        x, weight, scale = ctx.saved_tensors
+        grad, wanted = grad.contiguous(), [True, ctx.needs_input_grad[1], False]
+        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, wanted
+        )
+        mean = torch.mv(grad.view(-1, weight.numel()), weight).view(scale.shape).div_(weight.numel())
+        return d_x.add_(mean.mul_(scale)), d_weight, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair x[i], x[i + D / 2] of x (B, H, T, D) turned by the angle whose cos and sin, (T, D / 2), are
+    given: in their dtype, or x's where that is wider."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return _Rotation.apply(x.to(torch.promote_types(x.dtype, cos.dtype)), cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """Whose gradient turns back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+        return _turned(grad, *ctx.saved_tensors, -1.0), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    out = torch.empty_like(x)
+    (a, b), (to_a, to_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=to_b).addcmul_(a, sin, value=sign)
+    return out
+
+
 # Attention
 
 

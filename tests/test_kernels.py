@@ -300,3 +300,44 @@ def test_the_loss_in_a_compiled_graph_is_that_of_the_equation():
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+# Norm and rotation
+
+
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+@pytest.mark.parametrize("shape", [(5, 12), (3, 4, 7, 6)])
+def test_rms_norm_and_its_gradient_are_the_equation_s(shape, form):
+    x, weight = normal(*shape).requires_grad_(), normal(shape[-1], seed=1).requires_grad_()
+    norm = kernels.rms_norm
+    if form == "compiled":
+        norm = torch.compile(norm, backend=IN_GRAPH)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    same_with_gradients(norm(x, weight, 1e-3), expected, [x, weight], 2e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-3).double(), expected, rtol=0, atol=2e-6)
+
+
+def test_rms_norm_of_frozen_weights_and_of_gradients_out_of_order():
+    x, weight = normal(2, 3, 4, 8).transpose(1, 2).requires_grad_(), normal(8, seed=1)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    same_with_gradients(kernels.rms_norm(x, weight, 1e-5), expected, [x], 2e-6)
+    found, expected = (a.transpose(1, 2) for a in (kernels.rms_norm(x, weight, 1e-5), expected))
+    same_with_gradients(found, expected, [x], 2e-6)
+
+
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_multiplication_by_a_complex_number(dtype, form):
+    x = normal(2, 6, 3, 8, dtype=dtype).transpose(1, 2).requires_grad_()  # (B, H, T, D) as the model has it
+    angles = normal(6, 4, seed=1)
+    turn = torch.compile(kernels.rotate, backend=IN_GRAPH) if form == "compiled" else kernels.rotate
+    found = turn(x, angles.cos(), angles.sin())
+    turned = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(
+        torch.ones(6, 4).double(), angles.double()
+    )
+    assert found.dtype == torch.float32
+    tolerance = 1e-6 if dtype == torch.float32 else 0.02  # its gradient is rounded to bfloat16
+    same_with_gradients(found, torch.cat((turned.real, turned.imag), dim=-1), [x], tolerance)
