@@ -12,8 +12,12 @@ import time
 
 START = time.monotonic()  # the clock of --time_budget runs from here: importing torch is part of the wait
 
+import contextlib
+import io
 import math
+import statistics
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 
 from configurator import Resolved, command, setting
 from fradique import (
+    auto,
     checkpoint,
     dataset,
     evaluation,
@@ -37,6 +42,8 @@ from fradique import (
 from fradique import tokenizer as tokenizers
 from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, POSITIONS, GPTConfig
 
+TRIAL_SECONDS = 1.0  # for which `auto` tries a size
+
 
 # fmt: off
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class TrainSettings:
     init_from: str = setting("scratch", "scratch | resume | gpt2, gpt2-medium, … | a run folder, ckpt.pt, or Hugging Face folder")
     overwrite: bool = setting(False, "delete the run that out_dir holds and begin anew")
     max_iters: int = setting(600000, "steps of training", lo=0)
+    auto: bool = setting(False, "choose model, batch and schedule for this machine, corpus and time_budget; what is set stays")
     time_budget: str = setting("", "end after this long instead, evaluation included: 90s, 10m, 1h30m; the schedule follows the clock")
     seed: int = setting(1337, "of weights, batches and dropout; the same seed gives the same run", lo=0, hi=2**62)
     debug: bool = setting(False, "show the traceback of an error")
@@ -124,13 +132,15 @@ class TrainSettings:
 
     def problems(self) -> list[str]:
         """Contradictions between settings that are each sound by themselves."""
-        found = model_config(self, vocab_size=1).problems()
+        found = [] if self.auto else model_config(self, vocab_size=1).problems()  # auto fits heads to width
         if self.decay_lr and self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             found.append(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         try:
             metrics.seconds(self.time_budget)
         except ValueError as error:
             found.append(str(error))
+        if self.auto and not self.time_budget:
+            found.append("auto chooses for a time: give --time_budget=5m, or as long as you have")
         if self.lora_rank and self.init_from == "scratch":
             found.append(
                 f"lora_rank = {self.lora_rank} adapts weights that are there, and init_from=scratch has none: "
@@ -178,7 +188,10 @@ class Training:
 
 
 def main(resolved: Resolved[TrainSettings]) -> int:
-    t = set_up(resolved.settings)
+    settings, notes = resolved.settings, ()
+    if settings.auto and settings.init_from == "scratch" and not settings.eval_only:
+        settings, notes = choose(settings, {key: getattr(settings, key) for key in resolved.explicit})
+    t = set_up(settings, notes)
     try:
         if t.settings.eval_only:
             report_evaluation(t)
@@ -276,8 +289,31 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     return total, norm
 
 
-def set_up(settings: TrainSettings) -> Training:
-    """Everything that the loop needs, checked before anything is written.
+def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSettings, tuple[str, ...]]:
+    """What `auto` leaves open, by trying sizes on this machine, and what to say of it. All ranks agree."""
+    budget = metrics.seconds(settings.time_budget)
+    run.check_free(Path(settings.out_dir), settings.overwrite)
+
+    def measure(changes: dict[str, Any]) -> auto.Trial:
+        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+            there = {"out_dir": f"{scratch}/run", "compile": False, "wandb_log": False, "auto": False}
+            t = set_up(replace(settings, **changes | there))
+            seconds, start = [], time.monotonic()
+            while len(seconds) < 2 or (len(seconds) < 12 and time.monotonic() - start < TRIAL_SECONDS):
+                before = time.monotonic()
+                loss, _ = train_step(t, learning_rate(t))
+                loss.item()  # waits for the card
+                seconds.append(time.monotonic() - before)
+            t.log.close()
+            pace, spent = t.runtime.max(statistics.median(seconds[1:]), time.monotonic() - START)
+            return auto.Trial(t.model.num_params(), tokens_per_step(t.settings), pace, spent)
+
+    changes, said = auto.choose(budget, fixed, measure)
+    return replace(settings, **changes), tuple(said)
+
+
+def set_up(settings: TrainSettings, notes: tuple[str, ...] = ()) -> Training:
+    """Everything that the loop needs, checked before anything is written; `notes` are told with its own.
 
     Raises ValueError, with what to do, where corpus, weights, machine or out_dir do not fit the settings.
     """
@@ -298,6 +334,7 @@ def set_up(settings: TrainSettings) -> Training:
         run_flops=float(model.flops_per_token() * tokens_per_step(settings) * settings.max_iters),
         run_seconds=budget,
     )
+    place = replace(place, notes=(*notes, *place.notes))
     sampler = dataset.Sampler(
         corpus.train,
         settings.block_size,

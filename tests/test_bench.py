@@ -1,6 +1,7 @@
 """The benchmarks run, and what they report fits together. No test asserts a time."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import flags
 
 from bench import data as bench_data
 from bench import machine, textbook
+from bench import quality as bench_quality
 from bench import sample as bench_sample
 from bench import train as bench_train
 from model import GPT, GPTConfig
@@ -108,3 +110,56 @@ def test_loading_is_measured_beside_a_loop(monkeypatch):
     monkeypatch.setattr(bench_data, "BATCHES", 2)
     rates = bench_data.measure_loading(rounds=1)
     assert rates["ratio"] == pytest.approx(rates["mtokens_s"] / rates["loop_mtokens_s"])
+
+
+# bench.quality
+
+
+def test_quality_runs_configs_and_tells_what_they_reached(capsys, data_dir, tmp_path):
+    config = tmp_path / "small.py"
+    config.write_text(
+        "max_iters = 12\nlog_interval = 3\neval_interval = 4\neval_iters = 1\nwarmup_iters = 1\n"
+    )
+    words = [str(config), *SMALL, "--compile=False", f"--data_dir={data_dir}", "--dataset=tiny"]
+    bench_quality.main([*words, "--to", "100"])
+    lines = capsys.readouterr().out.splitlines()
+    (found,) = json.loads(lines[-1])["results"]
+    assert found["steps"] == 12 and found["tokens"] == 12 * 2 * 16 * 40
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2), rel=0.1)  # é is two bytes
+    assert 0 < found["training_seconds"] < found["seconds"]
+    assert found["to"] == {"step": 0, "tokens": 0, "training_seconds": 0.0}
+    assert f"| small |  | {found['bits_per_byte']:.3f} |" in lines
+    assert "that low at step 0" in lines[0]
+
+
+def test_a_run_that_fails_ends_the_benchmark_with_its_message(data_dir):
+    with pytest.raises(SystemExit, match=r"status 2: .*n_embd = 15 is not divisible"):
+        bench_quality.main(["config/train_python_char.py", "--n_embd=15", f"--data_dir={data_dir}"])
+
+
+def test_training_seconds_are_those_of_the_steps_before():
+    lines = [
+        {"step": 0, "eval_val_loss": 5.0, "tokens": 0},
+        {"step": 10, "step_seconds": 0.5},
+        {"step": 20, "step_seconds": 0.25},
+        {"step": 24, "eval_val_loss": 2.0, "tokens": 240},
+        {"step": 30, "step_seconds": 1.0},
+    ]
+    assert bench_quality.training_seconds(lines, 20) == pytest.approx(7.5)
+    assert bench_quality.training_seconds(lines, 24) == pytest.approx(9.0)
+    assert bench_quality.training_seconds(lines, 30) == pytest.approx(17.5)
+    assert bench_quality.reached(lines, 2.5) == {"step": 24, "tokens": 240, "training_seconds": 9.0}
+    assert bench_quality.reached(lines, 1.9) is None
+
+
+def test_the_table_has_a_row_for_each_config_and_corpus_and_a_column_for_each_budget():
+    results = [
+        {"config": config, "corpus": "eca", "budget": budget, "bits_per_byte": value}
+        for config, budget, value in [("a", "1m", 2.0), ("a", "5m", 1.5), ("b", "5m", 1.25)]
+    ]
+    assert bench_quality.table(results).splitlines() == [
+        "| config | corpus | 1m | 5m |",
+        "| --- | --- | --- | --- |",
+        "| a | eca | 2.000 | 1.500 |",
+        "| b | eca |  | 1.250 |",
+    ]
