@@ -83,7 +83,7 @@ def test_a_run_says_what_was_chosen_and_keeps_it_when_it_is_resumed(data_dir, tm
     words += ["--time_budget=6s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
     done = run_script("train.py", *words)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("auto: ") == 1
+    assert done.stdout.count("\nauto: ") == 1
     saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings = saved["settings"]
     assert settings["n_embd"] == 16 and settings["block_size"] == 16
@@ -91,7 +91,7 @@ def test_a_run_says_what_was_chosen_and_keeps_it_when_it_is_resumed(data_dir, tm
     assert any(note.startswith("auto: ") for note in saved["decided"]["notes"])
     again = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--time_budget=8s")
     assert again.returncode == 0, again.stderr
-    assert "auto: " not in again.stdout
+    assert "\nauto: " not in again.stdout
     after = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
     assert after == settings | {"time_budget": "8s"}
     refused = run_script("train.py", *words)
