@@ -2,7 +2,7 @@
 
 A decoder-only transformer (Vaswani et al. 2017; GPT-2: Radford et al. 2019) with nanoGPT's face:
 `GPT(GPTConfig(...))`, `forward(idx, targets) -> (logits, loss)`, `generate(idx, max_new_tokens)`.
-It imports torch, and `fradique.kernels` and `fradique.generation`, which do no more; it opens no file,
+It imports torch, and `fradique.kernels`, `pointwise` and `generation`, which do no more; it opens no file,
 chooses no device and prints nothing.
 
 Shapes: B batch, T time (tokens), S keys seen so far, C = n_embd, V = vocab_size.
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fradique import generation, kernels
+from fradique import generation, kernels, pointwise
 from fradique.generation import KVCache
 
 ACTIVATIONS = {
-    "gelu": kernels.gelu,  # the exact form, with erf: nanoGPT's
+    "gelu": pointwise.gelu,  # the exact form, with erf: nanoGPT's
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's (Hendrycks & Gimpel 2016)
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # Primer (So et al. 2021)
@@ -167,7 +167,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # what autocast made smaller is widened again: torch has no fast kernel for two dtypes, and says so
-        return kernels.rms_norm(x.to(self.weight.dtype), self.weight, NORM_EPS)
+        return pointwise.rms_norm(x.to(self.weight.dtype), self.weight, NORM_EPS)
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
@@ -200,7 +200,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, sight: Sight, cache: KVCache | None = None) -> Tensor:
         y = self.mix(self.c_attn(x), sight, cache)  # (B, T, C)
-        return kernels.dropout(self.c_proj(y), self.dropout, self.training)
+        return pointwise.dropout(self.c_proj(y), self.dropout, self.training)
 
     def mix(self, stacked: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         """Queries, keys and values side by side, (B, T, sum(widths)) -> what each query reads, (B, T, C)."""
@@ -250,7 +250,7 @@ class MLP(nn.Module):
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.dropout(self.c_proj(self.bend(self.c_fc(x))), self.dropout, self.training)
+        return pointwise.dropout(self.c_proj(self.bend(self.c_fc(x))), self.dropout, self.training)
 
     def bend(self, x: Tensor) -> Tensor:
         """The activation of x (B, T, inner); of gate and value, (B, T, 2 inner), where it is gated."""
@@ -310,7 +310,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x (B, heads, T, head_dim) -> the same shape, computed in float32.
     """
-    return kernels.rotate(x, cos, sin)
+    return pointwise.rotate(x, cos, sin)
 
 
 def alibi_slopes(n_head: int, device: torch.device) -> Tensor:
@@ -447,7 +447,7 @@ class GPT(nn.Module):
             x = x * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd).to(x.dtype)
         if self.config.embd_norm:
             x = self.transformer["ln_e"](x)
-        return kernels.dropout(x, self.config.dropout, self.training)
+        return pointwise.dropout(x, self.config.dropout, self.training)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rope":

@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     prompt = torch.randint(config.vocab_size, (1, min(512, config.block_size // 2)), device=device)
     spent = statistics.median(machine.times(lambda: ours(prompt, 1), device, args.rounds))
     result["prefill_tokens_per_second"] = prompt.size(1) / spent
-    for batch in (1, 16):
+    for batch in map(int, args.rows.split(",")):
         start = torch.zeros(batch, 1, dtype=torch.long, device=device)
         mine, theirs = by_turns(ours, others, start, args.tokens, args.rounds)
         rates = {"tokens_per_second": batch * args.tokens / statistics.median(mine)}
@@ -148,7 +148,7 @@ def report(result: dict[str, Any]) -> str:
         f"  reading a prompt: {result['prefill_tokens_per_second']:.0f} tokens/s",
         f"  no faster than memory: {result['limit_tokens_per_second']:.0f} tokens/s for one row",
     ]
-    for batch in (1, 16):
+    for batch in (int(key.removeprefix("decode_")) for key in result if key.startswith("decode_")):
         rates = result[f"decode_{batch}"]
         line = f"  writing {batch} row{'s' if batch > 1 else ''}: {rates['tokens_per_second']:.0f} tokens/s"
         for name, other in (("nanogpt_ratio", "nanoGPT"), ("huggingface_ratio", "Hugging Face")):
@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--tokens", type=int, default=500, help="to write in a round (default: %(default)s)")
+    add("--rows", default="1,16", help="samples written at once, with commas (default: %(default)s)")
     add("--rounds", type=int, default=5, help="of which the medians are told (default: %(default)s)")
     add("--nanogpt", type=Path, metavar="FOLDER", help="measure beside a nanoGPT that lies there")
     add("--huggingface", action="store_true", help="measure beside transformers' generate")

@@ -15,20 +15,18 @@ from fradique.runtime import Runtime
 
 
 @torch.no_grad()
-def mean_loss(
-    model: nn.Module, split: Split, windows: list[Window], batch_size: int, place: Runtime
-) -> float:
-    """Mean cross-entropy over all targets of `windows`, in nats a token.
+def mean_loss(model: nn.Module, split: Split, windows: list[Window], rows: int, place: Runtime) -> float:
+    """Mean cross-entropy over all targets of `windows`, `rows` of them at a time, in nats a token.
 
     A prefix decoder predicts only what follows its prefix: of its windows the loss is the mean over that.
     """
     total, count = 0.0, 0
     training = model.training
     model.eval()
-    for x, y in split.batches(windows, batch_size, place.rank, place.world):
+    for x, y in split.batches(windows, rows, place.rank, place.world):
         x, y = place.move(x, y)
         with place.autocast():
-            total += model(x, y)[1].item() * y.numel()
+            total += model(x, y, with_logits=False)[1].item() * y.numel()
         count += y.numel()
     model.train(training)
     total, count = place.sum(total, count)
@@ -39,10 +37,9 @@ def fixed_losses(
     model: nn.Module, corpus: Corpus, block_size: int, batch_size: int, batches: int, place: Runtime
 ) -> dict[str, float]:
     """Loss of train and val on `batches` batches of windows spread over each: the same ones every time."""
+    rows = place.rows_at_once(batch_size, block_size)
     return {
-        name: mean_loss(
-            model, split, split.fixed_windows(block_size, batches * batch_size), batch_size, place
-        )
+        name: mean_loss(model, split, split.fixed_windows(block_size, batches * batch_size), rows, place)
         for name, split in (("train", corpus.train), ("val", corpus.val))
     }
 
@@ -66,7 +63,8 @@ def whole_validation(
 ) -> WholeSplit:
     """The validation split from end to end, in windows side by side."""
     split = corpus.val
-    loss = mean_loss(model, split, split.all_windows(block_size), batch_size, place)
+    rows = place.rows_at_once(batch_size, block_size)
+    loss = mean_loss(model, split, split.all_windows(block_size), rows, place)
     predicted = split.tokens - len(split.shards)
     text_bytes = split.count_text_bytes(corpus.tokenizer) * predicted / split.tokens
     bits = loss * predicted / math.log(2)

@@ -1,8 +1,8 @@
-"""What the model spends its time in, made fast for the device at hand: attention, dropout, cross-entropy.
+"""What the model spends its time in, made fast for the device at hand: attention and cross-entropy.
 
 Each does what a line of plain torch does, and a test holds it to that line. On CUDA and MPS they are torch's
-own kernels. On a CPU torch's are slow to train with: its generator draws a number a mask, dropout turns its
-fused attention off, and the backward pass of that attention is slower than the products that it saves.
+own kernels. On a CPU torch's are slow to train with: dropout turns its fused attention off, and the backward
+pass of that attention is slower than the products that it saves.
 
 Shapes: B batch, H heads, T queries, S keys, D head_dim, N rows, C width, V vocabulary.
 """
@@ -13,192 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fradique import pointwise
+
 SAVED_SCORES = 512  # longest T whose probabilities are kept for the backward pass whole, on a CPU
 QUERY_BLOCK, KEY_BLOCK = 256, 128  # parts of a longer one that fit the cache
 LARGE_VOCABULARY = 1 << 14  # tokens from which logits are made chunk by chunk however few the rows
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}  # numbers of a chunk of logits in float32
-LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number -> integers as wide
-
-
-# Dropout
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """x with each number made 0 with probability p, the others divided by 1 - p (Srivastava et al. 2014).
-
-    On a CPU p is rounded to `kept_share`.
-    """
-    if not training or p == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, p, training)
-    if torch.compiler.is_compiling():
-        return _dropout_to_fuse(x, p)
-    return _Dropout.apply(x, p)
-
-
-def kept_share(p: float) -> float:
-    """1 - p, to a 256th, below 1: the part that dropout on a CPU keeps, and what it divides by."""
-    return (256 - _dropped_bytes(p)) / 256
-
-
-def _dropped_bytes(p: float) -> int:
-    return min(255, max(1, round(256 * p)))
-
-
-def _random_bytes(count: int) -> Tensor:
-    """(at least count,) int64: `count` bytes, drawn eight at a time from torch's generator."""
-    return torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
-
-
-@torch.library.custom_op("fradique::random_bytes", mutates_args=())
-def _bytes_to_fuse(x: Tensor) -> Tensor:
-    """A byte for each number of x, in its shape, for a compiled graph. That it takes x, of which it reads
-    nothing but the shape, keeps the draws of two places from becoming one."""
-    return _random_bytes(x.numel()).view(torch.uint8)[: x.numel()].view(x.shape)
-
-
-@_bytes_to_fuse.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.uint8)
-
-
-def _dropout_to_fuse(x: Tensor, p: float) -> Tensor:
-    """Dropout that inductor makes one loop of, with what stands around it; it compares floats fastest."""
-    draws = torch.ops.fradique.random_bytes(x)
-    return x * (draws.float() >= _dropped_bytes(p)) * (1 / kept_share(p))
-
-
-def _keep(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
-    """Integers as wide as dtype: all bits set where a number is kept, none where it is dropped.
-
-    A byte a number: each is cut out of the drawn words, and compared by the sign of a difference.
-    """
-    width, dropped = dtype.itemsize, _dropped_bytes(p)
-    count = math.prod(shape)
-    words = _random_bytes(count).view(LANES[width])
-    keep = torch.empty(width, words.numel(), dtype=words.dtype)
-    for i, lane in enumerate(keep):
-        torch.bitwise_right_shift(words, 8 * i, out=lane).bitwise_and_(255)
-    keep = keep.neg_().add_(dropped - 1).bitwise_right_shift_(8 * width - 1)  # byte >= dropped: -1, else 0
-    return keep.flatten()[:count].view(shape)
-
-
-def _and(x: Tensor, keep: Tensor) -> Tensor:
-    return (x.contiguous().view(keep.dtype) & keep).view(x.dtype)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:  # noqa: ANN001
-        keep = _keep(x.shape, p, x.dtype)
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / kept_share(p)
-        return _and(x, keep).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
-        (keep,) = ctx.saved_tensors
-        return _and(grad, keep).mul_(ctx.scale), None
-
-
-# The activation
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x Φ(x), exactly, with erf (Hendrycks & Gimpel 2016)."""
-    on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
-    return torch.ops.fradique.gelu(x) if on_cpu else F.gelu(x)
-
-
-@torch.library.custom_op("fradique::gelu", mutates_args=())
-def _gelu(x: Tensor) -> Tensor:
-    """torch's own kernel inside a compiled graph: for a CPU inductor would write a slower one."""
-    return F.gelu(x)
-
-
-@torch.library.custom_op("fradique::gelu_backward", mutates_args=())
-def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad.contiguous(), x)
-
-
-@_gelu.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-@_gelu_backward.register_fake
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-_gelu.register_autograd(
-    lambda ctx, grad: _gelu_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-# Norm and rotation
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019)."""
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.device.type != "cpu" or not learns or torch.compiler.is_compiling():
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """With a gradient in few steps: that of layer norm, which torch has as one kernel, for a mean of 0. That
-    also takes away the mean of the gradient, as layer norm must: it is given back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = size.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN001
-        x, weight, scale = ctx.saved_tensors
-        grad, wanted = grad.contiguous(), [True, ctx.needs_input_grad[1], False]
-        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, wanted
-        )
-        mean = torch.mv(grad.view(-1, weight.numel()), weight).view(scale.shape).div_(weight.numel())
-        return d_x.add_(mean.mul_(scale)), d_weight, None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair x[i], x[i + D / 2] of x (B, H, T, D) turned by the angle whose cos and sin, (T, D / 2), are
-    given: in their dtype, or x's where that is wider."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return _Rotation.apply(x.to(torch.promote_types(x.dtype, cos.dtype)), cos, sin)
-
-
-class _Rotation(torch.autograd.Function):
-    """Whose gradient turns back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN001
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
-        return _turned(grad, *ctx.saved_tensors, -1.0), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    out = torch.empty_like(x)
-    (a, b), (to_a, to_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=to_b).addcmul_(a, sin, value=sign)
-    return out
 
 
 # Attention
@@ -275,7 +95,7 @@ class _Attention(torch.autograd.Function):
         p: float,
     ):
         B, H, T, _ = q.shape
-        ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / kept_share(p) if p else 1.0
+        ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / pointwise.kept_share(p) if p else 1.0
         q, k, v = _flat(q * ctx.scale), _flat(k), _flat(v * ctx.v_scale if p else v)
         step = T if T <= SAVED_SCORES else QUERY_BLOCK
         causal = _triangle(step, q.dtype) if mask is None else None
@@ -289,7 +109,9 @@ class _Attention(torch.autograd.Function):
             else:
                 scores.view(B, H, end - start, T).add_(mask[:, :, start:end])
             probs = torch.softmax(scores, dim=-1)
-            dropped = _and(probs, _keep(probs.shape, p, probs.dtype)) if p else probs
+            dropped = (
+                pointwise.only_kept(probs, pointwise.keep_bits(probs.shape, p, probs.dtype)) if p else probs
+            )
             out[:, start:end] = torch.bmm(dropped, v[:, :seen])
             kept += [probs, dropped]
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -328,7 +150,7 @@ class _AttentionToFuse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:  # noqa: ANN001
-        ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / kept_share(p) if p else 1.0
+        ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / pointwise.kept_share(p) if p else 1.0
         q, v = q * ctx.scale, v * ctx.v_scale
         scores = q @ k.transpose(-2, -1)  # (B, H, T, T)
         # float32, and added: inductor is slow at filling where a mask says
@@ -336,7 +158,7 @@ class _AttentionToFuse(torch.autograd.Function):
         dropped = probs
         if p:
             draws = torch.ops.fradique.random_bytes(scores)
-            dropped = probs * (draws.float() >= _dropped_bytes(p))
+            dropped = probs * (draws.float() >= pointwise.dropped_bytes(p))
         out = dropped @ v
         ctx.save_for_backward(q, k, v, out, probs, dropped)
         ctx.mask_shape = mask.shape

@@ -77,6 +77,10 @@ class Runtime:
             for part in zip(*(a.split(_rows_at_once(*x.shape)) for a in (x, y)), strict=True)
         ]
 
+    def rows_at_once(self, batch_size: int, block_size: int) -> int:
+        """How many windows are evaluated together: a batch; on a CPU as many as stay in its cache."""
+        return batch_size if self.device.type != "cpu" else max(1, CPU_TOKENS_AT_ONCE // block_size)
+
     def move(self, *tensors: Tensor) -> list[Tensor]:
         """Tensors on the device; on CUDA without waiting for the copy."""
         if self.device.type != "cuda":

@@ -19,6 +19,7 @@ import train  # noqa: E402  (needs the path above)
 from fradique import metrics  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
+IN_GRAPH = "aot_eager_decomp_partition"  # what inductor does to a graph, without its C++
 WORDS = ("amor", "casa", "dia", "era", "figura", "gato", "hora", "ilha", "jardim", "lua", "mar", "poética")
 
 
@@ -115,3 +116,16 @@ def run_script(name: str, *words: object, cwd: Path = ROOT, **options) -> subpro
     command = [sys.executable, "-W", "error", str(ROOT / name), *map(str, words)]
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options
     return subprocess.run(command, check=False, **options)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_with_gradients(found, expected, inputs, tolerance):
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+    grad = normal(*found.shape, seed=9)
+    mine = torch.autograd.grad(found, inputs, grad.to(found.dtype), retain_graph=True)
+    truth = torch.autograd.grad(expected, inputs, grad.double(), retain_graph=True)
+    for a, b in zip(mine, truth, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=3 * tolerance)

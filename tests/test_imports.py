@@ -54,11 +54,13 @@ def test_the_model_knows_torch_alone():
     third_party = imported(ROOT / "model.py") - set(sys.stdlib_module_names)
     assert third_party == {"torch", "fradique"}
     assert re.findall(r"^ *from fradique.*", (ROOT / "model.py").read_text(), re.M) == [
-        "from fradique import generation, kernels",
+        "from fradique import generation, kernels, pointwise",
         "from fradique.generation import KVCache",
     ]
-    for name in ("kernels.py", "generation.py"):
-        assert imported(ROOT / "fradique" / name) - set(sys.stdlib_module_names) == {"torch"}
+    for name in ("kernels.py", "pointwise.py", "generation.py"):
+        assert imported(ROOT / "fradique" / name) - set(sys.stdlib_module_names) - {"fradique"} == {"torch"}
+        ours = re.findall(r"^ *from fradique.*", (ROOT / "fradique" / name).read_text(), re.M)
+        assert ours == (["from fradique import pointwise"] if name == "kernels.py" else [])
 
 
 def test_the_configurator_knows_the_standard_library_alone():

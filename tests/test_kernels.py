@@ -1,4 +1,4 @@
-"""The fast forms of attention, dropout and cross-entropy against the equations and autograd."""
+"""The fast forms of attention and cross-entropy against the equations and autograd."""
 
 import math
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import IN_GRAPH, normal, same_with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fradique import kernels
+from fradique import kernels, pointwise
 from model import GPT, GPTConfig, plain_attention
 
 # torch's compiler warns of what it does itself
@@ -16,7 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
-IN_GRAPH = "aot_eager_decomp_partition"  # what inductor does to a graph, without its C++
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +24,6 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def q_k_v(B=2, H=3, T=10, D=8, kv_heads=None, dtype=torch.float32):
@@ -45,15 +41,6 @@ def equation(q, k, v, mask=None, keep=None, share=1.0):
     scores = scores.masked_fill(~seen, -math.inf) if seen.dtype == torch.bool else scores + seen.double()
     probs = scores.softmax(-1)
     return (probs if keep is None else probs * keep.double() / share) @ v
-
-
-def same_with_gradients(found, expected, inputs, tolerance):
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
-    grad = normal(*found.shape, seed=9)
-    mine = torch.autograd.grad(found, inputs, grad.to(found.dtype), retain_graph=True)
-    truth = torch.autograd.grad(expected, inputs, grad.double(), retain_graph=True)
-    for a, b in zip(mine, truth, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=3 * tolerance)
 
 
 MASKS = {
@@ -78,14 +65,14 @@ def test_attention_equals_the_equation(mask, kv_heads, blocks, monkeypatch):
 
 def test_attention_drops_what_its_masks_say(monkeypatch):
     kept = []
-    draw = kernels._keep
-    monkeypatch.setattr(kernels, "_keep", lambda *args: kept.append(draw(*args)) or kept[-1])
+    draw = pointwise.keep_bits
+    monkeypatch.setattr(pointwise, "keep_bits", lambda *args: kept.append(draw(*args)) or kept[-1])
     q, k, v = q_k_v()
     found = kernels.attention(q, k, v, None, 0.3)
     assert len(kept) == 1
     keep = (kept[0] != 0).view(2, 3, 10, 10)
     assert 0.5 < keep.float().mean() < 0.9
-    same_with_gradients(found, equation(q, k, v, None, keep, kernels.kept_share(0.3)), (q, k, v), 2e-6)
+    same_with_gradients(found, equation(q, k, v, None, keep, pointwise.kept_share(0.3)), (q, k, v), 2e-6)
 
 
 def test_the_gradient_of_an_added_mask_is_that_of_the_equation():
@@ -129,63 +116,7 @@ def test_dropout_in_compiled_attention_is_that_of_its_bytes():
     found = torch.compile(kernels.attention, backend=IN_GRAPH)(q, k, v, None, 0.3)
     torch.manual_seed(3)
     keep = torch.ops.fradique.random_bytes(torch.empty(2, 3, 10, 10)) >= round(0.3 * 256)
-    same_with_gradients(found, equation(q, k, v, None, keep, kernels.kept_share(0.3)), (q, k, v), 2e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.99])
-def test_dropout_keeps_the_share_that_it_says(dtype, p):
-    torch.manual_seed(0)
-    count = 200_003  # no multiple of 8
-    x = torch.ones(count, dtype=dtype, requires_grad=True)
-    y = kernels.dropout(x, p, True)
-    share = kernels.kept_share(p)
-    assert abs(share - (1 - p)) <= 1 / 256 and share < 1
-    kept = (y != 0).double().mean().item()
-    assert abs(kept - share) < 5 * math.sqrt(share * (1 - share) / count)
-    assert set(y.tolist()) == {0.0, torch.tensor(1 / share, dtype=dtype).item()}
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(grad, y)
-
-
-def test_each_byte_is_compared_rightly():
-    every = torch.arange(256, dtype=torch.uint8).view(torch.int64)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "_random_bytes", lambda count: every.clone())
-            keep = kernels._keep(torch.Size([256]), 51 / 256, dtype)
-        assert keep.unique().tolist() == [-1, 0]
-        assert (keep != 0).sum() == 256 - 51
-
-
-def test_dropout_is_drawn_from_torchs_generator():
-    x = torch.ones(1000)
-    draws = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        draws.append(kernels.dropout(x, 0.5, True))
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert kernels.dropout(x, 0.5, False) is x and kernels.dropout(x, 0.0, True) is x
-
-
-def test_two_places_of_a_compiled_graph_drop_differently():
-    def two(x):
-        return kernels.dropout(x * 1.0, 0.5, True), kernels.dropout(x + 0.0, 0.5, True)
-
-    x = torch.ones(4096, requires_grad=True)
-    a, b = torch.compile(two, backend=IN_GRAPH)(x)
-    alike = ((a != 0) == (b != 0)).float().mean()
-    assert 0.4 < alike < 0.6
-    (grad,) = torch.autograd.grad(a.sum() + b.sum(), x)
-    torch.testing.assert_close(grad, (a + b).detach())
-
-
-def test_gelu_in_a_compiled_graph_is_torchs():
-    x = normal(300).double().requires_grad_()
-    y = torch.compile(kernels.gelu, backend=IN_GRAPH)(x)
-    truth = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    torch.testing.assert_close(y, truth)
-    torch.testing.assert_close(*(torch.autograd.grad(a.sum(), x)[0] for a in (y, truth)))
+    same_with_gradients(found, equation(q, k, v, None, keep, pointwise.kept_share(0.3)), (q, k, v), 2e-6)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -300,44 +231,3 @@ def test_the_loss_in_a_compiled_graph_is_that_of_the_equation():
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-
-
-# Norm and rotation
-
-
-@pytest.mark.parametrize("form", ["eager", "compiled"])
-@pytest.mark.parametrize("shape", [(5, 12), (3, 4, 7, 6)])
-def test_rms_norm_and_its_gradient_are_the_equation_s(shape, form):
-    x, weight = normal(*shape).requires_grad_(), normal(shape[-1], seed=1).requires_grad_()
-    norm = kernels.rms_norm
-    if form == "compiled":
-        norm = torch.compile(norm, backend=IN_GRAPH)
-    wide = x.double()
-    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
-    same_with_gradients(norm(x, weight, 1e-3), expected, [x, weight], 2e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-3).double(), expected, rtol=0, atol=2e-6)
-
-
-def test_rms_norm_of_frozen_weights_and_of_gradients_out_of_order():
-    x, weight = normal(2, 3, 4, 8).transpose(1, 2).requires_grad_(), normal(8, seed=1)
-    wide = x.double()
-    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    same_with_gradients(kernels.rms_norm(x, weight, 1e-5), expected, [x], 2e-6)
-    found, expected = (a.transpose(1, 2) for a in (kernels.rms_norm(x, weight, 1e-5), expected))
-    same_with_gradients(found, expected, [x], 2e-6)
-
-
-@pytest.mark.parametrize("form", ["eager", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_is_multiplication_by_a_complex_number(dtype, form):
-    x = normal(2, 6, 3, 8, dtype=dtype).transpose(1, 2).requires_grad_()  # (B, H, T, D) as the model has it
-    angles = normal(6, 4, seed=1)
-    turn = torch.compile(kernels.rotate, backend=IN_GRAPH) if form == "compiled" else kernels.rotate
-    found = turn(x, angles.cos(), angles.sin())
-    turned = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(
-        torch.ones(6, 4).double(), angles.double()
-    )
-    assert found.dtype == torch.float32
-    tolerance = 1e-6 if dtype == torch.float32 else 0.02  # its gradient is rounded to bfloat16
-    same_with_gradients(found, torch.cat((turned.real, turned.imag), dim=-1), [x], tolerance)
