@@ -89,10 +89,11 @@ def open_writer(
 def quicken(writer: Writer, dtype: str) -> Writer:
     """The writer with weights of 16 bits, where that writes faster; it can then do nothing else.
 
-    On CUDA they take the runtime's dtype. On a CPU they are packed in bfloat16, where dtype is auto.
+    On CUDA they take the runtime's dtype, but for float16, whose range the stream between the layers can leave.
+    On a CPU they are packed in bfloat16, where dtype is auto.
     """
     model, place = writer.model, writer.runtime
-    if place.device.type == "cuda":
+    if place.device.type == "cuda" and place.dtype != torch.float16:
         return replace(writer, model=model.to(place.dtype), lowered=True)
     if dtype != "auto" or not decoding.worth_packing(model, place.device):
         return writer

@@ -13,8 +13,10 @@ import time
 START = time.monotonic()  # the clock of --time_budget runs from here: importing torch is part of the wait
 
 import contextlib
+import gc
 import io
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -132,14 +134,16 @@ class TrainSettings:
 
     def problems(self) -> list[str]:
         """Contradictions between settings that are each sound by themselves."""
-        found = [] if self.auto else model_config(self, vocab_size=1).problems()  # auto fits heads to width
-        if self.decay_lr and self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
+        found = [] if self.auto else model_config(self, vocab_size=1).problems()  # auto has yet to choose these
+        if not self.auto and self.decay_lr and self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             found.append(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         try:
             metrics.seconds(self.time_budget)
         except ValueError as error:
             found.append(str(error))
-        if self.auto and not self.time_budget:
+        if self.auto and self.init_from not in ("scratch", "resume"):
+            found.append("auto chooses a model to train from scratch: leave init_from, or auto, as it was")
+        if self.auto and not self.time_budget and self.init_from == "scratch":
             found.append("auto chooses for a time: give --time_budget=5m, or as long as you have")
         if self.lora_rank and self.init_from == "scratch":
             found.append(
@@ -162,6 +166,7 @@ class TrainState:
     last_eval_step: int = -1
     seconds: float = 0.0  # spent in earlier processes of this run
     closing_seconds: float = 0.0  # that the end of the run was last expected to take
+    writing_seconds: float = 0.0  # that the last sample took
     scaler: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -295,21 +300,47 @@ def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSetting
     run.check_free(Path(settings.out_dir), settings.overwrite)
 
     def measure(changes: dict[str, Any]) -> auto.Trial:
-        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),  # what is worth a warning is told again by the run
+        ):
             there = {"out_dir": f"{scratch}/run", "compile": False, "wandb_log": False, "auto": False}
             t = set_up(replace(settings, **changes | there))
-            seconds, start = [], time.monotonic()
-            while len(seconds) < 2 or (len(seconds) < 12 and time.monotonic() - start < TRIAL_SECONDS):
-                before = time.monotonic()
-                loss, _ = train_step(t, learning_rate(t))
-                loss.item()  # waits for the card
-                seconds.append(time.monotonic() - before)
-            t.log.close()
-            pace, spent = t.runtime.max(statistics.median(seconds[1:]), time.monotonic() - START)
-            return auto.Trial(t.model.num_params(), tokens_per_step(t.settings), pace, spent)
+            try:
+                time_step(t)
+                (first,) = t.runtime.max(time_step(t))  # ranks must agree on how many there are
+                count = min(12, max(1, int(TRIAL_SECONDS / first)))
+                pace = statistics.median(time_step(t) for _ in range(count))
+            finally:
+                t.forward = t.model  # a DDP wrapper must go before its process group does
+                t.log.close()
+            pace, spent = t.runtime.max(pace, time.monotonic() - START)
+            trial = auto.Trial(
+                parameters=t.model.num_params(),
+                corpus_tokens=t.corpus.train.tokens,
+                tokens_per_step=tokens_per_step(t.settings),
+                step_seconds=pace,
+                spent=spent,
+            )
+            del t
+            gc.collect()  # the wrapper, the model and its optimizer: the next one wants the memory
+            return trial
 
-    changes, said = auto.choose(budget, fixed, measure)
-    return replace(settings, **changes), tuple(said)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    changes, said = auto.choose(budget, fixed, measure, world)
+    settings = replace(settings, **changes)
+    if problems := replace(settings, auto=False).problems():
+        raise ValueError("; ".join(problems))
+    return settings, tuple(said)
+
+
+def time_step(t: Training) -> float:
+    """Seconds of a step, until its loss is there."""
+    start = time.monotonic()
+    loss, _ = train_step(t, learning_rate(t))
+    loss.item()
+    return time.monotonic() - start
 
 
 def set_up(settings: TrainSettings, notes: tuple[str, ...] = ()) -> Training:
@@ -399,7 +430,7 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = ()) -> Training:
     )
     introduce(t)
     t.forward = place.wrap(compile_forward(t) if place.compile else model)
-    t.pace.closing = state.closing_seconds
+    t.pace.closing, t.pace.writing = state.closing_seconds, state.writing_seconds
     t.pace.mark(state.step)
     return t
 
@@ -594,6 +625,7 @@ def evaluate_and_save(t: Training, last: bool = False) -> None:
         else:
             state.evals_since_best += 1
         log_evaluation(t, losses)
+        t.pace.closing = closing_seconds(t, in_evaluation, in_evaluation)  # a checkpoint tells it
         if improved or last or t.settings.always_save_checkpoint:
             save(t, best=improved)
         in_all = time.monotonic() - start
@@ -640,7 +672,8 @@ def draw_curve(t: Training) -> None:
 def save(t: Training, best: bool = False) -> None:
     """Write a step checkpoint, make it the best where it is, and drop the oldest. Rank 0 does; all wait."""
     if t.runtime.is_main:
-        now = {"seconds": t.pace.elapsed(), "closing_seconds": t.pace.closing}
+        pace = t.pace
+        now = {"seconds": pace.elapsed(), "closing_seconds": pace.closing, "writing_seconds": pace.writing}
         state = asdict(t.state) | now | {"scaler": t.scaler.state_dict()}
         held = checkpoint.Checkpoint(
             config=asdict(t.model.config) | finetune.describe(t.model),

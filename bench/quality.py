@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import machine
-from fradique import metrics
+from fradique import metrics, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,12 +65,15 @@ def measure(config: str, budget: str, corpus: str, flags: Sequence[str], to: flo
 
 def training_seconds(lines: list[dict[str, Any]], step: int) -> float:
     """Seconds of training until `step`: those of the logged steps, evaluations and checkpoints left out."""
-    total, at = 0.0, 0
+    total, at, pace = 0.0, 0, 0.0
     for line in lines:
-        if "step_seconds" in line and line["step"] <= step:
+        if "step_seconds" in line:
+            if line["step"] > step:
+                pace = pace or line["step_seconds"]
+                break
             total += line["step_seconds"] * (line["step"] - at)
-            at = line["step"]
-    return total * step / at if at else 0.0  # the steps behind the last that was logged took as long
+            at, pace = line["step"], total / line["step"]
+    return total + pace * (step - at)  # steps that no line tells of took as long as those before, or behind
 
 
 def reached(lines: list[dict[str, Any]], loss: float) -> dict[str, Any] | None:
@@ -120,16 +123,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--budgets", default="", help="time budgets, with commas: 1m,5m,15m; empty: as the config has it")
     add("--corpora", default="", help="corpora, with commas; empty: as the config has it")
     add("--to", type=float, help="tell when the validation loss was this low")
-    words = list(sys.argv[1:] if argv is None else argv)
-    flags = [word for word in words if word.startswith("--") and "=" in word]
-    args = parser.parse_args([word for word in words if word not in flags])
+    args, flags = parser.parse_known_args(argv)
     results = []
     for corpus, config, budget in product(args.corpora.split(","), args.configs, args.budgets.split(",")):
         found = measure(config, budget, corpus, flags, args.to)
         print(report(found), flush=True)
         results.append(found)
     print(table(results))
-    where = {"machine": machine.describe(torch.device("cpu")), "torch": torch.__version__}
+    where = {"machine": machine.describe(runtime.choose_device("auto")), "torch": torch.__version__}
     print(json.dumps({"bench": "quality", **where, "results": results}))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 # What all sizes have in common; none of it is touched where it was set by hand.
 COMMON: dict[str, Any] = {
     "position": "rope",
@@ -25,7 +27,8 @@ COMMON: dict[str, Any] = {
 }
 WARM_UP = 0.05  # part of the steps
 EVALUATIONS = 4  # on the way, so that there is a curve to look at
-LONGEST_TRIAL = 0.1  # part of the budget that measuring may take
+TRYING = 0.1  # part of the budget after which no larger size is tried
+MOST_PARAMETERS = 4  # for each token of the corpus: there is no dropout
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,6 @@ class Size:
     learning_rate: float
     muon_learning_rate: float
     enough: float  # tokens for each parameter that make it better than the size below
-
-    def __str__(self) -> str:
-        return f"{self.n_layer} layers {self.n_embd} wide on {self.batch_size} x {self.block_size} tokens"
 
 
 LADDER = (
@@ -62,6 +62,7 @@ class Trial:
     """What some settings do on this machine."""
 
     parameters: int
+    corpus_tokens: int  # that there are to train on
     tokens_per_step: int
     step_seconds: float
     spent: float  # seconds since the start of the program, this trial included
@@ -71,45 +72,63 @@ class Trial:
         return max(1, int((budget - self.spent) / self.step_seconds))
 
     def share(self, budget: float) -> float:
-        """Tokens for each parameter."""
+        """Tokens seen for each parameter."""
         return self.steps(budget) * self.tokens_per_step / self.parameters
 
 
 def choose(
-    budget: float, fixed: dict[str, Any], measure: Callable[[dict[str, Any]], Trial]
+    budget: float, fixed: dict[str, Any], measure: Callable[[dict[str, Any]], Trial], world: int = 1
 ) -> tuple[dict[str, Any], list[str]]:
     """Settings for `budget` seconds, and what to say of them. Those in `fixed`, set by hand, stay.
 
-    `measure` tries the changes that it is given.
+    `measure` tries the changes that it is given; where it raises for a larger size (too large for the card, a
+    context longer than the corpus) the smaller is taken.
     """
-    size, beyond = LADDER[0], ""
-    trial = measure(changes_of(size, fixed))
-    for larger in LADDER[1:]:
-        if trial.spent > LONGEST_TRIAL * budget:
+    changes = changes_of(LADDER[0], fixed, world)
+    trial, beyond = measure(changes), ""
+    for size in LADDER[1:]:
+        larger = changes_of(size, fixed, world)
+        name = describe(larger | fixed)
+        if trial.spent > TRYING * budget:
             beyond = "; no time was left to try a larger one"
             break
-        tried = measure(changes_of(larger, fixed))
-        if tried.share(budget) < larger.enough:
-            beyond = f"; {larger} would see {tried.share(budget):.1f}, and wants {larger.enough:g}"
+        try:
+            tried = measure(larger)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            beyond = f"; {name} cannot be trained here ({str(error).splitlines()[0][:100]})"
             break
-        size, trial = larger, tried
+        if tried.share(budget) < size.enough:
+            beyond = f"; {name} would see {tried.share(budget):.1f}, and wants {size.enough:g}"
+            break
+        if tried.parameters > MOST_PARAMETERS * tried.corpus_tokens:
+            beyond = f"; {name} would learn so small a corpus by heart"
+            break
+        changes, trial = larger, tried
     steps = trial.steps(budget)
     schedule = {
         "warmup_iters": max(1, int(WARM_UP * steps)),
         "eval_interval": max(1, steps // EVALUATIONS),
-        "log_interval": max(1, steps // 100),
+        "log_interval": max(1, steps // 50),
     }
     said = [
-        f"auto: {size}, the largest that sees enough in {budget:.0f} s here: about {steps:,} steps of "
-        f"{1000 * trial.step_seconds:.0f} ms, {trial.share(budget):.1f} tokens a parameter{beyond}"
+        f"auto: {describe(changes | fixed)}: about {steps:,} steps of {1000 * trial.step_seconds:.0f} ms "
+        f"(not compiled) in {budget:.0f} s, {trial.share(budget):.1f} tokens a parameter{beyond}"
     ]
-    schedule = {key: value for key, value in schedule.items() if key not in fixed}
-    return changes_of(size, fixed) | schedule, said
+    return changes | {key: value for key, value in schedule.items() if key not in fixed}, said
 
 
-def changes_of(size: Size, fixed: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a size gives, beside those that are fixed: heads and width must go together."""
+def describe(settings: dict[str, Any]) -> str:
+    layers, width, rows, context = (
+        settings[key] for key in ("n_layer", "n_embd", "batch_size", "block_size")
+    )
+    return f"{layers} layers {width} wide on {rows} x {context} tokens"
+
+
+def changes_of(size: Size, fixed: dict[str, Any], world: int = 1) -> dict[str, Any]:
+    """The settings that a size gives beside those that are fixed: heads and width must go together, and each
+    of the processes have its part of a batch."""
     given = COMMON | {key: value for key, value in asdict(size).items() if key != "enough"}
+    given["batch_size"] = -(-size.batch_size // world) * world
     if "n_embd" in fixed:
         fits = [n for n in range(1, size.n_head + 1) if fixed["n_embd"] % (2 * n) == 0]  # rope turns pairs
         given["n_head"] = max(fits, default=1)

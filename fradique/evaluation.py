@@ -21,6 +21,7 @@ def mean_loss(model: nn.Module, split: Split, windows: list[Window], rows: int, 
     A prefix decoder predicts only what follows its prefix: of its windows the loss is the mean over that.
     """
     total, count = 0.0, 0
+    rows = min(rows, -(-len(windows) // place.world))  # something for each rank
     training = model.training
     model.eval()
     for x, y in split.batches(windows, rows, place.rank, place.world):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from model import GPT, GPTConfig
 
 WORTH_RECORDING = 8  # tokens; to record a step takes about as long as a few steps
+RECORDED_ROWS = 16  # at most: with more the kernels take longer than to call them
+SIDE_STREAMS: dict[torch.device, "torch.cuda.Stream"] = {}  # on which graphs are recorded, one a device
 
 
 class KVCache:
@@ -63,17 +65,18 @@ class KVCache:
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
 
-def cuda_graph(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def cuda_graph(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """`work` recorded as a CUDA graph: what plays it again, and where its result then lies."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up at their first calls: that is not recorded
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+    with torch.cuda.device(device):
+        side = SIDE_STREAMS.setdefault(device, torch.cuda.Stream(device))
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # at their first calls libraries set themselves up, unrecorded
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            result = work()
     return graph.replay, result
 
 
@@ -85,8 +88,13 @@ class Recorded:
         device = cache.keys[0].device
         self.cache, self.token = cache, torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = cache.position = torch.zeros(1, dtype=torch.long, device=device)
+
+        def step() -> Tensor:
+            cache.length = 0  # where the token stands is told by the position
+            return model(self.token, cache=cache, prefix=0)[0]
+
         try:
-            self.play, self.logits = cuda_graph(lambda: model(self.token, cache=cache, prefix=0)[0])
+            self.play, self.logits = cuda_graph(step, device)
         finally:
             cache.position, cache.length = None, 0
 
@@ -142,7 +150,7 @@ def stream(
         model.eval()
         cache = _cache(model, idx, room) if use_cache else None
         recorded = None
-        if cache is not None and max_new_tokens >= WORTH_RECORDING and can_record(idx.device):
+        if cache is not None and max_new_tokens >= WORTH_RECORDING and can_record(idx):
             recorded = Recorded(model, cache, idx.size(0))
         for _ in range(max_new_tokens):
             start = window_start(idx.size(1), block_size, hop)
@@ -164,9 +172,9 @@ def stream(
         model.train(training)
 
 
-def can_record(device: torch.device) -> bool:
-    """Whether steps are recorded here: on CUDA, where the weights are not cast for each (autocast)."""
-    return device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+def can_record(idx: Tensor) -> bool:
+    """Whether the steps of these rows are recorded: few rows, on CUDA, and no autocast to cast weights."""
+    return idx.is_cuda and idx.size(0) <= RECORDED_ROWS and not torch.is_autocast_enabled("cuda")
 
 
 def _cache(model: "GPT", idx: Tensor, room: int) -> KVCache:
@@ -201,13 +209,21 @@ def draw(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token id a row, (B,), from logits (B, V). Temperature 0 is greedy."""
+    """One token id a row, (B,), from logits (B, V). Temperature 0 is greedy.
+
+    Raises ValueError where a CPU draws from logits that are not finite.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     probs = F.softmax(filter_logits(logits, top_k, top_p, min_p), dim=-1)
+    if probs.device.type != "cpu":
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    # torch's own draws a number for each token of the vocabulary, which a CPU does slowly; one is enough
     edges = probs.cumsum(dim=-1)  # token t is drawn where edges[t - 1] <= u < edges[t]
     total = edges[:, -1:].contiguous()
+    if not total.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or it has diverged")
     u = torch.rand(total.shape, device=logits.device, generator=generator) * total
     token = torch.searchsorted(edges, u, right=True)
     return token.minimum(torch.searchsorted(edges, total))[:, 0]  # u may have been rounded up to the total

@@ -231,6 +231,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: fl
         return F.cross_entropy(logits.float(), targets, ignore_index=-1)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # else it would be asked for a gradient, which is found with the loss
     return _LinearCrossEntropy.apply(x.to(dtype), weight, targets, softcap)
 
 

@@ -3,11 +3,13 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 OPTIMIZERS = ("adamw", "muon")
+TOGETHER = 1 << 24  # numbers of the matrices that Muon takes at a time
 
 
 def build(
@@ -89,8 +91,9 @@ class Muon(torch.optim.Muon):
     An orthogonal update of the stack would not be one of each of them.
     """
 
-    def __init__(self, parts: list[Part], **options: float) -> None:
-        super().__init__([(part.name, part.view) for part in parts], **options)
+    def __init__(self, parts: list[Part], *, lr: float, momentum: float, weight_decay: float) -> None:
+        named = [(part.name, part.view) for part in parts]
+        super().__init__(named, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.parts = parts
 
     def find_gradients(self) -> None:
@@ -104,23 +107,30 @@ class Muon(torch.optim.Muon):
         """One update of every matrix that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            kept = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(grads, kept, group["momentum"])  # Nesterov's
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for sides in dict.fromkeys(tuple(sorted(p.shape)) for p in params):
-                which = [i for i, p in enumerate(params) if tuple(sorted(p.shape)) == sides]
-                wide = torch.stack([_lying(ahead[i]) for i in which])  # (matrices, smaller, larger side)
-                updates = orthogonalise(wide, group["ns_coefficients"], group["ns_steps"]).to(wide.dtype)
-                for i, update in zip(which, updates, strict=True):
-                    rows, columns = params[i].shape
-                    rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                    params[i].add_(update if rows <= columns else update.t(), alpha=-rate)
+            by_sides: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_sides.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for sides, params in by_sides.items():
+                count = max(1, TOGETHER // math.prod(sides))
+                for start in range(0, len(params), count):
+                    self._update(params[start : start + count], group)
+
+    def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """One update of matrices that have the same sides, some of them lying and some standing."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads, kept = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, kept, group["momentum"])  # Nesterov's
+        wide = torch.stack([_lying(x).to(torch.bfloat16) for x in ahead])  # (matrices, smaller, larger side)
+        updates = orthogonalise(wide, group["ns_coefficients"], group["ns_steps"])
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for p, update in zip(params, updates, strict=True):
+            rows, columns = p.shape
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
+            p.add_(update if rows <= columns else update.t(), alpha=-rate)
 
 
 def _lying(x: Tensor) -> Tensor:
@@ -132,7 +142,6 @@ def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: in
     """Matrices (n, smaller, larger side) -> about their nearest orthogonal ones, in bfloat16: singular values
     come to lie around 1, by a quintic iteration of Newton and Schulz (Jordan et al. 2024)."""
     a, b, c = coefficients
-    x = x.to(torch.bfloat16)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = torch.bmm(x, x.transpose(1, 2))  # (n, smaller, smaller)

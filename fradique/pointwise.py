@@ -2,7 +2,7 @@
 RMSNorm, the rotation of positions.
 
 Each does what a line of plain torch does, and a test holds it to that line. On CUDA and MPS they are torch's
-own kernels. On a CPU torch's generator draws a number a mask, and what has no kernel of its own is done in
+own operations. On a CPU torch's generator draws a number a mask, and what has no kernel of its own is done in
 many small steps.
 
 Shapes: B batch, H heads, T tokens, D head_dim.
@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number -> integers as wide
 
@@ -141,7 +142,8 @@ _gelu.register_autograd(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019)."""
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.device.type != "cpu" or not learns or torch.compiler.is_compiling():
+    exact = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if x.device.type != "cpu" or not learns or not exact or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
@@ -158,6 +160,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN001
         x, weight, scale = ctx.saved_tensors
         grad, wanted = grad.contiguous(), [True, ctx.needs_input_grad[1], False]
@@ -186,6 +189,7 @@ class _Rotation(torch.autograd.Function):
         return _turned(x, cos, sin, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
         return _turned(grad, *ctx.saved_tensors, -1.0), None, None
 

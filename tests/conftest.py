@@ -129,3 +129,10 @@ def same_with_gradients(found, expected, inputs, tolerance):
     truth = torch.autograd.grad(expected, inputs, grad.double(), retain_graph=True)
     for a, b in zip(mine, truth, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=3 * tolerance)
+
+
+def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=240, check=False
+    )

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+import torch
+from conftest import run_script, torchrun
 
 from fradique import auto
 from fradique.auto import LADDER, Trial
@@ -14,16 +15,18 @@ from fradique.auto import LADDER, Trial
 class Machine:
     """One that takes `step_seconds` for each size of the ladder, and a second to try it."""
 
-    def __init__(self, *step_seconds, parameters=(100, 1000, 2000, 4000, 8000, 16_000, 32_000), start=2.0):
-        self.step_seconds, self.parameters, self.spent = step_seconds, parameters, start
-        self.tried = []
+    PARAMETERS = (100, 1000, 2000, 4000, 8000, 16_000, 32_000)  # thousands
+
+    def __init__(self, *step_seconds, corpus=10**9):
+        self.step_seconds, self.spent = step_seconds, 2.0
+        self.corpus, self.tried = corpus, []
 
     def __call__(self, changes):
         rung = len(self.tried)
         self.tried.append(changes)
         self.spent += 1.0
         tokens = LADDER[rung].batch_size * LADDER[rung].block_size
-        return Trial(self.parameters[rung] * 1000, tokens, self.step_seconds[rung], self.spent)
+        return Trial(self.PARAMETERS[rung] * 1000, self.corpus, tokens, self.step_seconds[rung], self.spent)
 
 
 def test_a_fast_machine_takes_the_largest_and_a_slow_one_the_smallest():
@@ -48,6 +51,35 @@ def test_no_more_than_a_part_of_the_time_goes_into_trying():
     assert "no time was left to try a larger one" in said
 
 
+def test_a_small_corpus_gets_no_model_that_learns_it_by_heart():
+    changes, (said,) = auto.choose(600.0, {}, Machine(*[1e-4] * 7, corpus=500_000))
+    assert changes["n_embd"] == LADDER[2].n_embd
+    assert "would learn so small a corpus by heart" in said
+
+
+def test_a_size_that_cannot_be_trained_ends_the_climb_with_its_reason():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), ValueError("val.bin is too short")):
+        machine = Machine(*[1e-4] * 7)
+
+        def measure(changes, machine=machine, error=error):
+            if len(machine.tried) == 2:
+                raise error
+            return machine(changes)
+
+        changes, (said,) = auto.choose(600.0, {}, measure)
+        assert changes["n_embd"] == LADDER[1].n_embd
+        assert f"cannot be trained here ({error})" in said
+    with pytest.raises(ValueError, match="too short"):  # of the smallest the reason is the user's to mend
+        auto.choose(600.0, {}, lambda changes: (_ for _ in ()).throw(ValueError("too short")))
+
+
+@pytest.mark.parametrize("world", [1, 3, 8, 12])
+def test_each_process_has_its_part_of_a_batch(world):
+    for size in LADDER:
+        rows = auto.changes_of(size, {}, world)["batch_size"]
+        assert rows % world == 0 and size.batch_size <= rows < size.batch_size + world
+
+
 def test_what_is_set_by_hand_stays_and_is_tried_so():
     machine = Machine(0.02, 0.03, 0.08, 0.2, 0.9)
     fixed = {"n_layer": 5, "optimizer": "adamw", "warmup_iters": 7}
@@ -55,12 +87,11 @@ def test_what_is_set_by_hand_stays_and_is_tried_so():
     assert not any(fixed.keys() & some.keys() for some in [changes, *machine.tried])
 
 
-@pytest.mark.parametrize("fixed", [{"n_embd": 36}, {"n_embd": 7}, {"n_head": 5}, {"n_embd": 30, "n_head": 3}])
+@pytest.mark.parametrize("fixed", [{"n_embd": 36}, {"n_embd": 10}, {"n_head": 5}])
 def test_heads_and_width_go_together_whatever_is_set(fixed):
     for size in LADDER:
         found = auto.changes_of(size, fixed) | fixed
-        assert found["n_embd"] % found["n_head"] == 0
-        assert found["n_embd"] % (2 * found["n_head"]) == 0 or found["n_embd"] % 2
+        assert found["n_embd"] % (2 * found["n_head"]) == 0  # heads of equal, even width
 
 
 def test_the_schedule_fits_the_steps_that_there_is_time_for():
@@ -83,7 +114,8 @@ def test_a_run_says_what_was_chosen_and_keeps_it_when_it_is_resumed(data_dir, tm
     words += ["--time_budget=6s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
     done = run_script("train.py", *words)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\nauto: ") == 1
+    assert done.stdout.count("\nauto: 3 layers 16 wide on 16 x 16 tokens: about ") == 1
+    assert done.stderr == ""  # the trials say nothing
     saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings = saved["settings"]
     assert settings["n_embd"] == 16 and settings["block_size"] == 16
@@ -96,6 +128,21 @@ def test_a_run_says_what_was_chosen_and_keeps_it_when_it_is_resumed(data_dir, tm
     assert after == settings | {"time_budget": "8s"}
     refused = run_script("train.py", *words)
     assert refused.returncode == 2 and "already holds a run" in refused.stderr
+
+
+def test_processes_agree_on_what_was_chosen(data_dir, tmp_path):
+    words = ["config/auto.py", f"--out_dir={tmp_path / 'run'}", f"--data_dir={data_dir}", "--dataset=tiny"]
+    words += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
+    done = torchrun(2, *words)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout and done.stdout.count("\nauto: ") == 1
+
+
+def test_what_contradicts_auto_is_told_before_anything_is_tried(tmp_path):
+    words = ["config/auto.py", f"--out_dir={tmp_path / 'run'}"]
+    done = run_script("train.py", *words, "--init_from=gpt2")
+    assert done.returncode == 2 and "auto chooses a model to train from scratch" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_auto_without_a_time_is_refused(tmp_path):

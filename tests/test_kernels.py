@@ -231,3 +231,17 @@ def test_the_loss_in_a_compiled_graph_is_that_of_the_equation():
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_without_gradients_does_no_work_for_them():
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return func(*args, **(kwargs or {}))
+
+    x, weight, targets = normal(8, 4), normal(20000, 4, seed=1).requires_grad_(), torch.arange(8)
+    with torch.no_grad(), Products() as products:
+        kernels.linear_cross_entropy(x, weight, targets)
+    assert products.count == 2  # two chunks of logits, and nothing of their gradients

@@ -126,6 +126,32 @@ def test_a_step_equals_muon_written_out():
         assert wrong < 0.05, (name, wrong)
 
 
+@pytest.mark.parametrize("together", [1 << 24, 300])
+def test_matrices_of_one_shape_together_get_the_updates_that_torch_gives_each(together, monkeypatch):
+    monkeypatch.setattr(optimizer, "TOGETHER", together)
+    model = tiny()
+    (opt, _), truth = muon(model), {}
+    for name, part in zip(opt.param_groups[0]["param_names"], opt.param_groups[0]["params"], strict=True):
+        truth[name] = torch.nn.Parameter(part.detach().clone())
+    theirs = torch.optim.Muon(truth.values(), lr=0.02, momentum=0.9, weight_decay=0.1)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.find_gradients([opt])
+        for part, copy in zip(opt.param_groups[0]["params"], truth.values(), strict=True):
+            copy.grad = part.grad.clone()
+        opt.step()
+        theirs.step()
+    for part, copy in zip(opt.param_groups[0]["params"], truth.values(), strict=True):
+        torch.testing.assert_close(part, copy, rtol=0, atol=1e-4)  # rounding in bfloat16 may fall otherwise
+        assert not torch.equal(part.detach(), torch.zeros_like(part))
+    for p in model.parameters():
+        p.grad = None
+    optimizer.find_gradients([opt])
+    opt.step()  # nothing to do
+
+
 def test_gate_and_value_are_two_matrices_for_muon_and_lora_s_are_whole():
     torch.manual_seed(0)
     model = GPT(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, flags, losses, run_script, run_training
+from conftest import ROOT, flags, losses, run_script, run_training, torchrun
 
 import train
 from configurator import command
@@ -646,13 +646,6 @@ def test_plain_attention_trains_as_the_fused_does(settings, tmp_path):
         assert losses(other.out_dir)[step] == pytest.approx(loss, abs=1e-4)
 
 
-def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*command, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=240, check=False
-    )
-
-
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (4, 1)])
 def test_two_processes_give_the_losses_of_one(settings, tmp_path, batch_size, accumulation):
     """Two micro-batches are shared between the processes; a single one is cut in two."""
@@ -728,6 +721,17 @@ def test_one_slow_evaluation_does_not_shorten_the_run(settings, clock, monkeypat
     monkeypatch.setattr(train, "fixed_losses", slow_at_first)
     run_training(replace(settings, time_budget="60s", eval_interval=100, eval_iters=10**6))
     assert 58.0 < clock.seconds - 1000.0 <= 60.0
+
+
+def test_an_evaluation_is_the_same_however_many_windows_are_taken_at_once(settings, monkeypatch):
+    t = train.set_up(settings)
+    found = []
+    for tokens in (4096, 64, 1):
+        monkeypatch.setattr(runtime, "CPU_TOKENS_AT_ONCE", tokens)
+        found.append([*train.fixed_losses(t).values(), train.whole_validation(t).loss])
+    t.log.close()
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
 
 
 def test_a_time_budget_goes_on_where_the_stopped_run_was(settings, clock, monkeypatch):

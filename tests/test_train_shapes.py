@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, flags, losses, run_script, run_training
-from test_train import same_folder, stop_at, torchrun
+from conftest import ROOT, flags, losses, run_script, run_training, torchrun
+from test_train import same_folder, stop_at
 from transformers import AutoModelForCausalLM
 
 import sample
