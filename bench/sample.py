@@ -172,7 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=int, default=5, help="of which the medians are told (default: %(default)s)")
     add("--nanogpt", type=Path, metavar="FOLDER", help="measure beside a nanoGPT that lies there")
     add("--huggingface", action="store_true", help="measure beside transformers' generate")
-    result = measure(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if args.huggingface and not args.out_dir and args.tokens >= SHAPES[args.shape].block_size:
+        parser.error("transformers writes no further than the block: give fewer --tokens")
+    result = measure(args)
     print(report(result))
     print(json.dumps({"bench": "sample", **result}))
 

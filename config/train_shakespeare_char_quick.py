@@ -1,10 +1,14 @@
-# Shakespeare by characters in seconds: what nanoGPT's recipe for laptops reaches in 2000 steps, in 300.
+# Shakespeare by characters in seconds: better than what nanoGPT's recipe for laptops reaches in 2000 steps.
+# Measured on two cores of an Intel Xeon with AMX (2.6 GHz): 320 steps in 5.5 s of training, 9.7 s in all;
+#   whole-validation loss 1.864, 2.69 bits per byte. (There a step of nanoGPT took 35 ms, its 2000 70 s,
+#   to the 1.88 that it reports.) Swept: 300 steps 1.886; 330 steps with muon_momentum 0.95 and beta2 0.99
+#   1.885; three layers 64 wide, with these, in 450 steps (9.6 s) 1.867.
 
 out_dir = "out/shakespeare-char-quick"
 dataset = "shakespeare_char"
-eval_interval = 150
+eval_interval = 160
 eval_iters = 20
-log_interval = 30
+log_interval = 32
 
 n_layer = 2
 n_head = 2
@@ -15,7 +19,7 @@ gradient_accumulation_steps = 1
 position = "rope"
 activation = "relu2"
 
-max_iters = 300
+max_iters = 320
 optimizer = "muon"
 learning_rate = 1e-2
 muon_learning_rate = 1.5e-2

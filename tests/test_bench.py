@@ -163,3 +163,9 @@ def test_the_table_has_a_row_for_each_config_and_corpus_and_a_column_for_each_bu
         "| a | eca | 2.000 | 1.500 |",
         "| b | eca |  | 1.250 |",
     ]
+
+
+def test_transformers_is_not_asked_for_more_than_the_block(capsys):
+    with pytest.raises(SystemExit):
+        bench_sample.main(["--shape=char", "--huggingface", "--tokens=256"])
+    assert "no further than the block" in capsys.readouterr().err
