@@ -306,14 +306,13 @@ def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSetting
             contextlib.redirect_stderr(io.StringIO()),  # what is worth a warning is told again by the run
         ):
             there = {"out_dir": f"{scratch}/run", "compile": False, "wandb_log": False, "auto": False}
-            t = set_up(replace(settings, **changes | there))
+            t = set_up(replace(settings, **changes | there), share=False)
             try:
                 time_step(t)
                 (first,) = t.runtime.max(time_step(t))  # ranks must agree on how many there are
                 count = min(12, max(1, int(TRIAL_SECONDS / first)))
                 pace = statistics.median(time_step(t) for _ in range(count))
             finally:
-                t.forward = t.model  # a DDP wrapper must go before its process group does
                 t.log.close()
             pace, spent = t.runtime.max(pace, time.monotonic() - START)
             trial = auto.Trial(
@@ -324,7 +323,7 @@ def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSetting
                 spent=spent,
             )
             del t
-            gc.collect()  # the wrapper, the model and its optimizer: the next one wants the memory
+            gc.collect()  # the model and its optimizer: the next one wants the memory
             return trial
 
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -343,8 +342,9 @@ def time_step(t: Training) -> float:
     return time.monotonic() - start
 
 
-def set_up(settings: TrainSettings, notes: tuple[str, ...] = ()) -> Training:
+def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = True) -> Training:
     """Everything that the loop needs, checked before anything is written; `notes` are told with its own.
+    Without `share` each rank keeps its gradients to itself.
 
     Raises ValueError, with what to do, where corpus, weights, machine or out_dir do not fit the settings.
     """
@@ -429,7 +429,9 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = ()) -> Training:
         saved_step=state.step if held else -1,
     )
     introduce(t)
-    t.forward = place.wrap(compile_forward(t) if place.compile else model)
+    t.forward = compile_forward(t) if place.compile else model
+    if share:
+        t.forward = place.wrap(t.forward)
     t.pace.closing, t.pace.writing = state.closing_seconds, state.writing_seconds
     t.pace.mark(state.step)
     return t
