@@ -210,7 +210,7 @@ class CausalSelfAttention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if sight.rotation is not None:
-            q, k = rotate(q, *sight.rotation), rotate(k, *sight.rotation)
+            q, k = (pointwise.rotate(part, *sight.rotation) for part in (q, k))
         q, k = q.to(v.dtype), k.to(v.dtype)  # norms may answer in float32 where autocast is on
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, kv_heads, S, head_dim)
@@ -294,7 +294,7 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
 
 
 def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, (T, head_dim / 2) each, for `rotate`."""
+    """Cosine and sine, (T, head_dim / 2) each, for `pointwise.rotate`."""
     angles = _angles(positions, head_dim, theta)
     return angles.cos(), angles.sin()
 
@@ -303,14 +303,6 @@ def _angles(positions: Tensor, width: int, base: float) -> Tensor:
     """position / base^(2i / width), (T, width / 2)."""
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     return positions[:, None].float() * base**-exponents
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021): number i and i + head_dim / 2 turn as a pair, as in LLaMA.
-
-    x (B, heads, T, head_dim) -> the same shape, computed in float32.
-    """
-    return pointwise.rotate(x, cos, sin)
 
 
 def alibi_slopes(n_head: int, device: torch.device) -> Tensor:

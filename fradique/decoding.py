@@ -2,16 +2,13 @@
 what it costs: in 16 bits they are half as large, on a CPU in the order in which its matrix units take them.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fradique.generation import KVCache
 from fradique.runtime import cpu_has_bf16
-
-if TYPE_CHECKING:
-    from fradique.generation import KVCache
-    from model import GPT, Block, Sight
 
 WORTH_PACKING = 5e6  # parameters; with fewer, setting a packed product up takes longer than the product
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}  # done by the product
@@ -51,14 +48,14 @@ class PackedLinear(nn.Module):
 
 
 class PackedBlock(nn.Module):
-    """A layer of pre-norm, whose sums and activation are done by its products."""
+    """A `Block` of pre-norm, whose sums and activation are done by its products."""
 
-    def __init__(self, block: "Block", activation: str) -> None:
+    def __init__(self, block: nn.Module, activation: str) -> None:
         super().__init__()
         self.ln_1, self.attn, self.ln_2, self.mlp = block.ln_1, block.attn, block.ln_2, block.mlp
         self.fused = FUSED.get(activation)
 
-    def forward(self, x: Tensor, sight: "Sight", cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Any, cache: KVCache | None = None) -> Tensor:
         attn, mlp = self.attn, self.mlp
         read = attn.mix(attn.c_attn.forward(self.ln_1(x)), sight, cache)
         x = attn.c_proj.plus(read, x)
@@ -67,8 +64,8 @@ class PackedBlock(nn.Module):
         return mlp.c_proj.plus(mlp.bend(mlp.c_fc.forward(self.ln_2(x))), x)
 
 
-def pack(model: "GPT") -> None:
-    """Turn a model into one that writes, in place: all of it bfloat16, its linear layers packed."""
+def pack(model: nn.Module) -> None:
+    """Turn a GPT into one that writes, in place: all of it bfloat16, its linear layers packed."""
     model.to(torch.bfloat16)
     for parent in list(model.modules()):
         for name, child in parent.named_children():

@@ -5,18 +5,24 @@ Shapes: B batch, T time (tokens), S keys seen so far, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from model import GPT, GPTConfig
+from torch import Tensor, nn
 
 WORTH_RECORDING = 8  # tokens; to record a step takes about as long as a few steps
 RECORDED_ROWS = 16  # at most: with more the kernels take longer than to call them
 SIDE_STREAMS: dict[torch.device, "torch.cuda.Stream"] = {}  # on which graphs are recorded, one a device
+
+
+class Shape(Protocol):
+    """What a cache needs to know of a model: a GPTConfig has it."""
+
+    block_size: int
+    n_layer: int
+    kv_heads: int
+    head_dim: int
 
 
 class KVCache:
@@ -24,7 +30,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: "GPTConfig",
+        config: Shape,
         batch: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -84,7 +90,7 @@ class Recorded:
     """The step from one token to the next, recorded once and played again for each: a GPU is given all of its
     work at once, which for small batches takes less than giving it kernel by kernel."""
 
-    def __init__(self, model: "GPT", cache: KVCache, batch: int) -> None:
+    def __init__(self, model: nn.Module, cache: KVCache, batch: int) -> None:
         device = cache.keys[0].device
         self.cache, self.token = cache, torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = cache.position = torch.zeros(1, dtype=torch.long, device=device)
@@ -109,7 +115,7 @@ class Recorded:
 
 @torch.no_grad()
 def stream(
-    model: "GPT",
+    model: nn.Module,
     idx: Tensor,
     max_new_tokens: int,
     *,
@@ -123,7 +129,7 @@ def stream(
     hop: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Continue ids (B, T): yield the next token of every row, (B,), `max_new_tokens` times, as each is drawn.
+    """Continue ids (B, T) with a GPT: yield the next token of every row, (B,), as each is drawn.
 
     temperature 0 takes the likeliest; what `filter_logits` takes restricts the draw. `n_vocab` keeps to
     the first ids, where the vocabulary is padded. Raises ValueError for options out of range.
@@ -177,7 +183,7 @@ def can_record(idx: Tensor) -> bool:
     return idx.is_cuda and idx.size(0) <= RECORDED_ROWS and not torch.is_autocast_enabled("cuda")
 
 
-def _cache(model: "GPT", idx: Tensor, room: int) -> KVCache:
+def _cache(model: nn.Module, idx: Tensor, room: int) -> KVCache:
     """An empty cache for the rows of idx (B, T), in the dtype that the layers compute in."""
     kind = idx.device.type
     weights = model.transformer["wte"].weight.dtype

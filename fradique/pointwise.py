@@ -172,8 +172,11 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair x[i], x[i + D / 2] of x (B, H, T, D) turned by the angle whose cos and sin, (T, D / 2), are
-    given: in their dtype, or x's where that is wider."""
+    """Rotary position embedding (Su et al. 2021): numbers i and i + D / 2 turn as a pair, as in LLaMA.
+
+    x (B, H, T, D) -> the same shape; cos and sin of the angles (T, D / 2) -> their dtype, or x's where it is
+    wider.
+    """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -20,6 +20,11 @@ from fradique import metrics  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
 IN_GRAPH = "aot_eager_decomp_partition"  # what inductor does to a graph, without its C++
+COMPILING = [  # for tests that compile: torch's compiler warns of what it does itself
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+]
 WORDS = ("amor", "casa", "dia", "era", "figura", "gato", "hora", "ilha", "jardim", "lua", "mar", "poética")
 
 
@@ -28,6 +33,13 @@ def one_thread():
     """Tiny matrices are no faster on two threads, and one thread keeps sums in one order."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def make_text(n_words: int, seed: int = 0) -> str:

@@ -29,19 +29,14 @@ OURS = {"configurator", "model", "sample", "train", "fradique", "lab", "bench", 
 
 
 def imported(path):
-    """The top-level names of everything that a file imports, inside functions too; not for annotations."""
-    names, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if not for_annotations(node)]
-    for node in ast.walk(tree):
+    """The top-level names of everything that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
     return names
-
-
-def for_annotations(node):
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -6,24 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IN_GRAPH, normal, same_with_gradients
+from conftest import COMPILING, IN_GRAPH, normal, same_with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fradique import kernels, pointwise
 from model import GPT, GPTConfig, plain_attention
 
-# torch's compiler warns of what it does itself
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = COMPILING
 
 
 def q_k_v(B=2, H=3, T=10, D=8, kv_heads=None, dtype=torch.float32):
@@ -180,6 +169,13 @@ def test_float32_holds_half_of_a_large_vocabularys_logits_at_a_time(with_logits)
     ) != with_logits  # with the logits there is all of them: the test can fail
 
 
+def same_losses_with_gradients(losses, model):
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
 def test_the_loss_is_the_same_with_and_without_logits():
     torch.manual_seed(0)
     config = GPTConfig(block_size=16, vocab_size=20000, n_layer=2, n_head=2, n_embd=16, prefix_len=4)
@@ -190,10 +186,7 @@ def test_the_loss_is_the_same_with_and_without_logits():
         logits, loss = model(idx, targets, with_logits=with_logits)
         assert (logits is None) != with_logits
         losses.append(loss)
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
-    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    same_losses_with_gradients(losses, model)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less():
@@ -227,10 +220,7 @@ def test_the_loss_in_a_compiled_graph_is_that_of_the_equation():
     idx = torch.arange(32).view(2, 16)
     compiled = torch.compile(model, backend=IN_GRAPH)
     losses = [model(idx, idx)[1], compiled(idx, idx, with_logits=False)[1]]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
-    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    same_losses_with_gradients(losses, model)
 
 
 def test_a_loss_without_gradients_does_no_work_for_them():

@@ -4,22 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import IN_GRAPH, normal, same_with_gradients
+from conftest import COMPILING, IN_GRAPH, normal, same_with_gradients
 
 from fradique import pointwise
 
-# torch's compiler warns of what it does itself
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = COMPILING
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
