@@ -151,11 +151,12 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
+        self.shape = (width,)
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, NORM_EPS)
+        return torch.layer_norm(x, self.shape, self.weight, self.bias, NORM_EPS)
 
 
 class RMSNorm(nn.Module):
@@ -205,13 +206,14 @@ class CausalSelfAttention(nn.Module):
     def mix(self, stacked: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         """Queries, keys and values side by side, (B, T, sum(widths)) -> what each query reads, (B, T, C)."""
         B, T, _ = stacked.shape
-        heads = stacked.view(B, T, -1, self.head_dim).split(self.heads, dim=2)
-        q, k, v = (part.transpose(1, 2) for part in heads)  # (B, n_head or kv_heads, T, head_dim)
+        heads = stacked.view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = heads.split_with_sizes(self.heads, 1)  # (B, n_head or kv_heads, T, head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if sight.rotation is not None:
             q, k = (pointwise.rotate(part, *sight.rotation) for part in (q, k))
-        q, k = q.to(v.dtype), k.to(v.dtype)  # norms may answer in float32 where autocast is on
+        if q.dtype != v.dtype:  # norms may answer in float32 where autocast is on
+            q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, kv_heads, S, head_dim)
         y = self.attend(

@@ -17,8 +17,10 @@ from fradique import pointwise
 
 SAVED_SCORES = 512  # longest T whose probabilities are kept for the backward pass whole, on a CPU
 QUERY_BLOCK, KEY_BLOCK = 256, 128  # parts of a longer one that fit the cache
-LARGE_VOCABULARY = 1 << 14  # tokens from which logits are made chunk by chunk however few the rows
-LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}  # numbers of a chunk of logits in float32
+LARGE_VOCABULARY = 1 << 10  # tokens from which the loss and its gradient are found together, by rows
+# Numbers of the logits made in one product, and of those held in float32 at once: on a CPU, in its cache.
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
+FLOATS_AT_ONCE = LOGITS_AT_ONCE | {"cpu": 1 << 19}
 
 
 # Attention
@@ -36,6 +38,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: fl
     (1, H, T, S), added to the scores.
     """
     T, S = q.size(2), k.size(2)
+    if T == 1 and mask is None and not p and q.size(1) == k.size(1):  # a new token sees every key
+        return F.scaled_dot_product_attention(q, k, v)
     on_cpu = q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and T == S
     if on_cpu and (p or q.dtype == torch.bfloat16):
         if p or T <= SAVED_SCORES:
@@ -45,7 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: fl
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     causal = mask is None and T == S
-    if mask is None and 1 < T < S:  # a single new token sees every key
+    if mask is None and 1 < T < S:
         mask = causal_mask(T, S, q.device)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal, enable_gqa=grouped)
@@ -200,15 +204,16 @@ class _LongAttention(torch.autograd.Function):
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         for start in range(0, T, KEY_BLOCK):
             end = min(T, start + KEY_BLOCK)
-            later = slice(start, T)  # the queries that see these keys
-            probs = torch.bmm(q[:, later], k[:, start:end].transpose(1, 2))  # (B H, T - start, keys)
+            # the queries that see these keys: contiguous, or each of their products would copy them
+            q_later, grad_later = (x[:, start:].contiguous() for x in (q, grad))
+            probs = torch.bmm(q_later, k[:, start:end].transpose(1, 2))  # (B H, T - start, keys)
             probs[:, : end - start].add_(causal[: end - start, : end - start])
-            probs.sub_(log_sums[:, later]).exp_()
-            dv[:, start:end] = torch.bmm(probs.transpose(1, 2), grad[:, later])
-            d_scores = torch.bmm(grad[:, later], v[:, start:end].transpose(1, 2))
-            d_scores.sub_(total[:, later]).mul_(probs)
-            dk[:, start:end] = torch.bmm(d_scores.transpose(1, 2), q[:, later])
-            dq[:, later] += torch.bmm(d_scores, k[:, start:end])
+            probs.sub_(log_sums[:, start:]).exp_()
+            dv[:, start:end] = torch.bmm(probs.transpose(1, 2), grad_later)
+            d_scores = torch.bmm(grad_later, v[:, start:end].transpose(1, 2))
+            d_scores.sub_(total[:, start:]).mul_(probs)
+            dk[:, start:end] = torch.bmm(d_scores.transpose(1, 2), q_later)
+            dq[:, start:] += torch.bmm(d_scores, k[:, start:end])
         dq = dq.mul_(scale).to(q.dtype)
         return dq.view(B, H, T, D), dk.view(B, H, T, D), dv.view(B, H, T, D)
 
@@ -237,43 +242,29 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: fl
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient is found together with the loss: each chunk of logits is made once, and becomes its own
-    gradient, softmax(logits) - onehot(target), which is kept in x's dtype.
-
-    The logarithm of the sum of exponentials is the largest logit less the logarithm of its probability, which
-    is never small: so one pass, the softmax, does for both.
-    """
+    """The gradient is found together with the loss: logits are made once, and become their own gradient,
+    softmax(logits) - onehot(target), which is kept in x's dtype."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:  # noqa: ANN001
         with torch.autocast(x.device.type, enabled=False):
-            low = weight.to(x.dtype)
-            learns = any(ctx.needs_input_grad[:2])
+            low, learns = weight.to(x.dtype), any(ctx.needs_input_grad[:2])
             counted = (targets >= 0)[:, None]
             count, total = counted.sum(), torch.zeros((), device=x.device)
-            rows = max(1, min(-(-x.size(0) // 2), LOGITS_AT_ONCE[x.device.type] // weight.size(0)))
-            d_logits = x.new_empty(x.size(0), weight.size(0)) if learns else None
-            for start in range(0, x.size(0), rows):
-                part = slice(start, start + rows)
-                logits = x[part] @ low.t()  # (rows, V)
-                if softcap:
-                    bent = logits.div_(softcap).tanh_()
-                    slope, logits = 1 - bent.square(), bent * softcap
-                target = targets[part].clamp(min=0)[:, None]
-                probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
-                log_sum = logits.amax(-1, keepdim=True).float() - probs.amax(-1, keepdim=True).log()
-                total += ((log_sum - logits.gather(1, target).float()) * counted[part]).sum()
-                if learns:
-                    probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
-                    d_logits[part] = probs
-                    if softcap:
-                        d_logits[part] *= slope
+            many = x.size(0) if learns else max(1, LOGITS_AT_ONCE[x.device.type] // weight.size(0))
+            # a compiler makes loops of its own, and would take each part of ours for a new one
+            floats = LOGITS_AT_ONCE if torch.compiler.is_compiling() else FLOATS_AT_ONCE
+            few = max(1, min(-(-x.size(0) // 2), floats[x.device.type] // weight.size(0)))
+            for rows, their_targets in zip(x.split(many), targets[:, None].split(many), strict=True):
+                logits = rows @ low.t()  # (rows, V)
+                for some, target in zip(logits.split(few), their_targets.split(few), strict=True):
+                    total += _cross_entropy(some, target, softcap, learns)
             d_x = d_weight = None
             if ctx.needs_input_grad[0]:
-                d_x = (d_logits @ low).mul_(counted)
+                d_x = (logits @ low).mul_(counted)
             if ctx.needs_input_grad[1]:
                 # xᵀ made contiguous: torch multiplies by a matrix that is transposed at half the speed
-                found = (x * counted).t().contiguous() @ d_logits  # (C, V)
+                found = (x * counted).t().contiguous() @ logits  # (C, V)
                 d_weight = torch.empty_like(weight).copy_(found.t())
             ctx.save_for_backward(count, d_x, d_weight)
             return total / count
@@ -283,3 +274,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count, *found = ctx.saved_tensors
         scale = grad / count
         return *(None if each is None else each * scale for each in found), None, None
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, softcap: float, learns: bool) -> Tensor:
+    """The sum of the losses of logits (N, V), which become its gradient where it is asked for. A target
+    (N, 1) of -1 has no loss; its row of the gradient is not to be used."""
+    capped = softcap * torch.tanh(logits / softcap) if softcap else logits
+    log_probs = torch.log_softmax(capped, dim=-1, dtype=torch.float32)
+    place = target.clamp(min=0)
+    loss = -(log_probs.gather(1, place) * (target >= 0)).sum()
+    if learns:
+        d_logits = log_probs.exp_().scatter_add_(1, place, log_probs.new_full(place.shape, -1.0))
+        logits.copy_(d_logits * (1 - (capped / softcap).square()) if softcap else d_logits)
+    return loss

@@ -112,6 +112,7 @@ def test_dropout_in_compiled_attention_is_that_of_its_bytes():
 @pytest.mark.parametrize("at_once", [1 << 24, 7 * 11])
 def test_cross_entropy_by_chunks_equals_that_of_all_logits(softcap, at_once, monkeypatch):
     monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr(kernels, "FLOATS_AT_ONCE", {"cpu": 3 * 11})
     x, weight = normal(4, 5, 6).requires_grad_(), normal(11, 6, seed=1).requires_grad_()
     targets = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(2))
     targets[0, :3] = targets[3, 4] = -1
@@ -135,7 +136,8 @@ def test_cross_entropy_by_chunks_of_a_target_that_nothing_is_left_of():
 
 
 def test_cross_entropy_by_chunks_without_gradients(monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", {"cpu": 11})
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", {"cpu": 2 * 11})
+    monkeypatch.setattr(kernels, "FLOATS_AT_ONCE", {"cpu": 11})
     x, weight, targets = normal(5, 6), normal(11, 6, seed=1), torch.arange(5)
     expected = F.cross_entropy(x @ weight.t(), targets)
     torch.testing.assert_close(kernels.linear_cross_entropy(x, weight, targets), expected)
@@ -234,4 +236,4 @@ def test_a_loss_without_gradients_does_no_work_for_them():
     x, weight, targets = normal(8, 4), normal(20000, 4, seed=1).requires_grad_(), torch.arange(8)
     with torch.no_grad(), Products() as products:
         kernels.linear_cross_entropy(x, weight, targets)
-    assert products.count == 2  # two chunks of logits, and nothing of their gradients
+    assert products.count == 1  # the logits, and nothing of their gradients

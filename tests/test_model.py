@@ -580,3 +580,12 @@ def test_an_empty_prompt_gets_a_message():
 def test_the_smallest_temperature_is_greedy_and_overflows_nothing():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert draw(logits, temperature=1e-40).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_was_written_can_be_trained_on(temperature):
+    """Its ids are plain tensors, which a backward pass may keep."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    ids = model.generate(torch.zeros(2, 1, dtype=torch.long), 6, temperature=temperature)
+    model(ids[:, :-1], ids[:, 1:])[1].backward()
+    assert model.transformer["wte"].weight.grad is not None
