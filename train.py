@@ -316,7 +316,7 @@ def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSetting
                 t.log.close()
             pace, spent = t.runtime.max(pace, time.monotonic() - START)
             trial = auto.Trial(
-                parameters=t.model.num_params(),
+                parameters=sum(p.numel() for p in t.model.transformer["h"].parameters()),
                 corpus_tokens=t.corpus.train.tokens,
                 tokens_per_step=tokens_per_step(t.settings),
                 step_seconds=pace,
@@ -362,6 +362,7 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         compile=settings.compile if writes else False,
         backend=settings.backend,
         n_embd=model.config.n_embd,
+        vocab_size=model.config.vocab_size,
         run_flops=float(model.flops_per_token() * tokens_per_step(settings) * settings.max_iters),
         run_seconds=budget,
     )

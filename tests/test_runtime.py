@@ -31,20 +31,21 @@ def test_each_process_takes_the_card_of_its_local_rank(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "bf16", "n_embd", "expected"),
+    ("device", "bf16", "n_embd", "vocab_size", "expected"),
     [
-        ("cuda", True, 64, "bfloat16"),
-        ("cuda", False, 64, "float16"),
-        ("mps", True, 768, "float32"),
-        ("cpu", True, 64, "float32"),
-        ("cpu", True, 384, "bfloat16"),
-        ("cpu", False, 384, "float32"),
+        ("cuda", True, 64, 96, "bfloat16"),
+        ("cuda", False, 64, 96, "float16"),
+        ("mps", True, 768, 50304, "float32"),
+        ("cpu", True, 64, 96, "float32"),
+        ("cpu", True, 384, 96, "bfloat16"),
+        ("cpu", True, 64, 50304, "bfloat16"),
+        ("cpu", False, 384, 50304, "float32"),
     ],
 )
-def test_the_dtype_is_what_the_hardware_does_well(monkeypatch, device, bf16, n_embd, expected):
+def test_the_dtype_is_what_the_hardware_does_well(monkeypatch, device, bf16, n_embd, vocab_size, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: bf16)
-    assert runtime.choose_dtype("auto", torch.device(device), n_embd)[0] == expected
+    assert runtime.choose_dtype("auto", torch.device(device), n_embd, vocab_size)[0] == expected
 
 
 def test_float16_is_for_cuda_alone():
