@@ -600,9 +600,11 @@ def tokens_per_step(settings: TrainSettings) -> int:
     return settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
 
 
-def fixed_losses(t: Training) -> dict[str, float]:
-    s = t.settings
-    return evaluation.fixed_losses(t.model, t.corpus, s.block_size, s.batch_size, s.eval_iters, t.runtime)
+def fixed_losses(t: Training, seconds: list[float] | None = None) -> dict[str, float]:
+    s, place = t.settings, t.runtime
+    return evaluation.fixed_losses(
+        t.model, t.corpus, s.block_size, s.batch_size, s.eval_iters, place, seconds
+    )
 
 
 def whole_validation(t: Training) -> evaluation.WholeSplit:
@@ -612,14 +614,15 @@ def whole_validation(t: Training) -> evaluation.WholeSplit:
 
 def evaluate_and_save(t: Training, last: bool = False) -> None:
     """Evaluate, log, draw, and keep a checkpoint, once a step; the last step is kept in any case."""
-    state, start = t.state, time.monotonic()
+    state = t.state
     if state.last_eval_step == state.step:
         if last and t.saved_step != state.step:
             save(t)
         return
     with t.pace.aside():
-        losses = fixed_losses(t)
-        in_evaluation = time.monotonic() - start
+        seconds: list[float] = []  # that a window took, of each batch
+        losses = fixed_losses(t, seconds)
+        evaluated = time.monotonic()
         check_finite(t, state.step, sum(losses.values()))
         state.last_eval_step = state.step
         improved = state.best_val_loss is None or losses["val"] < state.best_val_loss
@@ -628,24 +631,26 @@ def evaluate_and_save(t: Training, last: bool = False) -> None:
         else:
             state.evals_since_best += 1
         log_evaluation(t, losses)
-        t.pace.closing = closing_seconds(t, in_evaluation, in_evaluation)  # a checkpoint tells it
+        window = statistics.median(seconds)
+        t.pace.closing = closing_seconds(t, window, 0.0)  # a checkpoint tells it
         if improved or last or t.settings.always_save_checkpoint:
             save(t, best=improved)
-        in_all = time.monotonic() - start
+        in_keeping = time.monotonic() - evaluated
         if t.pace.budget is not None and not t.pace.writing:
             write_sample(t)  # the last step is followed by one: see how long it takes
-    t.pace.closing = closing_seconds(t, in_evaluation, in_all)
+    t.pace.closing = closing_seconds(t, window, in_keeping)
 
 
-def closing_seconds(t: Training, in_evaluation: float, in_all: float) -> float:
-    """How long the end of the run will take: as the evaluation just made, the whole split, and a sample.
+def closing_seconds(t: Training, window: float, in_keeping: float) -> float:
+    """How long the end of the run will take: an evaluation, keeping it, the whole split, and a sample.
 
-    Not as the longest so far: the first is slow, and so is one beside which the machine had other work.
+    `window`: seconds that one takes to evaluate, as most did just now. The first are slow, and so is one
+    beside which the machine had other work.
     """
     size, count = t.settings.block_size, t.settings.eval_iters * t.settings.batch_size
     here, there = (split.count_windows(size) for split in (t.corpus.train, t.corpus.val))
-    whole = in_evaluation * there / (min(count, here) + min(count, there))
-    return 1.1 * (in_all + whole + t.pace.writing)
+    windows = min(count, here) + min(count, there) + there
+    return 1.1 * (window * windows / t.runtime.world + in_keeping + t.pace.writing)
 
 
 def log_evaluation(t: Training, losses: dict[str, float]) -> None:

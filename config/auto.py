@@ -14,4 +14,3 @@ auto = True
 out_dir = "out/auto"
 dataset = "machado_char"
 time_budget = "5m"
-eval_iters = 20

@@ -30,12 +30,14 @@ COMMON: dict[str, Any] = {
 }
 WARM_UP = 0.05  # part of the steps
 EVALUATIONS = 4  # on the way, so that there is a curve to look at
+EVALUATING = 0.05  # part of the time that they may take, and batches of each split that are enough
+EVALUATED = 20
 TRYING = 0.1  # part of the budget after which no larger size is tried
 MOST_PARAMETERS = 4  # of the layers, for each token of the corpus: there is no dropout
 # What a size gains and costs: N parameters that saw D tokens have a loss of N^-OF_SIZE + OF_TOKENS / D beyond
 # what all sizes share. Fitted to which of 64, 128, 192 and 256 wide won in one and five minutes, by letters
 # and by BPE. (In scaling laws, as Hoffmann et al. 2022, D has a root: they tell of runs trained to the end.)
-OF_SIZE, OF_TOKENS = 0.3, 3e4
+OF_SIZE, OF_TOKENS = 0.3, 3.3e4
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def choose(
     schedule = {
         "warmup_iters": max(1, int(WARM_UP * steps)),
         "eval_interval": max(1, steps // EVALUATIONS),
+        # a batch of both splits takes as long as two thirds of a step
+        "eval_iters": min(EVALUATED, max(1, int(EVALUATING * steps / (EVALUATIONS + 1) * 3 / 2))),
         "log_interval": max(1, steps // 50),
     }
     said = [

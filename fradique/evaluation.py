@@ -5,6 +5,7 @@ weights are equal.
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,20 @@ from fradique.runtime import Runtime
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, split: Split, windows: list[Window], rows: int, place: Runtime) -> float:
+def mean_loss(
+    model: nn.Module,
+    split: Split,
+    windows: list[Window],
+    rows: int,
+    place: Runtime,
+    seconds: list[float] | None = None,
+) -> float:
     """Mean cross-entropy over all targets of `windows`, `rows` of them at a time, in nats a token.
 
     A prefix decoder predicts only what follows its prefix: of its windows the loss is the mean over that.
+    `seconds` gets what a window took, of each batch.
     """
-    total, count = 0.0, 0
+    total, count, start = 0.0, 0, time.monotonic()
     rows = min(rows, -(-len(windows) // place.world))  # something for each rank
     training = model.training
     model.eval()
@@ -29,20 +38,30 @@ def mean_loss(model: nn.Module, split: Split, windows: list[Window], rows: int, 
         with place.autocast():
             total += model(x, y, with_logits=False)[1].item() * y.numel()
         count += y.numel()
+        if seconds is not None:
+            start, before = time.monotonic(), start
+            seconds.append((start - before) / len(y))
     model.train(training)
     total, count = place.sum(total, count)
     return total / count
 
 
 def fixed_losses(
-    model: nn.Module, corpus: Corpus, block_size: int, batch_size: int, batches: int, place: Runtime
+    model: nn.Module,
+    corpus: Corpus,
+    block_size: int,
+    batch_size: int,
+    batches: int,
+    place: Runtime,
+    seconds: list[float] | None = None,
 ) -> dict[str, float]:
-    """Loss of train and val on `batches` batches of windows spread over each: the same ones every time."""
-    rows = place.rows_at_once(batch_size, block_size)
-    return {
-        name: mean_loss(model, split, split.fixed_windows(block_size, batches * batch_size), rows, place)
-        for name, split in (("train", corpus.train), ("val", corpus.val))
-    }
+    """Loss of train and val on `batches` batches of windows spread over each: the same ones every time.
+    `seconds` as in `mean_loss`."""
+    rows, found = place.rows_at_once(batch_size, block_size), {}
+    for name, split in (("train", corpus.train), ("val", corpus.val)):
+        windows = split.fixed_windows(block_size, batches * batch_size)
+        found[name] = mean_loss(model, split, windows, rows, place, seconds)
+    return found
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def test_the_schedule_fits_the_steps_that_there_is_time_for():
     steps = (63 - 3) / 0.05
     assert changes["warmup_iters"] == pytest.approx(auto.WARM_UP * steps, abs=1)
     assert changes["eval_interval"] == pytest.approx(steps / auto.EVALUATIONS, rel=0.1)
+    assert changes["eval_iters"] == int(0.015 * steps) < auto.EVALUATED
     assert "steps of 50 ms" in said and "too few for its size" in said
 
 
