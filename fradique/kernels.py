@@ -247,33 +247,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:  # noqa: ANN001
-        with torch.autocast(x.device.type, enabled=False):
-            low, learns = weight.to(x.dtype), any(ctx.needs_input_grad[:2])
-            counted = (targets >= 0)[:, None]
-            count, total = counted.sum(), torch.zeros((), device=x.device)
-            many = x.size(0) if learns else max(1, LOGITS_AT_ONCE[x.device.type] // weight.size(0))
-            # a compiler makes loops of its own, and would take each part of ours for a new one
-            floats = LOGITS_AT_ONCE if torch.compiler.is_compiling() else FLOATS_AT_ONCE
-            few = max(1, min(-(-x.size(0) // 2), floats[x.device.type] // weight.size(0)))
-            for rows, their_targets in zip(x.split(many), targets[:, None].split(many), strict=True):
-                logits = rows @ low.t()  # (rows, V)
-                for some, target in zip(logits.split(few), their_targets.split(few), strict=True):
-                    total += _cross_entropy(some, target, softcap, learns)
-            d_x = d_weight = None
-            if ctx.needs_input_grad[0]:
-                d_x = (logits @ low).mul_(counted)
-            if ctx.needs_input_grad[1]:
-                # xᵀ made contiguous: torch multiplies by a matrix that is transposed at half the speed
-                found = (x * counted).t().contiguous() @ logits  # (C, V)
-                d_weight = torch.empty_like(weight).copy_(found.t())
-            ctx.save_for_backward(count, d_x, d_weight)
-            return total / count
+        # a compiler would take each part of the loop for a new one, and on a CPU be slower
+        whole = torch.compiler.is_compiling() and x.device.type == "cpu"
+        find = torch.ops.fradique.loss_and_gradients if whole else _loss_and_gradients
+        total, count, d_x, d_weight = find(x, weight, targets, softcap, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(count, d_x, d_weight)
+        return total / count
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
-        count, *found = ctx.saved_tensors
+        count, d_x, d_weight = ctx.saved_tensors
         scale = grad / count
-        return *(None if each is None else each * scale for each in found), None, None
+        for_x, for_weight = ctx.needs_input_grad[:2]
+        return d_x * scale if for_x else None, d_weight * scale if for_weight else None, None, None
+
+
+def _loss_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, for_x: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of the losses and their number, scalars; and the gradients of that sum for x (N, C) and weight
+    (V, C), empty where they are not asked for."""
+    with torch.autocast(x.device.type, enabled=False):
+        low, learns = weight.to(x.dtype), for_x or for_weight
+        counted = (targets >= 0)[:, None]
+        count, total = counted.sum(), torch.zeros((), device=x.device)
+        many = x.size(0) if learns else max(1, LOGITS_AT_ONCE[x.device.type] // weight.size(0))
+        few = max(1, min(-(-x.size(0) // 2), FLOATS_AT_ONCE[x.device.type] // weight.size(0)))
+        for rows, their_targets in zip(x.split(many), targets[:, None].split(many), strict=True):
+            logits = rows @ low.t()  # (rows, V)
+            for some, target in zip(logits.split(few), their_targets.split(few), strict=True):
+                total += _cross_entropy(some, target, softcap, learns)
+        d_x, d_weight = x.new_empty(0), weight.new_empty(0)
+        if for_x:
+            d_x = (logits @ low).mul_(counted)
+        if for_weight:
+            # xᵀ made contiguous: torch multiplies by a matrix that is transposed at half the speed
+            found = (x * counted).t().contiguous() @ logits  # (C, V)
+            d_weight = torch.empty_like(weight).copy_(found.t())
+    return total, count, d_x, d_weight
+
+
+_as_one = torch.library.custom_op("fradique::loss_and_gradients", _loss_and_gradients, mutates_args=())
+
+
+@_as_one.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, for_x: bool, for_weight: bool):  # noqa: ANN202
+    total, count = x.new_empty((), dtype=torch.float32), targets.new_empty(())
+    empty = [part if wanted else part.new_empty(0) for part, wanted in ((x, for_x), (weight, for_weight))]
+    return total, count, *(torch.empty_like(part) for part in empty)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, softcap: float, learns: bool) -> Tensor:
