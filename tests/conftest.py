@@ -124,8 +124,9 @@ def flags(settings: TrainSettings) -> list[str]:
 
 
 def run_script(name: str, *words: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
-    """A script of the repository in a process of its own: its status and what it printed."""
-    command = [sys.executable, "-W", "error", str(ROOT / name), *map(str, words)]
+    """A script of the repository, or a module (lab.curves), in a process of its own: status and output."""
+    program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+    command = [sys.executable, "-W", "error", *program, *map(str, words)]
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options
     return subprocess.run(command, check=False, **options)
 

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
@@ -62,8 +62,8 @@ def test_a_folder_without_metrics_gets_a_message(tmp_path):
 
 def test_the_command_writes_where_it_says(tmp_path):
     write_run(tmp_path / "a")
-    done = run_script("lab/curves.py", f"--out_dir={tmp_path / 'a'}", cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    done = run_script("lab.curves", f"--out_dir={tmp_path / 'a'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"wrote {tmp_path / 'a' / 'loss.png'}\n"
-    done = run_script("lab/curves.py", f"--out_dir={tmp_path}", env={"PYTHONPATH": str(ROOT)})
+    done = run_script("lab.curves", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and "holds no metrics.jsonl" in done.stderr

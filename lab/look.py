@@ -1,0 +1,116 @@
+"""What the commands of the lab share: the model that is looked at, its prompt, and where pictures go.
+
+Shapes: T tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from configurator import setting
+from fradique import run
+from fradique import tokenizer as tokenizers
+from sample import Writer, open_writer, read_prompt
+
+# Okabe & Ito's colours, which colour-blind readers can tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "·"}
+LINE_END = VISIBLE["\n"]
+
+
+@dataclass(frozen=True)
+class LookSettings:
+    """What every command that looks at a model takes."""
+
+    out_dir: str = setting("out", "the run folder", group="model")
+    init_from: str = setting("", "instead: gpt2, …, another run folder, ckpt.pt, or a Hugging Face folder")
+    checkpoint: str = setting("best", "which of the run's: best | newest | the number of a step")
+    device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N")
+    to: str = setting("", "where to write, a name without ending; empty: into the run folder", group="output")
+    save_arrays: str = setting("", "keep the numbers of the pictures too, in this .npz")
+    debug: bool = setting(False, "show the traceback of an error")
+
+
+def open_model(settings: LookSettings) -> Writer:
+    """The model in float32 and its tokenizer. Raises ValueError, saying what to do, where there is none."""
+    source = settings.init_from
+    if not source:
+        source = settings.out_dir
+        run.saved_settings(Path(source))  # a mistyped folder gets a message, and is not looked for on the hub
+    return open_writer(source, checkpoint_name=settings.checkpoint, device=settings.device, dtype="float32")
+
+
+def prompt_ids(writer: Writer, start: str) -> np.ndarray:
+    """The tokens (T,) of a prompt. Raises ValueError where the model cannot read it."""
+    ids = tokenizers.encode_prompt(writer.tokenizer, read_prompt(start))
+    block = writer.model.config.block_size
+    if len(ids) > block:
+        raise ValueError(f"the prompt has {len(ids)} tokens and the model reads {block}: shorten --start")
+    return ids.astype(np.int64)
+
+
+def as_batch(writer: Writer, ids: np.ndarray) -> torch.Tensor:
+    """(T,) -> (1, T) on the model's device."""
+    return torch.from_numpy(np.asarray(ids, np.int64))[None].to(writer.runtime.device)
+
+
+def visible(text: str) -> str:
+    """Text with its spaces and line breaks to be seen; what has no picture becomes ‹its code›."""
+    return "".join(VISIBLE.get(c) or (c if c.isprintable() else f"‹{ord(c):x}›") for c in text)
+
+
+def labels(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> list[str]:
+    """Each token (T,) as a short text that can be seen; bytes that are no whole character as ‹hex›."""
+    found = []
+    for token in np.asarray(ids).tolist():
+        if token == tokenizer.end_of_text:
+            found.append("⟨end⟩")
+            continue
+        data = tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else b""
+        try:
+            found.append(visible(data.decode("utf-8")) or f"#{token}")
+        except UnicodeDecodeError:
+            found.append("".join(f"‹{byte:02x}›" for byte in data))
+    return found
+
+
+def place(settings: LookSettings, name: str) -> Path:
+    """Where pictures called `name` go, without an ending; the folder is made."""
+    path = (
+        Path(settings.to) if settings.to else Path(settings.out_dir if not settings.init_from else ".") / name
+    )
+    path = path.with_suffix("") if path.suffix in (".png", ".html", ".svg", ".gif", ".mp4", ".txt") else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write(path: Path, make: Callable[[Path], None]) -> None:
+    """Let `make` write a file beside `path`, then put it there whole, and say so."""
+    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        make(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    print(f"wrote {path}")
+
+
+def save_arrays(settings: LookSettings, arrays: dict[str, np.ndarray]) -> None:
+    """Keep the arrays, where that was asked for."""
+    if settings.save_arrays:
+        path = Path(settings.save_arrays)
+        path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, lambda beside: np.savez_compressed(beside, **arrays))
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as it would be saved: (height, width, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
