@@ -17,8 +17,6 @@ from fradique import run
 from fradique import tokenizer as tokenizers
 from sample import Writer, open_writer, read_prompt
 
-# Okabe & Ito's colours, which colour-blind readers can tell apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "·"}
 LINE_END = VISIBLE["\n"]
 
@@ -114,3 +112,21 @@ def pixels(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def numbers(text: str) -> list[float]:
+    """ "0.5, 1" -> [0.5, 1.0]. Raises ValueError for what is no number."""
+    return [float(word) for word in text.split(",") if word.strip()]
+
+
+def problems_of_numbers(name: str, text: str, least: float, above: bool = False) -> list[str]:
+    """What is wrong with a setting that holds numbers with commas between them."""
+    try:
+        found = numbers(text)
+    except ValueError:
+        return [f"{name} = {text!r}: numbers with commas between them, such as 0.5,1"]
+    if not found:
+        return [f"{name} names no number: such as 0.5,1"]
+    low = min(found)
+    sound = low > least if above else low >= least
+    return [] if sound else [f"{name} = {text!r}: each {'above' if above else 'at least'} {least:g}"]

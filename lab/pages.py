@@ -21,6 +21,7 @@ body { margin: 1.5rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink)
        font: 16px/1.5 system-ui, sans-serif; }
 .text { line-height: 1.9; overflow-wrap: anywhere; }
 .token { padding: 0.12em 0.06em; background: rgba(230, 120, 0, calc(0.75 * var(--loss, 0))); }
+mark { background: rgba(213, 94, 0, 0.4); color: inherit; }
 .token:hover { outline: 2px solid #0072B2; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } .note { color: var(--faint); }
 """

@@ -24,6 +24,7 @@ from PIL import Image
 from configurator import Resolved, command, setting
 from fradique.generation import filter_logits
 from lab import look, pages
+from lab.curves import COLOURS
 from model import GPT
 
 
@@ -46,16 +47,7 @@ class TokenSettings(look.LookSettings):
     )
 
     def problems(self) -> list[str]:
-        try:
-            found = numbers(self.temperatures)
-        except ValueError:
-            return [f"temperatures = {self.temperatures!r}: numbers with commas between them, such as 0.5,1"]
-        return [] if found and min(found) > 0 else [f"temperatures = {self.temperatures!r}: each above 0"]
-
-
-def numbers(text: str) -> list[float]:
-    """ "0.5, 1" -> [0.5, 1.0]."""
-    return [float(word) for word in text.split(",") if word.strip()]
+        return look.problems_of_numbers("temperatures", self.temperatures, least=0.0, above=True)
 
 
 # Compute
@@ -87,7 +79,7 @@ def entropy(probabilities: np.ndarray) -> float:
 
 def panels(logits: torch.Tensor, settings: TokenSettings) -> dict[str, np.ndarray]:
     """The distributions that are shown: title -> (V,)."""
-    found = {f"temperature {t:g}": distribution(logits, t) for t in numbers(settings.temperatures)}
+    found = {f"temperature {t:g}": distribution(logits, t) for t in look.numbers(settings.temperatures)}
     return found | {
         f"top-k {settings.top_k}": distribution(logits, top_k=settings.top_k),
         f"top-p {settings.top_p:g}": distribution(logits, top_p=settings.top_p),
@@ -128,7 +120,7 @@ def draw_panel(
 ) -> None:
     """Bars of the tokens in `order`, with their probabilities."""
     shown = probabilities[order]
-    axes.barh(range(len(order)), shown, color=look.COLOURS[0], height=0.75)
+    axes.barh(range(len(order)), shown, color=COLOURS[0], height=0.75)
     for i, p in enumerate(shown):
         axes.text(p + 0.02, i, f"{p:.3f}" if p else "not drawn", va="center", fontsize=7)
     axes.set_yticks(range(len(order)), names, fontsize=8)
@@ -193,7 +185,7 @@ def bars(found: dict[float, np.ndarray], order: np.ndarray, names: list[str]) ->
     """Bars whose temperature is moved by hand: {temperature: (V,)}."""
     frames = [
         pages.go.Frame(
-            data=[pages.go.Bar(x=p[order], y=names, orientation="h", marker={"color": look.COLOURS[0]})],
+            data=[pages.go.Bar(x=p[order], y=names, orientation="h", marker={"color": COLOURS[0]})],
             name=f"{temperature:.2f}",
             layout={"title": {"text": f"temperature {temperature:.2f}: {entropy(p):.2f} bits"}},
         )

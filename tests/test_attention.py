@@ -116,7 +116,7 @@ def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
     for path in (to.with_suffix(".html"), to.with_name("here-3d.html")):
         text = path.read_text(encoding="utf-8")
         assert r"\u2423" in text and len(text) < 15e6  # the space of the prompt, to be seen
-        assert not re.search(r'<(script|link|img|iframe)[^>]+(src|href)=', text)  # nothing is fetched
+        assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", text)  # nothing is fetched
     for words, message in (
         (["--layer=2"], "--layer=2: this model has 2 layers, 0 to 1"),
         (["--head=7"], "--head=7: this model has 2 heads, 0 to 1"),
