@@ -167,7 +167,7 @@ def main(resolved: Resolved[AttentionSettings]) -> int:
     space = path.with_name(path.name + "-3d")
     parts = [pages.note(HOW_TO_READ), pages.space(fibres(weights), names, weights.shape)]
     pages.write(space.with_suffix(".html"), "Attention through the layers", parts)
-    look.save_arrays(settings, {"weights": weights, "ids": ids, "tokens": np.array(names)})
+    look.save_arrays(settings.save_arrays, {"weights": weights, "ids": ids, "tokens": np.array(names)})
     return 0
 
 

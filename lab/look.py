@@ -98,10 +98,10 @@ def write(path: Path, make: Callable[[Path], None]) -> None:
     print(f"wrote {path}")
 
 
-def save_arrays(settings: LookSettings, arrays: dict[str, np.ndarray]) -> None:
-    """Keep the arrays, where that was asked for."""
-    if settings.save_arrays:
-        path = Path(settings.save_arrays)
+def save_arrays(to: str, arrays: dict[str, np.ndarray]) -> None:
+    """Keep the arrays, where `to` says a place."""
+    if to:
+        path = Path(to)
         path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, lambda beside: np.savez_compressed(beside, **arrays))

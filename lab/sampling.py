@@ -172,7 +172,9 @@ def main(resolved: Resolved[SamplingSettings]) -> int:
         parts.append(f"<h2>{name_of(temperature)}</h2>")
         parts += [marked(look.labels(writer.tokenizer, ids), repeats(ids.tolist())) for ids in rows[:2]]
     pages.write(path.with_suffix(".html"), "Greedy, and drawn", parts)
-    look.save_arrays(settings, {name_of(temperature): rows for temperature, rows in texts.items()})
+    look.save_arrays(
+        settings.save_arrays, {name_of(temperature): rows for temperature, rows in texts.items()}
+    )
     return 0
 
 

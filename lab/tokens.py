@@ -232,7 +232,7 @@ def main(resolved: Resolved[TokenSettings]) -> int:
         ]
         arrays |= {"loss": foreseen.loss, "rank": foreseen.rank, "alternatives": foreseen.alternatives}
     pages.write(path.with_suffix(".html"), "Next tokens", parts)
-    look.save_arrays(settings, arrays)
+    look.save_arrays(settings.save_arrays, arrays)
     return 0
 
 

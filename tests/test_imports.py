@@ -105,7 +105,7 @@ def test_importing_a_module_touches_nothing_and_says_nothing(name):
     third_party = "numpy, torch, torch.distributed, safetensors.torch, tqdm, torch.nn.parallel"
     if module.startswith("lab"):
         third_party += ", matplotlib.figure, matplotlib.axes, matplotlib.backends.backend_agg"
-        third_party += ", plotly.graph_objects, plotly.offline"
+        third_party += ", plotly.graph_objects, plotly.offline, sklearn.manifold, sklearn.decomposition"
     code = QUIET.format(root=str(ROOT), module=module, third_party=third_party)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
