@@ -231,9 +231,10 @@ def train(t: Training) -> int:
             if stop.heard(t.runtime):
                 return leave_early(t, stop)
         evaluate_and_save(t, last=True)
-        if not state.step and t.pace.budget:
-            ends = metrics.duration(t.pace.elapsed() + t.pace.closing)
-            t.log.warn(f"no time was left to train: the evaluations alone take until {ends}; give a longer budget")
+        if t.pace.too_short:
+            ends, closing = (metrics.duration(s) for s in (t.pace.elapsed() + t.pace.closing, t.pace.closing))
+            trained = f"{state.step} steps were made" if state.step else "no time was left to train"
+            t.log.warn(f"{trained}: the evaluations alone take {closing}, until {ends}; give a longer budget")
     finally:
         stop.forget()
     finish(t)
@@ -245,7 +246,7 @@ def learning_rate(t: Training) -> float:
     s, pace = t.settings, t.pace
     total = s.lr_decay_iters or s.max_iters
     if pace.budget is not None:
-        total = schedule.steps_by_clock(t.state.step, pace.now, max(1.0, pace.budget - pace.closing))
+        total = schedule.steps_by_clock(t.state.step, pace.now, max(1.0, pace.ends))
     return schedule.learning_rate(
         t.state.step,
         schedule=s.lr_schedule if s.decay_lr else "constant",
@@ -640,6 +641,8 @@ def evaluate_and_save(t: Training, last: bool = False) -> None:
         if t.pace.budget is not None and not t.pace.writing:
             write_sample(t)  # the last step is followed by one: see how long it takes
     t.pace.closing = closing_seconds(t, window, in_keeping)
+    if not state.step:
+        t.pace.begun = t.pace.elapsed()
 
 
 def closing_seconds(t: Training, window: float, in_keeping: float) -> float:
@@ -699,7 +702,8 @@ def finished(t: Training) -> bool:
     pace = t.pace
     if pace.budget is None:
         return t.state.step >= t.settings.max_iters
-    pace.now, pace.closing = t.runtime.max(pace.elapsed(), pace.closing)  # one clock for all ranks
+    told = t.runtime.max(pace.elapsed(), pace.closing, pace.begun)  # one clock for all ranks
+    pace.now, pace.closing, pace.begun = told
     return pace.time_is_up()
 
 

@@ -110,6 +110,7 @@ class Pace:
         self.started, self.earlier, self.budget = started, earlier, budget
         self.now = earlier  # seconds, as all ranks agreed last
         self.closing = 0.0  # seconds that what follows the last step is expected to take
+        self.begun = 0.0  # when training began
         self.last_step = 0.0  # seconds
         self.writing = 0.0  # seconds that the last sample took
         self.marked, self.marked_step, self.away = time.monotonic(), 0, 0.0
@@ -143,9 +144,20 @@ class Pace:
         self.mark(step)
         return per_step
 
+    @property
+    def too_short(self) -> bool:
+        """Whether what follows the last step would take more than half of the budget."""
+        return self.budget is not None and self.closing > (self.budget - self.begun) / 2
+
+    @property
+    def ends(self) -> float:
+        """When training has to be over. Half of the time is for it in any case: a run that has only evaluated
+        is of no use, and how long the end takes may have been foretold on a machine that was busy."""
+        return self.budget - min(self.closing, (self.budget - self.begun) / 2)
+
     def time_is_up(self) -> bool:
         """Whether one more step would leave too little time for what follows the last."""
-        return self.budget is not None and self.now + self.last_step + self.closing >= self.budget
+        return self.budget is not None and self.now + self.last_step >= self.ends
 
 
 def _width() -> dict[str, Any]:

@@ -32,7 +32,8 @@ def test_parameters_and_flops_are_those_that_torch_counts(name, architecture):  
         assert part.flops == counted, part
     for part in parts[1:]:
         if part.path != "lm_head" or not config.tie_weights:  # else it has none of its own
-            assert part.parameters == sum(p.numel() for p in model.get_submodule(part.path).parameters()), part
+            of_it = model.get_submodule(part.path).parameters()
+            assert part.parameters == sum(p.numel() for p in of_it), part
 
 
 def test_shapes_are_those_that_the_modules_give():

@@ -140,6 +140,15 @@ def test_pace_counts_all_time_but_speed_without_what_is_aside(monkeypatch):
     assert pace.elapsed() == 30.0
 
 
+def test_a_closing_longer_than_half_of_the_time_leaves_half_of_it_for_training():
+    """It may have been foretold on a busy machine, or comes late in any case."""
+    pace = metrics.Pace(started=0.0, earlier=0.0, budget=60.0)
+    pace.begun, pace.closing, pace.now = 20.0, 300.0, 39.0
+    assert not pace.time_is_up() and pace.too_short and pace.ends == 40.0
+    pace.now = 40.0
+    assert pace.time_is_up()
+
+
 def test_time_is_up_when_no_more_than_the_closing_is_left():
     pace = metrics.Pace(started=0.0, earlier=0.0, budget=60.0)
     pace.now, pace.closing = 50.0, 9.0

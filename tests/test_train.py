@@ -669,7 +669,7 @@ def test_two_processes_give_the_losses_of_one(settings, tmp_path, batch_size, ac
 def clock(monkeypatch):
     """A clock that moves by a tenth of a second in each step, by one for 700 windows evaluated (there are
     about as many), by `waits` in their batches, and not else."""
-    now = SimpleNamespace(seconds=1000.0, waits=iter(()))
+    now = SimpleNamespace(seconds=1000.0, waits=iter(()), windows=1.0)
     stand_in = SimpleNamespace(monotonic=lambda: now.seconds, time_ns=time.time_ns)
     monkeypatch.setattr(metrics, "time", stand_in)
     monkeypatch.setattr(train, "time", stand_in)
@@ -683,7 +683,7 @@ def clock(monkeypatch):
 
     def slow_batches(self, *words):
         for x, y in batches(self, *words):
-            now.seconds += len(y) / 700 + next(now.waits, 0.0)
+            now.seconds += now.windows * len(y) / 700 + next(now.waits, 0.0)
             yield x, y
 
     monkeypatch.setattr(train, "train_step", slow_step)
@@ -720,6 +720,15 @@ def test_a_slow_batch_of_an_evaluation_does_not_shorten_the_run(settings, clock,
     end = 1000.0 + metrics.seconds(budget)
     run_training(replace(settings, time_budget=budget, eval_interval=100, eval_iters=10**6))
     assert end - 2.0 < clock.seconds <= end
+
+
+def test_a_budget_that_evaluations_alone_would_fill_is_half_used_for_training(settings, clock, capsys):
+    """One before and one behind, of seven seconds each, and fourteen to do all in."""
+    clock.windows = 7.0
+    run_training(replace(settings, time_budget="14s", eval_interval=10**6, eval_iters=10**6))
+    last = metrics.read(Path(settings.out_dir))[-1]
+    assert 30 <= last["step"] <= 36  # half of the seven seconds that were left, in steps of a tenth
+    assert f"warning: {last['step']} steps were made: the evaluations alone take" in capsys.readouterr().err
 
 
 def test_an_evaluation_is_the_same_however_many_windows_are_taken_at_once(settings, monkeypatch):
