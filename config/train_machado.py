@@ -3,6 +3,7 @@
 #   the first 58 steps (--time_budget=120s --warmup_iters=20 --eval_iters=2) reach a whole-validation loss
 #   of 5.881, 3.38 bits per byte. A warm-up much shorter than 100 steps can make the loss jump once the
 #   peak is reached (seen with 20).
+# Peak memory on a CPU, the whole process: 1.4 GiB.
 
 out_dir = "out/machado"
 dataset = "machado"
