@@ -318,7 +318,6 @@ def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSetting
             pace, spent = t.runtime.max(pace, time.monotonic() - START)
             trial = auto.Trial(
                 parameters=sum(p.numel() for p in t.model.transformer["h"].parameters()),
-                all_parameters=t.model.num_params(),
                 corpus_tokens=t.corpus.train.tokens,
                 tokens_per_step=tokens_per_step(t.settings),
                 step_seconds=pace,
