@@ -34,9 +34,9 @@ EVALUATING = 0.05  # part of the time that they may take, and batches of each sp
 EVALUATED = 20
 TRYING = 0.1  # part of the budget after which no larger size is tried
 MOST_PARAMETERS = 4  # of the layers, for each token of the corpus
-# Dropout, by how often the corpus is seen. Measured: 0.1 is worse than none at 2 epochs (shakespeare in GPT-2's
-# BPE, 4.955 and 4.903) and 4.6 (machado_char, 1.393 and 1.341), better at 7 (shakespeare_char, 1.483 and 1.488)
-# and 8 (machado_char, 1.319 and 1.350). Beyond it is the trend.
+# Dropout, by how often the corpus is seen. Measured: 0.1 is worse than none at 2 epochs (shakespeare in
+# GPT-2's BPE, 4.955 and 4.903) and at 4.6 (machado_char, 1.393 and 1.341), and better at 7 (shakespeare_char,
+# 1.483 and 1.488) and at 8 (machado_char, 1.319 and 1.350). What is beyond goes by the trend.
 DROPOUT = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
 # What a size gains and costs: N parameters that saw D tokens have a loss of N^-OF_SIZE + OF_TOKENS / D beyond
 # what all sizes share. Fitted to which of 64, 128, 192 and 256 wide won in one and five minutes, by letters
