@@ -215,7 +215,7 @@ def drawing(parts: Sequence[Part], config: GPTConfig, batch: int, tokens: int) -
     place(before)
     top = y - GAP / 2
     y += 16
-    body.append(f'<text x="{LEFT - 14}" y="{y - 12}" text-anchor="end" class="soft">{shape}</text>')
+    body.append(f'<text x="{LEFT + WIDTH / 2 + 12}" y="{y - 10}" class="soft">{shape}</text>')
     place(layer, config.n_layer)
     height = y - top - GAP / 2 + 8
     body.append(

@@ -114,9 +114,7 @@ def draw_maps(weights: np.ndarray, names: list[str], pairs: list[tuple[int, int]
     T = len(names)
     single = len(pairs) == 1
     size = max(4.5, 0.34 * T + 1.5) if single else max(1.7, min(0.16 * T + 0.8, 5.0))
-    figure = Figure(
-        figsize=(size * len(heads) + 0.8, size * len(layers) + 1.0), dpi=110, layout="constrained"
-    )
+    figure = Figure(figsize=(size * len(heads) + 0.8, size * len(layers) + 1.0), dpi=110, layout="compressed")
     grid = figure.subplots(len(layers), len(heads), squeeze=False)
     labelled = (LABELS if single else 24) >= T
     image = None

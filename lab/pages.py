@@ -73,10 +73,14 @@ def figure(made: go.Figure, height: int = 640) -> str:
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#9aa0a6", "activecolor": "#0072B2"},
         margin={"l": 60, "r": 20, "t": 50, "b": 60},
     )
     return made.to_html(
-        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+        full_html=False,
+        include_plotlyjs=False,
+        auto_play=False,
+        config={"displaylogo": False, "responsive": True},
     )
 
 
