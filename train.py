@@ -701,8 +701,9 @@ def finished(t: Training) -> bool:
     pace = t.pace
     if pace.budget is None:
         return t.state.step >= t.settings.max_iters
-    told = t.runtime.max(pace.elapsed(), pace.closing, pace.begun)  # one clock for all ranks
-    pace.now, pace.closing, pace.begun = told
+    # one clock for all ranks: where one went on and another did not, they would wait for each other for ever
+    told = t.runtime.max(pace.elapsed(), pace.closing, pace.begun, pace.last_step)
+    pace.now, pace.closing, pace.begun, pace.last_step = told
     return pace.time_is_up()
 
 

@@ -722,6 +722,23 @@ def test_a_slow_batch_of_an_evaluation_does_not_shorten_the_run(settings, clock,
     assert end - 2.0 < clock.seconds <= end
 
 
+def test_ranks_agree_on_whether_time_is_up(settings):
+    """All that decides is the same for them: here another rank had the slower step."""
+    t = train.set_up(replace(settings, time_budget="1h"))
+    t.log.close()
+    asked = []
+
+    class Slower(runtime.Runtime):
+        def max(self, *values):
+            asked.append(values)
+            return [value if value != 0.25 else 7200.0 for value in values]
+
+    t.runtime = Slower(t.runtime.device, t.runtime.dtype, compile=False)
+    t.pace.last_step = 0.25
+    assert train.finished(t)
+    assert asked and t.pace.last_step == 7200.0
+
+
 def test_a_budget_that_evaluations_alone_would_fill_is_half_used_for_training(settings, clock, capsys):
     """One before and one behind, of seven seconds each, and fourteen to do all in."""
     clock.windows = 7.0
