@@ -224,9 +224,8 @@ class _LongAttention(torch.autograd.Function):
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
     """Mean cross-entropy, in nats, of the logits x weightᵀ: a scalar. Targets of -1 do not count.
 
-    x (..., C), weight (V, C), targets (...) int64. Where the logits are many they are made and left chunk by
-    chunk, half of them at most, so that float32 never holds more than one copy of them; their gradient is
-    kept in the dtype that the layers compute in.
+    x (..., C), weight (V, C), targets (...) int64. A large vocabulary's logits are held in the dtype that the
+    layers compute in, and become their gradient there; float32 takes some rows at a time, half at most.
     """
     x, targets = x.flatten(0, -2), targets.flatten()
     if weight.size(0) < LARGE_VOCABULARY and x.size(0) * weight.size(0) <= LOGITS_AT_ONCE[x.device.type]:
