@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fradique import generation, kernels, pointwise
 from fradique.generation import KVCache
+from fradique.linear import Linear
 
 ACTIVATIONS = {
     "gelu": pointwise.gelu,  # the exact form, with erf: nanoGPT's
@@ -193,9 +194,9 @@ class CausalSelfAttention(nn.Module):
         self.attend = kernels.attention if config.flash else plain_attention
         self.heads = (config.n_head, config.kv_heads, config.kv_heads)  # of q, k, v
         self.widths = tuple(count * config.head_dim for count in self.heads)
-        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_attn.stacked = self.widths  # three matrices in one, for optimizers that take them one by one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
@@ -245,10 +246,10 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.gated = config.activation in GATED
-        self.c_fc = nn.Linear(config.n_embd, config.inner * (2 if self.gated else 1), bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.inner * (2 if self.gated else 1), bias=config.bias)
         if self.gated:
             self.c_fc.stacked = (config.inner, config.inner)  # gate and value
-        self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.inner, config.n_embd, bias=config.bias)
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -356,7 +357,7 @@ class GPT(nn.Module):
         if config.norm_place == "pre":  # else the last block has normalised already
             parts["ln_f"] = make_norm(config, config.n_embd)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = parts["wte"].weight  # one matrix for both (Press & Wolf 2017)
         self._init_weights()

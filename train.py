@@ -282,7 +282,7 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     optimizer.find_gradients(t.optimizers)
     for one in t.optimizers:
         t.scaler.unscale_(one)
-    norm = nn.utils.clip_grad_norm_(t.model.parameters(), settings.grad_clip or math.inf)
+    norm = optimizer.clip_gradients(t.model, settings.grad_clip)
     if place.device.type != "cuda":
         check_finite(t, t.state.step + 1, total, norm)
     if not t.scaler.is_enabled() or math.isfinite(norm):  # float16: all optimizers step, or none of them

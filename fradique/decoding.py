@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fradique.generation import KVCache
+from fradique.linear import Linear
 from fradique.runtime import cpu_has_bf16
 
 WORTH_PACKING = 5e6  # parameters; with fewer, setting a packed product up takes longer than the product
@@ -31,7 +32,7 @@ def can_pack() -> bool:
 class PackedLinear(nn.Module):
     """A linear layer that can only be applied, in bfloat16: x (..., in) -> (..., out)."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().to(torch.bfloat16)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
@@ -79,7 +80,7 @@ def pack(model: nn.Module) -> None:
     model.to(torch.bfloat16)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is Linear:
                 setattr(parent, name, PackedLinear(child))
     config, blocks = model.config, model.transformer["h"]
     if config.norm_place == "pre" and not config.parallel_block:

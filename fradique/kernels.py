@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fradique import pointwise
+from fradique.linear import weight_gradient
 
 SAVED_SCORES = 512  # longest T whose probabilities are kept for the backward pass whole, on a CPU
 QUERY_BLOCK, KEY_BLOCK = 256, 128  # parts of a longer one that fit the cache
@@ -280,9 +281,7 @@ def _loss_and_gradients(
         if for_x:
             d_x = (logits @ low).mul_(counted)
         if for_weight:
-            # xᵀ made contiguous: torch multiplies by a matrix that is transposed at half the speed
-            found = (x * counted).t().contiguous() @ logits  # (C, V)
-            d_weight = torch.empty_like(weight).copy_(found.t())
+            d_weight = weight_gradient(logits, x * counted, weight.dtype)
     return total, count, d_x, d_weight
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 OPTIMIZERS = ("adamw", "muon")
+CLIP_EPS = 1e-6  # torch's: what it adds to the norm
 TOGETHER = 1 << 24  # numbers of the matrices that Muon takes at a time
 
 
@@ -157,6 +158,19 @@ def find_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
     for one in optimizers:
         if isinstance(one, Muon):
             one.find_gradients()
+
+
+def clip_gradients(model: nn.Module, largest: float) -> Tensor:
+    """Scale the gradients so that their norm is at most `largest` (0: whatever it is); the norm before, a
+    scalar.
+
+    As torch's clip_grad_norm_, which multiplies by 1 where there is nothing to scale; a CPU can look first.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if largest and (norm.device.type != "cpu" or not norm + CLIP_EPS <= largest):
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:

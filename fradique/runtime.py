@@ -262,9 +262,13 @@ def _rows_at_once(rows: int, length: int) -> int:
 
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep what is freed: a step wants the same memory again, and to get it anew from
-    the kernel, page by page, takes up to half of the step's time. No such malloc: nothing happens."""
+    the kernel, page by page, takes up to half of the step's time. No such malloc: nothing happens.
+
+    And ask torch for huge pages, which it looks for at its first tensor: weights are read a tenth faster.
+    """
     if not sys.platform.startswith("linux"):
         return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 26)):

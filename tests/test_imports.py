@@ -51,11 +51,13 @@ def test_the_model_knows_torch_alone():
     assert re.findall(r"^ *from fradique.*", (ROOT / "model.py").read_text(), re.M) == [
         "from fradique import generation, kernels, pointwise",
         "from fradique.generation import KVCache",
+        "from fradique.linear import Linear",
     ]
-    for name in ("kernels.py", "pointwise.py", "generation.py"):
+    for name in ("kernels.py", "pointwise.py", "generation.py", "linear.py"):
         assert imported(ROOT / "fradique" / name) - set(sys.stdlib_module_names) - {"fradique"} == {"torch"}
         ours = re.findall(r"^ *from fradique.*", (ROOT / "fradique" / name).read_text(), re.M)
-        assert ours == (["from fradique import pointwise"] if name == "kernels.py" else [])
+        beside = ["from fradique import pointwise", "from fradique.linear import weight_gradient"]
+        assert ours == (beside if name == "kernels.py" else [])
 
 
 def test_the_configurator_knows_the_standard_library_alone():

@@ -216,3 +216,25 @@ def test_the_learning_rate_is_set_in_every_group_and_muon_s_in_proportion():
     both = muon(tiny())
     optimizer.set_learning_rate(both, 0.005)  # half of the peak
     assert [g["lr"] for one in both for g in one.param_groups] == [0.01, 0.005, 0.005]
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-3, 1e3])
+def test_gradients_are_clipped_as_torch_does(largest):
+    """To the last bit, also where there is nothing to scale."""
+    ours, theirs = tiny(), tiny()
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        idx = torch.randint(11, (3, 8))
+        model(idx, idx)[1].backward()
+    norm = optimizer.clip_gradients(ours, largest)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), largest or float("inf")))
+    assert all(
+        torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+
+
+def test_gradients_that_are_not_finite_are_not_hidden():
+    model = tiny()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    assert optimizer.clip_gradients(model, 1.0).isnan()

@@ -1,6 +1,8 @@
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +150,26 @@ def faults():
 first = faults()
 print(faults() - first)
 """
+
+
+HUGE = """
+import re, torch
+from fradique import runtime
+runtime.start(device="cpu")
+x = torch.ones(1 << 24)  # 64 MB
+print(re.search(r"AnonHugePages: *(\\d+)", open("/proc/self/smaps_rollup").read())[1])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's huge pages")
+def test_weights_lie_in_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this kernel gives none")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("THP")}
+    command = [sys.executable, "-c", HUGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environ)
+    assert int(done.stdout) >= 1 << 14  # kB: a quarter; the kernel may lack the rest
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
