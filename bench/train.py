@@ -103,18 +103,22 @@ def shape_of(t: train.Training) -> dict[str, Any]:
 def rounds(
     t: train.Training, others: dict[str, textbook.Beside], count: int
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Seconds a step, round by round, of ours and of the others by turns."""
+    """Seconds a step, round by round, of ours and of the others by turns. Each works as long as the others:
+    after a pause the first step takes longer, and a training run makes none."""
     device = t.runtime.device
-    warm = machine.times(lambda: one_step(t), device, rounds=2)
-    slowest = max([min(warm), *(other.run(1) and other.run(1) for other in others.values())])
-    steps = max(1, round(ROUND_SECONDS / slowest))
-    ours: list[float] = []
-    theirs: dict[str, list[float]] = {name: [] for name in others}
+
+    def run(steps: int) -> float:
+        return machine.seconds(lambda: [one_step(t) for _ in range(steps)], device)
+
+    runs = {"": run} | {name: other.run for name, other in others.items()}
+    pace = {name: min(work(1), work(1)) for name, work in runs.items()}
+    length = max(ROUND_SECONDS, *pace.values())
+    spent: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(count):
-        ours.append(machine.seconds(lambda: [one_step(t) for _ in range(steps)], device) / steps)
-        for name, other in others.items():
-            theirs[name].append(other.run(steps) / steps)
-    return ours, theirs
+        for name, work in runs.items():
+            steps = max(1, round(length / pace[name]))
+            spent[name].append(work(steps) / steps)
+    return spent.pop(""), spent
 
 
 def figures(t: train.Training, ours: list[float], theirs: dict[str, list[float]]) -> dict[str, Any]:

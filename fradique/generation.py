@@ -222,7 +222,8 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    if temperature != 1:
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: none overflows
     probs = F.softmax(filter_logits(logits, top_k, top_p, min_p), dim=-1)
     if probs.device.type != "cpu":
         return torch.multinomial(probs, 1, generator=generator)[:, 0]

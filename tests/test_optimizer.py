@@ -238,3 +238,13 @@ def test_gradients_that_are_not_finite_are_not_hidden():
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
     assert optimizer.clip_gradients(model, 1.0).isnan()
+
+
+def test_the_norm_of_large_gradients_is_that_of_all_their_numbers(monkeypatch):
+    monkeypatch.setattr(optimizer, "LARGE", 64)
+    shapes = (16, 8), (13, 7), (3,)  # in rows, no rows of one length, small
+    model = torch.nn.ParameterList(torch.zeros(shape) for shape in shapes)
+    for seed, p in enumerate(model):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    square = sum(p.grad.double().square().sum() for p in model)
+    torch.testing.assert_close(optimizer.clip_gradients(model, 0.0).double(), square.sqrt())
