@@ -266,7 +266,7 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     looked at when the loss is logged, so as not to wait for the card at every step).
     """
     settings, place = t.settings, t.runtime
-    torch.manual_seed(dataset.hash_numbers(settings.seed, t.state.step, place.rank))
+    place.seed(dataset.hash_numbers(settings.seed, t.state.step, place.rank))
     optimizer.set_learning_rate(t.optimizers, lr)
     batches = place.slices(t.sampler.micro_batches(t.state.step, place.rank, place.world))
     total = torch.zeros((), device=place.device)

@@ -82,6 +82,14 @@ class Runtime:
         """How many windows are evaluated together: a batch; on a CPU as many as stay in its cache."""
         return batch_size if self.device.type != "cpu" else max(1, CPU_TOKENS_AT_ONCE // block_size)
 
+    def seed(self, number: int) -> None:
+        """Seed what dropout draws from. For a CPU torch.manual_seed also writes down, for a card that may
+        come, where it was called from, which takes a small model's step a fiftieth of its time."""
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(number)
+        else:
+            torch.manual_seed(number)
+
     def move(self, *tensors: Tensor) -> list[Tensor]:
         """Tensors on the device; on CUDA without waiting for the copy."""
         if self.device.type != "cuda":

@@ -138,6 +138,15 @@ def test_a_slice_is_the_largest_equal_part_that_fits(rows, length, at_once, monk
     assert torch.equal(torch.cat([part[1] for part in parts]), torch.cat([x + 1, x + 3]))
 
 
+def test_a_seed_is_torchs():
+    place = runtime.Runtime(torch.device("cpu"), torch.float32, False)
+    drawn = []
+    for seed in (place.seed, torch.manual_seed):
+        seed(7)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 PAGES = """
 import resource, torch
 from fradique import runtime
