@@ -110,6 +110,7 @@ def test_the_schedule_fits_the_steps_that_there_is_time_for():
         (7.2e6, 1.55e6, 0.0),  # machado_char in 5 minutes: 1.341, and 1.393 with 0.1
         (11.9e6, 1.55e6, 0.1),  # in 15 minutes: 1.319, and 1.350 without
         (0.6e6, 0.3e6, 0.0),  # shakespeare in GPT-2's BPE in a minute: 4.903, and 4.955 with 0.1
+        (2.0e6, 0.3e6, 0.1),  # in five: 4.596, and 4.562 with 0.2
         (7.0e6, 1.0e6, 0.1),  # shakespeare_char in 5 minutes: 1.483, and 1.488 without
         (7.2e6, 1e9, 0.0),
     ],
