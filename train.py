@@ -40,6 +40,7 @@ from fradique import (
     run,
     runtime,
     schedule,
+    snapshots,
 )
 from fradique import tokenizer as tokenizers
 from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, POSITIONS, GPTConfig
@@ -121,6 +122,7 @@ class TrainSettings:
     sample_interval: int = setting(0, "steps between samples into samples.txt; 0: one at the end", lo=0)
     sample_start: str = setting("", "the prompt of those samples; empty: the beginning of a line")
     sample_tokens: int = setting(200, "their length", lo=1)
+    snapshot_interval: int = setting(0, "steps between embeddings kept for lab.movie, in small files; 0: none", lo=0)
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("fradique", "its project")
     wandb_run_name: str = setting("", "its name there; empty: the name of out_dir")
@@ -220,6 +222,7 @@ def train(t: Training) -> int:
                 evaluate_and_save(t)
                 if out_of_patience(t) or finished(t):
                     break
+            keep_snapshot(t)
             with t.pace.step():
                 loss, norm = train_step(t, learning_rate(t))
             state.step += 1
@@ -231,6 +234,7 @@ def train(t: Training) -> int:
             if stop.heard(t.runtime):
                 return leave_early(t, stop)
         evaluate_and_save(t, last=True)
+        keep_snapshot(t, last=True)
         if t.pace.too_short:
             ends, closing = (metrics.duration(s) for s in (t.pace.elapsed() + t.pace.closing, t.pace.closing))
             trained = f"{state.step} steps were made" if state.step else "no time was left to train"
@@ -695,6 +699,18 @@ def save(t: Training, best: bool = False) -> None:
         checkpoint.keep(Path(t.settings.out_dir), held, best=best, last=t.settings.keep_checkpoints)
     t.saved_step = t.state.step
     t.runtime.wait()
+
+
+def keep_snapshot(t: Training, last: bool = False) -> None:
+    """Keep the embeddings, where it is time to. A picture that will lack one is no reason to stop a run."""
+    interval, step = t.settings.snapshot_interval, t.state.step
+    if not interval or not t.runtime.is_main or not (last or step % interval == 0):
+        return
+    with t.pace.aside():
+        try:
+            snapshots.keep(Path(t.settings.out_dir), step, t.model)
+        except OSError as error:
+            t.log.warn_once(f"embeddings cannot be kept for lab.movie: {error.strerror or error}")
 
 
 def finished(t: Training) -> bool:

@@ -240,14 +240,19 @@ def rewind(folder: Path, step: int) -> None:
     ended = any("final_loss" in record and record["step"] == step for record in records)
     kept = [record for record in records if record["step"] <= step and "final_loss" not in record]
     checkpoint.write_atomically(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
-    samples = folder / SAMPLES
-    if samples.exists():
-        parts = SAMPLE_START.split(samples.read_text(encoding="utf-8"))  # "", step, text, step, text, …
-        steps = list(zip(parts[1::2], parts[2::2], strict=True))
-        if ended and steps and int(steps[-1][0]) == step:
-            steps.pop()  # the one that ended the run
-        kept_text = (SAMPLE_HEADER.format(step=n) + text for n, text in steps if int(n) <= step)
-        checkpoint.write_atomically(samples, "".join(kept_text))
+    if (folder / SAMPLES).exists():
+        samples = read_samples(folder)
+        if ended and samples and samples[-1][0] == step:
+            samples.pop()  # the one that ended the run
+        kept_text = (SAMPLE_HEADER.format(step=n) + text for n, text in samples if n <= step)
+        checkpoint.write_atomically(folder / SAMPLES, "".join(kept_text))
+
+
+def read_samples(folder: Path) -> list[tuple[int, str]]:
+    """The steps after which a run wrote, and what, oldest first."""
+    path = folder / SAMPLES
+    parts = SAMPLE_START.split(path.read_text(encoding="utf-8") if path.exists() else "")
+    return [(int(step), text) for step, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def check_wandb() -> None:

@@ -7,11 +7,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fradique import checkpoint, metrics
+from fradique import checkpoint, metrics, snapshots
 from fradique import tokenizer as tokenizers
 
 SETTINGS, TOKENIZER, CURVE = "settings.json", "tokenizer.json", "loss.png"
-OURS = (SETTINGS, TOKENIZER, CURVE, metrics.METRICS, metrics.SAMPLES, metrics.WANDB_ID, "wandb", "best")
+OURS = (
+    SETTINGS,
+    TOKENIZER,
+    CURVE,
+    metrics.METRICS,
+    metrics.SAMPLES,
+    metrics.WANDB_ID,
+    snapshots.FOLDER,
+    "wandb",
+    "best",
+)
 
 
 def check_free(run: Path, overwrite: bool) -> None:
@@ -59,6 +69,7 @@ def take(
             settings = settings | {"init_from": began}
             checkpoint.set_aside_after(run, go_on_from)
             metrics.rewind(run, go_on_from)
+            snapshots.rewind(run, go_on_from)
         elif overwrite:
             clear(run)
         about = {"settings": settings, "decided": decided, "versions": versions(), "git_commit": git_commit()}

@@ -3,10 +3,12 @@
     python -m lab.curves --out_dir=out/eca-char
     python -m lab.curves --out_dir=out/a,out/b --x=seconds --to=compare.png
 
-`train.py` draws the same picture into the run folder at each evaluation.
+Writes PNG, and HTML to point at. `train.py` draws the same PNG into the run folder at each evaluation, with
+matplotlib alone; the command needs plotly too (both are in the extra `lab`).
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from matplotlib.figure import Figure
 from configurator import Resolved, command, setting
 from fradique import metrics
 
-X_AXES = ("step", "tokens", "seconds")
+X_TITLES = {"step": "step", "tokens": "tokens trained on", "seconds": "seconds"}
+X_AXES, Y_TITLE = tuple(X_TITLES), "cross-entropy, nats a token"
+MOST_POINTS = 2000  # of a curve of batches, in a page
 # Okabe & Ito's colours, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -29,6 +33,8 @@ class CurveSettings:
     out_dir: str = setting("out", "the run folder, or several with commas between them")
     x: str = setting("step", "the axis", choices=X_AXES)
     to: str = setting("", "the picture; empty: loss.png in the first run folder")
+    save_arrays: str = setting("", "keep the numbers of the pictures too, in this .npz")
+    debug: bool = setting(False, "show the traceback of an error")
 
 
 @dataclass(frozen=True)
@@ -74,25 +80,35 @@ def draw(runs: list[Curves], path: Path, x: str = "step") -> None:
     axes = figure.add_subplot()
     for run, colour in zip(runs, [COLOURS[i % len(COLOURS)] for i in range(len(runs))], strict=True):
         draw_run(axes, run, colour, x, prefix=f"{run.name}: " if len(runs) > 1 else "")
-    axes.set_xlabel({"step": "step", "tokens": "tokens trained on", "seconds": "seconds"}[x])
-    axes.set_ylabel("cross-entropy, nats a token")
+    axes.set_xlabel(X_TITLES[x])
+    axes.set_ylabel(Y_TITLE)
     axes.set_title("loss of " + ", ".join(run.name for run in runs))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    write_beside(path, figure.savefig)
+
+
+def write_beside(path: Path, make: Callable[[Path], None]) -> None:
+    """Let `make` write a file beside `path`, then put it there whole."""
     beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        figure.savefig(beside)
+        make(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
+def batches(run: Curves) -> tuple[np.ndarray, str]:
+    """The losses of batches, smoothed for the eye, and what to call them."""
+    window = max(1, len(run.batch["loss"]) // 100)
+    label = "training batches" + (f" (mean of {window})" if window > 1 else "")
+    return smooth(run.batch["loss"], window), label
+
+
 def draw_run(axes: Axes, run: Curves, colour: str, x: str, prefix: str) -> None:
     if len(run.batch["loss"]):
-        window = max(1, len(run.batch["loss"]) // 100)
-        label = f"{prefix}training batches" + (f" (mean of {window})" if window > 1 else "")
-        loss = smooth(run.batch["loss"], window)
-        axes.plot(run.batch[x], loss, color=colour, linewidth=0.8, alpha=0.45, label=label)
+        loss, label = batches(run)
+        axes.plot(run.batch[x], loss, color=colour, linewidth=0.8, alpha=0.45, label=prefix + label)
     if not len(run.evaluated["val"]):
         return
     places, losses = run.evaluated[x], run.evaluated["val"]
@@ -112,14 +128,68 @@ def draw_run(axes: Axes, run: Curves, colour: str, x: str, prefix: str) -> None:
     )
 
 
+def figure(runs: list[Curves], x: str = "step") -> str:
+    """The same picture to point at, a part of a page."""
+    from lab import pages  # not above: train.py draws without plotly
+
+    made = pages.go.Figure()
+    for i, run in enumerate(runs):
+        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        colour = {"color": COLOURS[i % len(COLOURS)]}
+        if len(run.batch["loss"]):
+            loss, label = batches(run)
+            some = np.unique(np.linspace(0, len(loss) - 1, MOST_POINTS).astype(int))
+            line = colour | {"width": 1}
+            made.add_scatter(
+                x=run.batch[x][some], y=loss[some].round(4), name=prefix + label, line=line, opacity=0.5
+            )
+        if not len(run.evaluated["val"]):
+            continue
+        places, losses = run.evaluated[x], run.evaluated["val"]
+        both = {"mode": "lines+markers"}
+        made.add_scatter(
+            x=places, y=run.evaluated["train"], name=f"{prefix}train", line=colour | {"dash": "dash"}, **both
+        )
+        made.add_scatter(x=places, y=losses, name=f"{prefix}validation", line=colour, **both)
+        best = int(losses.argmin())
+        made.add_scatter(
+            x=places[[best]],
+            y=losses[[best]],
+            name=f"{prefix}best validation",
+            mode="markers+text",
+            text=[f"best {losses[best]:.3f}"],
+            textposition="top center",
+            marker=colour | {"symbol": "star", "size": 14},
+        )
+    made.update_traces(hovertemplate="%{x:,.0f}: %{y:.4f}")
+    made.update_layout(xaxis={"title": X_TITLES[x]}, yaxis={"title": Y_TITLE}, hovermode="closest")
+    return pages.figure(made, height=520)
+
+
 def main(resolved: Resolved[CurveSettings]) -> int:
+    from lab import look, pages  # not above: train.py draws without plotly
+
     settings = resolved.settings
     folders = [Path(name) for name in settings.out_dir.split(",") if name]
     if not folders:
         raise ValueError("--out_dir names no run folder")
     path = Path(settings.to) if settings.to else folders[0] / "loss.png"
-    draw([read(folder) for folder in folders], path, settings.x)
+    path = path if path.suffix not in ("", ".html") else path.with_suffix(".png")
+    runs = [read(folder) for folder in folders]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(runs, path, settings.x)
     print(f"wrote {path}")
+    title = "loss of " + ", ".join(run.name for run in runs)
+    pages.write(path.with_suffix(".html"), title, [figure(runs, settings.x)])
+    look.save_arrays(
+        settings.save_arrays,
+        {
+            f"{run.name} {name} {axis}": values
+            for run in runs
+            for name, curve in (("batches", run.batch), ("evaluated", run.evaluated))
+            for axis, values in curve.items()
+        },
+    )
     return 0
 
 

@@ -72,21 +72,22 @@ def before_training(config: GPTConfig, seed: int) -> GPT:
 def project(
     points: np.ndarray, how: str, perplexity: float = 15.0, seed: int = 0, start: np.ndarray | None = None
 ) -> np.ndarray:
-    """Points (n, C) -> (n, 2). how: pca or tsne. `start` (n, 2): where t-SNE begins; else at the PCA."""
+    """Points (n, C) -> (n, 2). how: pca or tsne. `start` (n, 2): where t-SNE goes on from, small steps away;
+    else it begins at the PCA."""
     if how == "pca":
         return PCA(2, svd_solver="full").fit_transform(points)
     perplexity = min(perplexity, max(1.0, (len(points) - 1) / 3))
-    begin = project(points, "pca") if start is None else start
-    begin = begin / max(begin[:, 0].std(), 1e-12) * 1e-4
+    if start is None:
+        began = project(points, "pca")
+        options = {"init": (began / max(began[:, 0].std(), 1e-12) * 1e-4).astype(np.float32)}
+    else:  # no early exaggeration, which would throw the points together anew
+        options = {"init": start.astype(np.float32), "early_exaggeration": 1.0, "max_iter": 300}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tsne = TSNE(2, perplexity=perplexity, init=begin.astype(np.float32), random_state=seed)
-        return tsne.fit_transform(points)
+        return TSNE(2, perplexity=perplexity, random_state=seed, **options).fit_transform(points)
 
 
-def all_projections(
-    found: dict[str, Vectors], settings: EmbeddingSettings
-) -> dict[tuple[str, str, str], np.ndarray]:
+def all_projections(found: dict[str, Vectors], settings: EmbeddingSettings) -> Projections:
     """(tokens or positions, pca or tsne, when) -> (n, 2)."""
     return {
         (what, how, when): project(points, how, settings.perplexity, settings.seed)
@@ -103,9 +104,7 @@ def all_projections(
 HOW = {"pca": "PCA", "tsne": "t-SNE"}
 
 
-def draw(
-    projections: dict[tuple[str, str, str], np.ndarray], names: list[str], kinds: np.ndarray, path: Path
-) -> None:
+def draw(projections: Projections, names: list[str], kinds: np.ndarray, path: Path) -> None:
     """A row for tokens and one for positions; PCA and t-SNE, before training and after, side by side."""
     rows = sorted({what for what, _, _ in projections}, reverse=True)  # tokens first
     columns = list(dict.fromkeys((how, when) for _, how, when in projections))
@@ -177,6 +176,15 @@ def scatter(places: np.ndarray, names: list[str], kinds: np.ndarray, title: str)
     return pages.figure(made)
 
 
+def clouds(projections: Projections, names: list[str], kinds: np.ndarray) -> list[str]:
+    """A figure to point at for each projection of the tokens."""
+    return [
+        scatter(places, names, kinds, f"{HOW[how]}, {when}")
+        for (what, how, when), places in projections.items()
+        if what == "tokens"
+    ]
+
+
 def two_times(writer: Writer, settings: EmbeddingSettings) -> dict[str, Vectors]:
     """The embeddings before training, where the run tells how it began, and after."""
     after = {"after training": vectors(writer.model, settings.most)}
@@ -200,11 +208,7 @@ def main(resolved: Resolved[EmbeddingSettings]) -> int:
     projections = all_projections(found, settings)
     path = look.place(settings, "embeddings")
     look.write(path.with_suffix(".png"), lambda beside: draw(projections, names, kinds, beside))
-    parts = [
-        scatter(places, names, kinds, f"{HOW[how]}, {when}")
-        for (what, how, when), places in projections.items()
-        if what == "tokens"
-    ]
+    parts = clouds(projections, names, kinds)
     pages.write(path.with_suffix(".html"), "Where the tokens are", parts)
     arrays = {" ".join(key): places for key, places in projections.items()}
     look.save_arrays(settings.save_arrays, arrays | {"tokens": np.array(names), "groups": kinds})

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from configurator import setting
 from fradique import run
 from fradique import tokenizer as tokenizers
+from lab.curves import write_beside
 from sample import Writer, open_writer, read_prompt
 
 VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "·"}
@@ -79,22 +80,20 @@ def labels(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> list[str]:
 
 def place(settings: LookSettings, name: str) -> Path:
     """Where pictures called `name` go, without an ending; the folder is made."""
-    path = (
-        Path(settings.to) if settings.to else Path(settings.out_dir if not settings.init_from else ".") / name
-    )
+    return place_in(settings.out_dir if not settings.init_from else ".", settings.to, name)
+
+
+def place_in(folder: str, to: str, name: str) -> Path:
+    """`name` in `folder`, or `to` where that is given, without an ending; the folder is made."""
+    path = Path(to) if to else Path(folder) / name
     path = path.with_suffix("") if path.suffix in (".png", ".html", ".svg", ".gif", ".mp4", ".txt") else path
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def write(path: Path, make: Callable[[Path], None]) -> None:
-    """Let `make` write a file beside `path`, then put it there whole, and say so."""
-    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        make(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Let `make` write a file, put it whole where it goes, and say so."""
+    write_beside(path, make)
     print(f"wrote {path}")
 
 

@@ -23,6 +23,10 @@ body { margin: 1.5rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink)
 .token { padding: 0.12em 0.06em; background: rgba(230, 120, 0, calc(0.75 * var(--loss, 0))); }
 mark { background: rgba(213, 94, 0, 0.4); color: inherit; }
 .token:hover { outline: 2px solid #0072B2; }
+nav { line-height: 1.9; } a { color: inherit; } img, svg { max-width: 100%; height: auto; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: 0.15rem 1.2rem 0.15rem 0; }
+summary { cursor: pointer; } pre { overflow-x: auto; font-size: 0.85rem; }
+.sample { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } .note { color: var(--faint); }
 """
 # plotly does not take the page's colours: each figure is given them once it is there, and when they change
@@ -67,6 +71,23 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
+def table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
+    """A table of texts."""
+    lines = ["".join(f"<th>{escape(word)}</th>" for word in head)] if head else []
+    lines += ["".join(f"<td>{escape(word)}</td>" for word in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def folded(title: str, inside: str, opened: bool = False) -> str:
+    """What is shown when its title is clicked."""
+    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{inside}</details>"
+
+
+def sample(text: str) -> str:
+    """A text as it was written, its line breaks kept."""
+    return f'<pre class="sample">{escape(text)}</pre>'
+
+
 def figure(made: go.Figure, height: int = 640) -> str:
     """A plotly figure as a part of a page, in the page's colours."""
     made.update_layout(
@@ -91,20 +112,16 @@ def maps(weights: np.ndarray, names: list[str], pairs: list[tuple[int, int]]) ->
     hover = "<b>%{customdata[0]}</b> reads <b>%{customdata[1]}</b>: %{z:.3f}<extra></extra>"
     told = np.array([[(reader, read) for read in names] for reader in names], dtype=object)  # (T, T, 2)
     seen = np.tril(np.ones((T, T), dtype=bool)) | (weights.max((0, 1)) > 0)
+    # one map, whose numbers the buttons change: the tokens are told once
+    shown = [np.where(seen, weights[layer, head].astype(float).round(4), np.nan) for layer, head in pairs]
     made = go.Figure()
-    for i, (layer, head) in enumerate(pairs):
-        z = np.where(seen, weights[layer, head].round(4), np.nan)
-        made.add_heatmap(
-            z=z, customdata=told, hovertemplate=hover, zmin=0, zmax=1, colorscale="Cividis", visible=i == 0,
-            xgap=1, ygap=1, colorbar={"title": "weight"},
-        )  # fmt: skip
+    made.add_heatmap(
+        z=shown[0], customdata=told, hovertemplate=hover, zmin=0, zmax=1, colorscale="Cividis",
+        xgap=1, ygap=1, colorbar={"title": "weight"},
+    )  # fmt: skip
     buttons = [
-        {
-            "label": f"layer {layer}, head {head}",
-            "method": "restyle",
-            "args": ["visible", [j == i for j in range(len(pairs))]],
-        }
-        for i, (layer, head) in enumerate(pairs)
+        {"label": f"layer {layer}, head {head}", "method": "restyle", "args": [{"z": [as_list(z)]}]}
+        for (layer, head), z in zip(pairs, shown, strict=True)
     ]
     made.update_layout(
         xaxis=axis | {"title": "token that is read", "side": "bottom", "constrain": "domain"},
@@ -121,6 +138,11 @@ def maps(weights: np.ndarray, names: list[str], pairs: list[tuple[int, int]]) ->
         ],
     )
     return figure(made, height=max(520, min(1000, 24 * T + 200)))
+
+
+def as_list(z: np.ndarray) -> list[list[float | None]]:
+    """(rows, columns) for JSON, which has no NaN."""
+    return [[None if np.isnan(value) else float(value) for value in row] for row in z]
 
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.01)  # fibres of one interval are drawn alike

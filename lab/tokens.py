@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from configurator import Resolved, command, setting
+from fradique import tokenizer as tokenizers
 from fradique.generation import filter_logits
-from lab import look, pages
+from lab import film, look, pages
 from lab.curves import COLOURS
 from model import GPT
 
@@ -157,8 +157,7 @@ def draw_movie(logits: torch.Tensor, order: np.ndarray, names: list[str], path: 
         axes = figure.add_subplot()
         draw_panel(axes, distribution(logits, temperature), order, names, f"temperature {temperature:.2f}")
         frames.append(look.pixels(figure))
-    first, *others = (Image.fromarray(frame).quantize(64) for frame in frames)
-    first.save(path, format="GIF", save_all=True, append_images=others, duration=120, loop=0)
+    film.gif(frames, path, seconds=0.12)
 
 
 def coloured(names: list[str], found: Foreseen, alternatives: list[list[str]]) -> str:
@@ -204,6 +203,20 @@ def bars(found: dict[float, np.ndarray], order: np.ndarray, names: list[str]) ->
     return pages.figure(made, height=26 * len(order) + 220)
 
 
+def next_tokens(logits: torch.Tensor, order: np.ndarray, names: list[str]) -> str:
+    """The bars of what follows logits (V,), whose temperature is moved."""
+    return bars({t: distribution(logits, t) for t in np.geomspace(0.1, 3.0, 30)}, order, names)
+
+
+def text_by_loss(tokenizer: tokenizers.Tokenizer, ids: np.ndarray, foreseen: Foreseen) -> list[str]:
+    """The text of ids (T,) coloured by the loss of its tokens, and how to read it."""
+    others = [look.labels(tokenizer, row) for row in foreseen.alternatives]
+    return [
+        pages.note("The stronger the ground, the larger the loss of the token; point at one to see more."),
+        coloured(look.labels(tokenizer, ids), foreseen, others),
+    ]
+
+
 def main(resolved: Resolved[TokenSettings]) -> int:
     settings = resolved.settings
     writer = look.open_model(settings)
@@ -212,24 +225,16 @@ def main(resolved: Resolved[TokenSettings]) -> int:
     logits = logits_of(writer.model, look.as_batch(writer, ids), tokenizer.vocab_size)
     found, last = panels(logits[-1], settings), logits[-1]
     order = distribution(last).argsort()[::-1][: settings.top].copy()
-    names, text_names = look.labels(tokenizer, order), look.labels(tokenizer, ids)
+    names = look.labels(tokenizer, order)
     prompt = look.visible(tokenizer.decode(ids))
     path = look.place(settings, "tokens")
     look.write(path.with_suffix(".png"), lambda beside: draw_panels(found, order, names, prompt, beside))
     look.write(path.with_suffix(".gif"), lambda beside: draw_movie(last, order, names, beside))
     arrays = {f"probabilities of {title}": p for title, p in found.items()} | {"ids": ids}
-    parts = [f"<h2>What may follow “{pages.escape(prompt[-60:])}”</h2>"]
-    parts.append(bars({t: distribution(last, t) for t in np.geomspace(0.1, 3.0, 30)}, order, names))
+    parts = [f"<h2>What may follow “{pages.escape(prompt[-60:])}”</h2>", next_tokens(last, order, names)]
     if len(ids) > 1:
         foreseen = foresee(logits, ids)
-        others = [look.labels(tokenizer, row) for row in foreseen.alternatives]
-        parts += [
-            "<h2>How well the text was foreseen</h2>",
-            pages.note(
-                "The stronger the ground, the larger the loss of the token; point at one to see more."
-            ),
-            coloured(text_names, foreseen, others),
-        ]
+        parts += ["<h2>How well the text was foreseen</h2>", *text_by_loss(tokenizer, ids, foreseen)]
         arrays |= {"loss": foreseen.loss, "rank": foreseen.rank, "alternatives": foreseen.alternatives}
     pages.write(path.with_suffix(".html"), "Next tokens", parts)
     look.save_arrays(settings.save_arrays, arrays)

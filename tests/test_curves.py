@@ -64,6 +64,13 @@ def test_the_command_writes_where_it_says(tmp_path):
     write_run(tmp_path / "a")
     done = run_script("lab.curves", f"--out_dir={tmp_path / 'a'}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"wrote {tmp_path / 'a' / 'loss.png'}\n"
+    written = [tmp_path / "a" / name for name in ("loss.png", "loss.html")]
+    assert done.stdout == "".join(f"wrote {path}\n" for path in written)
+    page = written[1].read_text(encoding="utf-8")
+    assert "best validation" in page and "<script src" not in page
+    done = run_script("lab.curves", f"--out_dir={tmp_path / 'a'}", f"--save_arrays={tmp_path / 'x.npz'}")
+    assert done.returncode == 0, done.stderr
+    held = np.load(tmp_path / "x.npz")
+    assert held["a evaluated val"].tolist() == curves.read(tmp_path / "a").evaluated["val"].tolist()
     done = run_script("lab.curves", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and "holds no metrics.jsonl" in done.stderr

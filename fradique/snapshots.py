@@ -1,0 +1,82 @@
+"""Embeddings kept on the way, for `lab.movie`: small files beside the checkpoints, one for each time.
+
+`<run>/snapshots/step-00000250.safetensors` holds, in float16, "tokens" (n, C), of a large vocabulary the
+first 2,000 (in BPE, the most frequent), and "positions" (P, C) where the model learns them.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from torch import Tensor, nn
+
+FOLDER = "snapshots"
+MOST = 2000  # tokens, and positions
+NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The embeddings after `step`: tokens (n, C), positions (P, C) or None, float32."""
+
+    step: int
+    tokens: np.ndarray
+    positions: np.ndarray | None
+
+
+def of(model: nn.Module) -> dict[str, Tensor]:
+    """The embeddings of a GPT that are kept."""
+    tables = {"tokens": "wte", "positions": "wpe"}
+    there = {name: key for name, key in tables.items() if key in model.transformer}
+    return {name: model.transformer[key].weight.detach()[:MOST] for name, key in there.items()}
+
+
+def keep(run: Path, step: int, model: nn.Module) -> None:
+    """Write those of `model` into the run folder, whole or not at all."""
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:08d}.safetensors"
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    arrays = {name: x.to("cpu", torch.float16).contiguous().numpy() for name, x in of(model).items()}
+    try:
+        beside.write_bytes(safetensors.numpy.save(arrays))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def paths(run: Path) -> dict[int, Path]:
+    """The snapshots of a run by their steps, oldest first."""
+    found = {path: NAME.fullmatch(path.name) for path in (run / FOLDER).glob("*.safetensors")}
+    return dict(sorted((int(name[1]), path) for path, name in found.items() if name))
+
+
+def read(run: Path) -> list[Snapshot]:
+    """All snapshots of a run, oldest first. Raises ValueError, saying what to do, where there are none."""
+    found = []
+    for step, path in paths(run).items():
+        try:
+            tensors = safetensors.numpy.load_file(path)
+            tokens, positions = tensors["tokens"], tensors.get("positions")
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it") from error
+        positions = None if positions is None else positions.astype(np.float32)
+        found.append(Snapshot(step, tokens.astype(np.float32), positions))
+    if not found:
+        raise ValueError(
+            f"{run} holds no snapshots of its embeddings: train with --snapshot_interval=50, which keeps "
+            "them every 50 steps"
+        )
+    return found
+
+
+def rewind(run: Path, step: int) -> None:
+    """Forget what was kept after `step`: a resumed run goes there again."""
+    for later, path in paths(run).items():
+        if later > step:
+            path.unlink()
