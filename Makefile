@@ -29,6 +29,8 @@ demo: $(READY)
 	@$(BIN)/python train.py config/train_python_char.py --overwrite
 	@echo
 	@$(BIN)/python sample.py --out_dir=out/python-char --start="def " --max_new_tokens=300
+	@echo
+	@$(BIN)/python -m lab.report --out_dir=out/python-char
 
 test: $(READY)
 	@$(BIN)/python -m pytest

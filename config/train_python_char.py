@@ -10,6 +10,7 @@ eval_interval = 200
 eval_iters = 20
 log_interval = 20
 sample_interval = 500
+snapshot_interval = 100
 
 n_layer = 4
 n_head = 4

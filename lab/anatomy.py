@@ -148,13 +148,14 @@ def folded(parts: Sequence[Part]) -> list[tuple[Part, int]]:
 
 STYLE = """
 svg { font: 14px system-ui, sans-serif; background: #ffffff; --ink: #1b1b1b; --soft: #5f6368;
-  --line: #9aa0a6; }
+  --line: #9aa0a6; --paper: #ffffff; }
 @media (prefers-color-scheme: dark) {
-  svg { background: #16181c; --ink: #ececec; --soft: #a8adb4; --line: #6b7078; } }
+  svg { background: #16181c; --ink: #ececec; --soft: #a8adb4; --line: #6b7078; --paper: #16181c; } }
 text { fill: var(--ink); } .soft { fill: var(--soft); font-size: 12px; }
 .box { stroke: var(--line); fill-opacity: 0.22; }
 .frame { fill: none; stroke: var(--line); stroke-dasharray: 5 4; }
 .flow { fill: none; stroke: var(--line); stroke-width: 1.6; } .share { fill-opacity: 0.85; }
+.sum { fill: var(--paper); stroke: var(--line); stroke-width: 1.6; }
 """
 LEFT, WIDTH, HEIGHT, GAP = 150, 300, 44, 26  # of the boxes, and between them
 BARS = 520  # where the shares begin; 100 pixels are all
@@ -170,8 +171,9 @@ class Box:
     colour: str
 
 
-def boxes(parts: Sequence[Part], config: GPTConfig) -> tuple[list[Box], list[Box], list[Box]]:
-    """Before the layers, in a layer, and behind the layers."""
+def boxes(parts: Sequence[Part], config: GPTConfig) -> tuple[list[Box], list[list[Box]], list[Box]]:
+    """Before the layers, in a layer, and behind the layers. A layer's are in groups: the stream goes by each
+    group, and what the group makes is added to it; norms behind a sum are groups that it does not go by."""
     by_path = {part.path: part for part in parts}
     layer = "transformer.h.0"
 
@@ -188,21 +190,21 @@ def boxes(parts: Sequence[Part], config: GPTConfig) -> tuple[list[Box], list[Box
     norm_1 = box(f"{layer}.ln_1", "norm", config.norm, 2)
     norm_2 = box(f"{layer}.ln_2", "norm", config.norm, 2)
     if config.parallel_block:
-        inside = [norm_1, attention, mlp]
+        inside = [norm_1 + attention + mlp]
     elif config.norm_place == "pre":
-        inside = [norm_1, attention, norm_2, mlp]
+        inside = [norm_1 + attention, norm_2 + mlp]
     else:
         inside = [attention, norm_1, mlp, norm_2]
     last = box("transformer.ln_f", "norm", config.norm, 2)
     tied = ", the token embedding's weights" if config.tie_weights else ""
     last += box("lm_head", "output layer", f"{C} → {config.vocab_size}{tied}", 3)
-    return before, [one for found in inside for one in found], last
+    return before, inside, last
 
 
 def drawing(parts: Sequence[Part], config: GPTConfig, batch: int, tokens: int) -> str:
     """The model from the bottom of the stream to its logits, as SVG, with each part's share of the whole."""
-    before, layer, behind = boxes(parts, config)
-    whole, body, y = parts[0], [], 70
+    before, groups, behind = boxes(parts, config)
+    whole, body, above, y = parts[0], [], [], 70
     shape = f"{batch} x {tokens} x {config.n_embd}"
 
     def place(found: Sequence[Box], times: int = 1) -> None:
@@ -212,15 +214,34 @@ def drawing(parts: Sequence[Part], config: GPTConfig, batch: int, tokens: int) -
             body.append(draw_box(box, y, whole, times))
             y += HEIGHT + GAP
 
+    def place_beside(found: Sequence[Box]) -> None:
+        """Norm, attention and MLP, the last two fed by the norm alone: drawn one below the other."""
+        nonlocal y
+        norm, attention, mlp = found
+        place([norm, attention], config.n_layer)
+        fed, out = y - 2 * GAP - HEIGHT + 4, y - GAP
+        body.append(draw_box(mlp, y, whole, config.n_layer))
+        body.append(around(LEFT + WIDTH + 20, fed, y - 8) + arrow(y - 8, y))  # around the attention
+        y += HEIGHT + GAP
+        body.append(around(LEFT - 10, out, y - GAP / 2, started=True) + arrow(y - GAP, y - GAP / 2))
+
     place(before)
     top = y - GAP / 2
     y += 16
     body.append(f'<text x="{LEFT + WIDTH / 2 + 12}" y="{y - 10}" class="soft">{shape}</text>')
-    place(layer, config.n_layer)
-    height = y - top - GAP / 2 + 8
+    for group in groups:
+        start = y - GAP / 2 - 4
+        if config.parallel_block:
+            place_beside(group)
+        else:
+            place(group, config.n_layer)
+        if group[-1].title != "norm":
+            body.append(around(LEFT - 20, start, y - GAP / 2))
+            above.append(plus(y - GAP / 2))
+    height = y - top - GAP / 2 + 12
     body.append(
-        f'<rect class="frame" x="{LEFT - 30}" y="{top}" width="{WIDTH + 60}" height="{height}" rx="10"/>'
-        f'<text x="{LEFT - 40}" y="{(top + y) / 2}" text-anchor="end">{config.n_layer} layers</text>'
+        f'<rect class="frame" x="{LEFT - 36}" y="{top}" width="{WIDTH + 72}" height="{height}" rx="10"/>'
+        f'<text x="{LEFT - 46}" y="{(top + y) / 2}" text-anchor="end">{config.n_layer} layers</text>'
     )
     y += 16
     place(behind)
@@ -237,13 +258,30 @@ def drawing(parts: Sequence[Part], config: GPTConfig, batch: int, tokens: int) -
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 {y + 30}" width="960" height="{y + 30}">'
-        f"<style>{STYLE}</style>{head}{''.join(body)}</svg>\n"
+        f"<style>{STYLE}</style>{head}{''.join(body + above)}</svg>\n"
     )
 
 
 def arrow(start: float, end: float) -> str:
     x = LEFT + WIDTH / 2
     return f'<path class="flow" d="M{x} {start} V{end} m-5 -6 l5 6 l5 -6"/>'
+
+
+def around(x: float, start: float, end: float, started: bool = False) -> str:
+    """A line that leaves the middle at `start`, passes at `x`, and comes back at `end`. `started`: it leaves
+    a box's lower edge, not the line in the middle."""
+    middle = LEFT + WIDTH / 2
+    begin = f"M{LEFT + 20} {start} v6 H{x}" if started else f"M{middle} {start} H{x}"
+    return f'<path class="flow" d="{begin} V{end} H{middle}"/>'
+
+
+def plus(y: float) -> str:
+    """The sum, on the line in the middle."""
+    x = LEFT + WIDTH / 2
+    return (
+        f'<circle class="sum" cx="{x}" cy="{y}" r="8"/>'
+        f'<path class="flow" d="M{x - 5} {y} h10 M{x} {y - 5} v10"/>'
+    )
 
 
 def draw_box(box: Box, y: float, whole: Part, times: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from torch import Tensor
 
 from configurator import Resolved, command, setting
@@ -152,6 +153,30 @@ def draw_map(axes: Axes, weights: np.ndarray, names: list[str], labelled: bool, 
     return image
 
 
+def draw_space(found: np.ndarray, names: list[str], shape: tuple[int, ...], path: Path) -> None:
+    """The view in space as it is first seen: `found` (n, 5) as `fibres` gives them."""
+    L, H, T = shape[:3]
+    figure = Figure(figsize=(9, 6.4), dpi=110)
+    axes = figure.add_axes((0.0, 0.02, 0.98, 0.92), projection="3d")
+    layer, head, reader, read, weight = found.T
+    ends = np.stack(  # (n, 2, 3)
+        [np.column_stack([read, head, layer]), np.column_stack([reader, head, layer + 1])], axis=1
+    )
+    colours = [(0.9, 0.55, 0.0, alpha) for alpha in np.clip(0.08 + 0.92 * weight, 0, 1)]
+    axes.add_collection3d(Line3DCollection(ends, colors=colours, linewidths=0.4 + 2.4 * weight))
+    nodes = np.stack(np.meshgrid(range(T), range(H), range(L + 1), indexing="ij"), -1).reshape(-1, 3)
+    axes.scatter(*nodes.T, s=2, color="#8a8f98")
+    axes.set(xlim=(0, max(1, T - 1)), ylim=(0, max(1, H - 1)), zlim=(0, L))
+    axes.set_xticks(range(T) if T <= LABELS else [], names if T <= LABELS else [], fontsize=7)
+    axes.set_yticks(range(H))
+    axes.set_zticks(range(L + 1), ["in", *map(str, range(1, L + 1))])
+    axes.set(xlabel="token", ylabel="head", zlabel="layer")
+    axes.view_init(elev=14, azim=-78)
+    axes.set_box_aspect((2.0, 0.8, 1.2))
+    axes.set_title("who reads whom, layer by layer: the brighter, the more", fontsize=11)
+    figure.savefig(path)
+
+
 def main(resolved: Resolved[AttentionSettings]) -> int:
     settings = resolved.settings
     writer = look.open_model(settings)
@@ -163,7 +188,9 @@ def main(resolved: Resolved[AttentionSettings]) -> int:
     look.write(path.with_suffix(".png"), lambda beside: draw_maps(weights, names, pairs, beside))
     pages.write(path.with_suffix(".html"), "What each token reads", [pages.maps(weights, names, pairs)])
     space = path.with_name(path.name + "-3d")
-    parts = [pages.note(HOW_TO_READ), pages.space(fibres(weights), names, weights.shape)]
+    seen = fibres(weights)
+    look.write(space.with_suffix(".png"), lambda beside: draw_space(seen, names, weights.shape, beside))
+    parts = [pages.note(HOW_TO_READ), pages.space(seen, names, weights.shape)]
     pages.write(space.with_suffix(".html"), "Attention through the layers", parts)
     look.save_arrays(settings.save_arrays, {"weights": weights, "ids": ids, "tokens": np.array(names)})
     return 0

@@ -176,12 +176,30 @@ def scatter(places: np.ndarray, names: list[str], kinds: np.ndarray, title: str)
     return pages.figure(made)
 
 
+def thread(places: np.ndarray, title: str) -> str:
+    """Positions joined in order, to point at."""
+    made = pages.go.Figure()
+    made.add_scatter(
+        x=places[:, 0],
+        y=places[:, 1],
+        mode="lines+markers",
+        text=[f"position {i}" for i in range(len(places))],
+        hovertemplate="%{text}<extra></extra>",
+        line={"color": "#9aa0a6", "width": 1},
+        marker={"color": list(range(len(places))), "colorscale": "Cividis", "size": 6},
+        showlegend=False,
+    )
+    made.update_layout(title=title, xaxis={"visible": False}, yaxis={"visible": False, "scaleanchor": "x"})
+    return pages.figure(made)
+
+
 def clouds(projections: Projections, names: list[str], kinds: np.ndarray) -> list[str]:
-    """A figure to point at for each projection of the tokens."""
+    """A figure to point at for each projection."""
     return [
-        scatter(places, names, kinds, f"{HOW[how]}, {when}")
-        for (what, how, when), places in projections.items()
+        scatter(places, names, kinds, f"tokens, {HOW[how]}, {when}")
         if what == "tokens"
+        else thread(places, f"positions, {HOW[how]}, {when}")
+        for (what, how, when), places in projections.items()
     ]
 
 
