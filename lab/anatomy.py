@@ -230,7 +230,7 @@ def drawing(parts: Sequence[Part], config: GPTConfig, batch: int, tokens: int) -
     y += 16
     body.append(f'<text x="{LEFT + WIDTH / 2 + 12}" y="{y - 10}" class="soft">{shape}</text>')
     for group in groups:
-        start = y - GAP / 2 - 4
+        start = y - 11
         if config.parallel_block:
             place_beside(group)
         else:
@@ -238,7 +238,9 @@ def drawing(parts: Sequence[Part], config: GPTConfig, batch: int, tokens: int) -
         if group[-1].title != "norm":
             body.append(around(LEFT - 20, start, y - GAP / 2))
             above.append(plus(y - GAP / 2))
-    height = y - top - GAP / 2 + 12
+            body.append(arrow(y - GAP, y + 14))
+            y += 14
+    height = y - top - GAP / 2 + 4
     body.append(
         f'<rect class="frame" x="{LEFT - 36}" y="{top}" width="{WIDTH + 72}" height="{height}" rx="10"/>'
         f'<text x="{LEFT - 46}" y="{(top + y) / 2}" text-anchor="end">{config.n_layer} layers</text>'

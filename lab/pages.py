@@ -3,6 +3,7 @@
 A page follows the reader's light or dark setting. Figures are plotly's.
 """
 
+import base64
 import itertools
 from collections.abc import Sequence
 from html import escape
@@ -23,7 +24,7 @@ body { margin: 1.5rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink)
 .token { padding: 0.12em 0.06em; background: rgba(230, 120, 0, calc(0.75 * var(--loss, 0))); }
 mark { background: rgba(213, 94, 0, 0.4); color: inherit; }
 .token:hover { outline: 2px solid #0072B2; }
-nav { line-height: 1.9; } a { color: inherit; } img, svg { max-width: 100%; height: auto; }
+nav { line-height: 1.9; } a { color: inherit; } img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: 0.15rem 1.2rem 0.15rem 0; }
 summary { cursor: pointer; } pre { overflow-x: auto; font-size: 0.85rem; }
 .sample { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
@@ -86,6 +87,12 @@ def folded(title: str, inside: str, opened: bool = False) -> str:
 def sample(text: str) -> str:
     """A text as it was written, its line breaks kept."""
     return f'<pre class="sample">{escape(text)}</pre>'
+
+
+def picture(data: bytes, kind: str, told: str) -> str:
+    """A picture inside the page; kind: gif, or svg+xml, whose style thereby stays its own."""
+    inside = base64.b64encode(data).decode("ascii")
+    return f'<img alt="{escape(told)}" src="data:image/{kind};base64,{inside}">'
 
 
 def figure(made: go.Figure, height: int = 640) -> str:

@@ -7,7 +7,6 @@ Writes report.html into the run folder. It needs no network, and holds, from the
 its embeddings where `snapshot_interval` kept some.
 """
 
-import base64
 import itertools
 import re
 import statistics
@@ -93,7 +92,7 @@ def text_ids(writer: Writer, start: str, samples: list[tuple[int, str]]) -> np.n
     """The text that is looked at, (T,): what was asked for, else the last sample, as long as the block."""
     if start:
         return look.prompt_ids(writer, start)
-    text = samples[-1][1].strip("\n") if samples else ""
+    text = samples[-1][1].strip() if samples else ""
     ids = tokenizers.encode_prompt(writer.tokenizer, text).astype(np.int64)
     return ids[: min(writer.model.config.block_size, LONGEST_READ)]
 
@@ -152,15 +151,16 @@ def film_section(folder: Path) -> Section:
     path = folder / ".report-film.gif"
     try:
         film.gif(movie.frames(scene), path, 1 / FILM["fps"], hold=2.0)
-        data = base64.b64encode(path.read_bytes()).decode("ascii")
+        shown = pages.picture(path.read_bytes(), "gif", "embeddings through training")
     finally:
         path.unlink(missing_ok=True)
-    return title, [f'<img alt="embeddings through training" src="data:image/gif;base64,{data}">']
+    return title, [shown]
 
 
 def anatomy_section(config: GPTConfig) -> Section:
     parts = anatomy.anatomy(config, 1, config.block_size)
-    drawing = anatomy.drawing(parts, config, 1, config.block_size)
+    svg = anatomy.drawing(parts, config, 1, config.block_size)
+    drawing = pages.picture(svg.encode(), "svg+xml", "the model's parts, from tokens to logits")
     return "What it is made of", [
         drawing,
         pages.folded("as text", f"<pre>{escape(anatomy.tree(parts))}</pre>"),

@@ -1,5 +1,6 @@
 """The lab's pages in a browser: no error in its console, the view in space turns, hovering tells."""
 
+import io
 import shutil
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
 pytest.importorskip("selenium", reason="a browser is driven by selenium")
 
 from conftest import TrainSettings, make_text, run_training
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -105,8 +107,18 @@ def test_a_page_opens_without_an_error_and_is_read_in_both_schemes(browser, page
     )
     inks = {"light": "#1b1b1b", "dark": "#ececec"}
     assert set(fonts) <= {inks[scheme]}
+    for figure in browser.find_elements(By.CSS_SELECTOR, ".js-plotly-plot"):
+        assert is_drawn(figure)
     width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(width) <= 0  # nothing runs out of the page
+
+
+def is_drawn(figure):
+    """Whether there is something to see in a figure: not one colour all over."""
+    picture = Image.open(io.BytesIO(figure.screenshot_as_png)).convert("RGB")
+    pixels = picture.width * picture.height
+    (most, _), *_ = sorted(picture.getcolors(pixels), reverse=True)
+    return most < 0.995 * pixels
 
 
 def camera(browser):
