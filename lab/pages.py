@@ -104,6 +104,9 @@ def figure(made: go.Figure, height: int = 640) -> str:
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#9aa0a6", "activecolor": "#0072B2"},
         margin={"l": 60, "r": 20, "t": 50, "b": 60},
     )
+    # neither follows the page's colours: lines through 0, and walls in space
+    made.update_xaxes(zeroline=False).update_yaxes(zeroline=False)
+    made.update_scenes({f"{axis}axis_showbackground": False for axis in "xyz"})
     return made.to_html(
         full_html=False,
         include_plotlyjs=False,
