@@ -108,7 +108,8 @@ def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     written = [Path(path) for path in re.findall(r"^wrote (.+)$", done.stdout, re.M)]
-    assert {path.name for path in written} == {"here.png", "here.html", "here-3d.html", "here-3d.png", "x.npz"}
+    names = {"here.png", "here.html", "here-3d.html", "here-3d.png", "x.npz"}
+    assert {path.name for path in written} == names
     assert imread(to.with_suffix(".png")).std() > 0.05
     arrays = np.load(tmp_path / "x.npz")
     assert arrays["weights"].shape == (2, 2, 9, 9)
