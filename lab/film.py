@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -9,7 +10,7 @@ from PIL import Image
 COLOURS = 96  # of a GIF's palette: pictures of few colours
 
 
-def gif(frames: Iterable[np.ndarray], path: Path, seconds: float, hold: float = 0.0) -> None:
+def gif(frames: Iterable[np.ndarray], to: Path | BinaryIO, seconds: float, hold: float = 0.0) -> None:
     """Write a GIF that goes round: each frame `seconds` long, the last `hold` longer.
 
     All frames have the palette of the last, which shows everything: colours do not flicker, and what stays as
@@ -21,7 +22,7 @@ def gif(frames: Iterable[np.ndarray], path: Path, seconds: float, hold: float = 
     lengths = [round(1000 * seconds)] * len(pictures)
     lengths[-1] += round(1000 * hold)
     first.save(
-        path, format="GIF", save_all=True, append_images=others, duration=lengths, loop=0, optimize=False
+        to, format="GIF", save_all=True, append_images=others, duration=lengths, loop=0, optimize=False
     )
 
 

@@ -180,7 +180,10 @@ def name_points(axes: Axes, sizes: Sequence[int], heights: Sequence[float], name
     axes.grid(alpha=0.25)
     axes.margins(y=0.15)
     for size, height, name in zip(sizes, heights, names, strict=True):
-        axes.annotate(name, (size, height), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+        ground = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}  # over the lines
+        axes.annotate(
+            name, (size, height), (0, 8), textcoords="offset points", ha="center", fontsize=8, bbox=ground
+        )
 
 
 def parts(stages: Sequence[Stage], folders: Sequence[Path]) -> list[str]:

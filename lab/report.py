@@ -7,6 +7,7 @@ Writes report.html into the run folder. It needs no network, and holds, from the
 its embeddings where `snapshot_interval` kept some.
 """
 
+import io
 import itertools
 import re
 import statistics
@@ -148,13 +149,9 @@ def film_section(folder: Path) -> Section:
     if len(snapshots.paths(folder)) < 2:
         return title, [pages.note("With --snapshot_interval=50 in training, a film of it would be here.")]
     scene = movie.scene_of(movie.MovieSettings(out_dir=str(folder), **FILM))
-    path = folder / ".report-film.gif"
-    try:
-        film.gif(movie.frames(scene), path, 1 / FILM["fps"], hold=2.0)
-        shown = pages.picture(path.read_bytes(), "gif", "embeddings through training")
-    finally:
-        path.unlink(missing_ok=True)
-    return title, [shown]
+    held = io.BytesIO()
+    film.gif(movie.frames(scene), held, 1 / FILM["fps"], hold=2.0)
+    return title, [pages.picture(held.getvalue(), "gif", "embeddings through training")]
 
 
 def anatomy_section(config: GPTConfig) -> Section:
