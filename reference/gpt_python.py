@@ -1,0 +1,398 @@
+"""A GPT in plain Python: numbers in lists, and nothing else.
+
+    python reference/gpt_python.py --input book.txt --steps 300
+
+A decoder-only transformer (Vaswani et al. 2017; its layers are GPT-2's, Radford et al. 2019) that reads a
+text, learns to foretell its next character by backpropagation and Adam, and writes some. It imports the
+standard library alone. NOTES.md, beside this file, derives each backward pass.
+
+Every operation stands beside its backward pass. `f(x, w)` gives y; `f_backward(dy, …)` takes dy, the gradient
+of the loss with respect to y, *adds* the gradients of the weights to dw, and returns dx.
+
+Shapes: T tokens, C width, H heads, D = C / H, V characters. A matrix (n, m) is a list of n rows of m numbers;
+a bias is a matrix of one row, (1, C).
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import chain
+from operator import add, mul
+from pathlib import Path
+
+Vector = list[float]
+Matrix = list[Vector]
+EPS = 1e-5  # added to the variance in a layer norm
+POSITIONS = ("learned", "sinusoidal")
+SIZES = {"steps": 300, "batch": 8, "block": 16, "layers": 1, "heads": 2, "width": 16}  # of a run, unless told
+
+
+def dot(a: Vector, b: Vector) -> float:
+    return sum(map(mul, a, b))
+
+
+def transpose(a: Matrix) -> Matrix:
+    """(n, m) -> (m, n)."""
+    return list(zip(*a, strict=True))
+
+
+def matmul(a: Matrix, b: Matrix) -> Matrix:
+    """a (n, m), b (m, k) -> (n, k): every row of a with every column of b."""
+    columns = transpose(b)
+    return [[dot(row, column) for column in columns] for row in a]
+
+
+def plus(a: Matrix, b: Matrix) -> Matrix:
+    """Sum. Backward: the gradient of the sum is the gradient of both."""
+    return [list(map(add, x, y)) for x, y in zip(a, b, strict=True)]
+
+
+def times(a: Matrix, factor: float) -> Matrix:
+    return [[x * factor for x in row] for row in a]
+
+
+def linear(x: Matrix, w: Matrix, b: Matrix) -> Matrix:
+    """y = x Wᵀ + b:  x (T, I), w (O, I), b (1, O) -> (T, O)."""
+    return [list(map(add, row, b[0])) for row in matmul(x, transpose(w))]
+
+
+def linear_backward(dy: Matrix, x: Matrix, w: Matrix, dw: Matrix, db: Matrix) -> Matrix:
+    """dW = dyᵀ x,  db = Σ_t dy,  dx = dy W."""
+    over_time = transpose(dy)  # (O, T): what reached each output
+    dw[:] = plus(dw, matmul(over_time, x))
+    db[:] = plus(db, [[sum(dy_o) for dy_o in over_time]])
+    return matmul(dy, w)
+
+
+def layer_norm(x: Matrix, g: Matrix, b: Matrix) -> tuple[Matrix, tuple[Matrix, Vector]]:
+    """y = g n + b, where n = (x - μ) / σ of each row:  x (T, C), g and b (1, C) -> (T, C), and n and 1/σ."""
+    n, inverse = [], []
+    for row in x:
+        mean = sum(row) / len(row)
+        centred = [value - mean for value in row]
+        inverse.append(1 / math.sqrt(dot(centred, centred) / len(row) + EPS))
+        n.append([value * inverse[-1] for value in centred])
+    return [list(map(add, map(mul, row, g[0]), b[0])) for row in n], (n, inverse)
+
+
+def layer_norm_backward(dy: Matrix, kept: tuple, g: Matrix, dg: Matrix, db: Matrix) -> Matrix:
+    """dg = Σ_t dy n,  db = Σ_t dy,  dn = g dy,  dx = (dn - mean(dn) - n mean(n dn)) / σ."""
+    dx = []
+    for dy_t, n, inverse in zip(dy, *kept, strict=True):
+        dg[0] = list(map(add, dg[0], map(mul, dy_t, n)))
+        db[0] = list(map(add, db[0], dy_t))
+        dn = list(map(mul, dy_t, g[0]))
+        mean, along = sum(dn) / len(dn), dot(dn, n) / len(dn)
+        dx.append([(d - mean - value * along) * inverse for d, value in zip(dn, n, strict=True)])
+    return dx
+
+
+def softmax(scores: Vector) -> Vector:
+    """p_i = exp(z_i) / Σ_j exp(z_j). The largest score is taken away first: the same p, and no overflow."""
+    largest = max(scores)
+    powers = [math.exp(z - largest) for z in scores]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def softmax_backward(dp: Vector, p: Vector) -> Vector:
+    """dz = p (dp - Σ_j p_j dp_j)."""
+    shared = dot(p, dp)
+    return [p_i * (dp_i - shared) for p_i, dp_i in zip(p, dp, strict=True)]
+
+
+def attend(q: Matrix, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
+    """One head, y = P v with P = softmax(q kᵀ / √D):  q, k, v (T, D) -> (T, D), and P (T, T)."""
+    T, scale = len(q), 1 / math.sqrt(len(q[0]))
+    scores = times(matmul(q, transpose(k)), scale)  # (T, T)
+    # the causal mask: token t sees keys 0 … t, and the weight of what comes later is 0
+    p = [softmax(row[: t + 1]) + [0.0] * (T - t - 1) for t, row in enumerate(scores)]
+    return matmul(p, v), p
+
+
+def attend_backward(dy: Matrix, q: Matrix, k: Matrix, v: Matrix, p: Matrix) -> list[Matrix]:
+    """dv = Pᵀ dy,  dP = dy vᵀ,  dS = softmax'(dP) / √D,  dq = dS k,  dk = dSᵀ q."""
+    scale = 1 / math.sqrt(len(q[0]))
+    dp = matmul(dy, transpose(v))  # (T, T); where p is 0, so is what follows
+    ds = times([softmax_backward(dp_t, p_t) for dp_t, p_t in zip(dp, p, strict=True)], scale)
+    return [matmul(ds, k), matmul(transpose(ds), q), matmul(transpose(p), dy)]
+
+
+def attention(qkv: Matrix, heads: int) -> tuple[Matrix, list]:
+    """Each head attends with its own D columns of q, k and v:  (T, 3C) -> (T, C), and what each head kept."""
+    thirds = columns_apart(qkv, 3)  # q, k, v: (T, C) each
+    kept = []
+    for q, k, v in zip(*(columns_apart(part, heads) for part in thirds), strict=True):
+        y, p = attend(q, k, v)
+        kept.append((y, (q, k, v, p)))
+    return side_by_side([y for y, _ in kept]), [saved for _, saved in kept]
+
+
+def attention_backward(dy: Matrix, kept: list) -> Matrix:
+    """Each head's share of dy goes back through that head: (T, C) -> (T, 3C)."""
+    parts = columns_apart(dy, len(kept))
+    each = [attend_backward(part, *saved) for part, saved in zip(parts, kept, strict=True)]
+    return side_by_side([part for third in zip(*each, strict=True) for part in third])
+
+
+def columns_apart(x: Matrix, parts: int) -> list[Matrix]:
+    """(T, n) -> that many of (T, n / parts). Backward: side_by_side."""
+    width = len(x[0]) // parts
+    return [[row[i * width : (i + 1) * width] for row in x] for i in range(parts)]
+
+
+def side_by_side(parts: list[Matrix]) -> Matrix:
+    """That many of (T, n / parts) -> (T, n). Backward: columns_apart."""
+    return [list(chain(*rows)) for rows in zip(*parts, strict=True)]
+
+
+def relu(x: float) -> float:
+    return max(x, 0.0)
+
+
+def relu_backward(dy: float, x: float) -> float:
+    """dx = dy where x > 0, else 0."""
+    return dy if x > 0 else 0.0
+
+
+def gelu(x: float) -> float:
+    """y = x Φ(x), where Φ(x) = (1 + erf(x / √2)) / 2 (Hendrycks & Gimpel 2016)."""
+    return x * (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def gelu_backward(dy: float, x: float) -> float:
+    """dx = dy (Φ(x) + x φ(x)), where φ(x) = exp(-x² / 2) / √(2π) is Φ'."""
+    return dy * ((1 + math.erf(x / math.sqrt(2))) / 2 + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi))
+
+
+ACTIVATIONS = {"gelu": (gelu, gelu_backward), "relu": (relu, relu_backward)}
+
+
+def embedding(ids: list[int], wte: Matrix, positions: Matrix, scale: float) -> Matrix:
+    """x_t = scale wte[id_t] + positions[t]:  (T,) -> (T, C)."""
+    return plus(times([wte[i] for i in ids], scale), positions[: len(ids)])
+
+
+def embedding_backward(dx: Matrix, ids: list[int], dwte: Matrix, dwpe: Matrix, scale: float) -> None:
+    """dwte[id_t] += scale dx_t: a character that occurs twice learns twice. dwpe[t] += dx_t."""
+    for t, i in enumerate(ids):
+        dwte[i] = [d + scale * dx_i for d, dx_i in zip(dwte[i], dx[t], strict=True)]
+        dwpe[t] = list(map(add, dwpe[t], dx[t]))
+
+
+def sinusoids(T: int, C: int) -> Matrix:
+    """(T, C): sin(t / 10000^(2i/C)) and its cosine by turns (Vaswani et al. 2017, §3.5). Nothing to learn."""
+    angles = [[t / 10000 ** (2 * i / C) for i in range(C // 2)] for t in range(T)]
+    return [[f(angle) for angle in row for f in (math.sin, math.cos)] for row in angles]
+
+
+def cross_entropy(logits: Matrix, targets: list[int]) -> tuple[float, Matrix]:
+    """-log p of each target, their mean in nats:  (T, V), (T,) -> loss, and p (T, V)."""
+    p = [softmax(row) for row in logits]
+    return -sum(math.log(p_t[i]) for p_t, i in zip(p, targets, strict=True)) / len(targets), p
+
+
+def cross_entropy_backward(p: Matrix, targets: list[int]) -> Matrix:
+    """dlogits = (p - onehot(target)) / T."""
+    return [
+        [(p_i - (i == target)) / len(targets) for i, p_i in enumerate(p_t)]
+        for p_t, target in zip(p, targets, strict=True)
+    ]
+
+
+def squared_error(outputs: Matrix, targets: list[int]) -> tuple[float, Matrix]:
+    """The mean of e², where e = output - onehot(target):  (T, V), (T,) -> loss, and e (T, V)."""
+    e = [[y - (i == target) for i, y in enumerate(row)] for row, target in zip(outputs, targets, strict=True)]
+    return sum(dot(row, row) for row in e) / (len(e) * len(e[0])), e
+
+
+def squared_error_backward(e: Matrix, targets: list[int]) -> Matrix:
+    """doutput = 2 e / (T V)."""
+    return times(e, 2 / (len(e) * len(e[0])))
+
+
+LOSSES = {
+    "cross_entropy": (cross_entropy, cross_entropy_backward),
+    "squared_error": (squared_error, squared_error_backward),
+}
+
+
+class GPT:
+    """The model: its weights, how they make logits of ids, and how the gradient comes back to them.
+
+    `weights` and `gradients` hold a matrix for each of GPT-2's names (`h.0.attn.c_attn.weight`, …); those of
+    linear layers are (out, in). The output layer is the embedding again (`wte.weight`; Press & Wolf 2017).
+    """
+
+    def __init__(
+        self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int,
+        position: str = "learned", activation: str = "gelu", loss: str = "cross_entropy", seed: int = 1337,
+    ) -> None:  # fmt: skip
+        self.block_size, self.n_head = block_size, n_head
+        self.blocks = [f"h.{layer}." for layer in range(n_layer)]
+        self.bend, self.bend_backward = ACTIVATIONS[activation]
+        self.loss, self.loss_backward = LOSSES[loss]
+        self.learned = position == "learned"
+        self.scale = 1.0 if self.learned else math.sqrt(n_embd)  # lifts tokens to the size of the sines
+        self.positions = sinusoids(block_size, n_embd)
+        rng, C = random.Random(seed), n_embd
+        shapes = {"wte": (vocab_size, C), "wpe": (block_size, C), "ln_f": (1, C)}
+        for at in self.blocks:
+            shapes |= {at + "ln_1": (1, C), at + "attn.c_attn": (3 * C, C), at + "attn.c_proj": (C, C)}
+            shapes |= {at + "ln_2": (1, C), at + "mlp.c_fc": (4 * C, C), at + "mlp.c_proj": (C, 4 * C)}
+        self.weights = {}
+        for name, (rows, width) in shapes.items():
+            std = 0.02 / math.sqrt(2 * n_layer if "c_proj" in name else 1)  # these are summed (GPT-2, §2.3)
+            draw = (lambda _: 1.0) if rows == 1 else (lambda std: rng.gauss(0.0, std))
+            self.weights[name + ".weight"] = [[draw(std) for _ in range(width)] for _ in range(rows)]
+            if name not in ("wte", "wpe"):
+                self.weights[name + ".bias"] = [[0.0] * (width if rows == 1 else rows)]
+        self.gradients = {name: times(weight, 0.0) for name, weight in self.weights.items()}
+
+    def pair(self, name: str, of: dict[str, Matrix] | None = None) -> tuple[Matrix, Matrix]:
+        of = of or self.weights
+        return of[name + ".weight"], of[name + ".bias"]
+
+    def forward(self, ids: list[int]) -> tuple[Matrix, list]:
+        """(T,) -> logits (T, V), and what the backward pass needs."""
+        places = self.weights["wpe.weight"] if self.learned else self.positions
+        x, kept = embedding(ids, self.weights["wte.weight"], places, self.scale), [ids]  # (T, C)
+        for at in self.blocks:
+            x, saved = self.block(at, x)
+            kept.append(saved)
+        x, norm = layer_norm(x, *self.pair("ln_f"))
+        kept.append((x, norm))
+        return matmul(x, transpose(self.weights["wte.weight"])), kept
+
+    def backward(self, dlogits: Matrix, kept: list) -> None:
+        """The gradient of the logits (T, V), back through all that `forward` did, last things first."""
+        ids, *blocks, (x, norm) = kept
+        dwte = self.gradients["wte.weight"]
+        dwte[:] = plus(dwte, matmul(transpose(dlogits), x))
+        dx = matmul(dlogits, self.weights["wte.weight"])
+        dx = self.back(layer_norm_backward, "ln_f", dx, norm)
+        for at, saved in zip(reversed(self.blocks), reversed(blocks), strict=True):
+            dx = self.block_backward(at, dx, saved)
+        places = self.gradients["wpe.weight"] if self.learned else times(self.positions, 0.0)
+        embedding_backward(dx, ids, dwte, places, self.scale)
+
+    def block(self, at: str, x: Matrix) -> tuple[Matrix, tuple]:
+        """x + attention(norm(x)), and to that + mlp(norm(that)):  (T, C) -> (T, C)."""
+        a, norm_1 = layer_norm(x, *self.pair(at + "ln_1"))
+        qkv = linear(a, *self.pair(at + "attn.c_attn"))  # (T, 3C)
+        y, heads = attention(qkv, self.n_head)
+        x = plus(x, linear(y, *self.pair(at + "attn.c_proj")))
+        m, norm_2 = layer_norm(x, *self.pair(at + "ln_2"))
+        wide = linear(m, *self.pair(at + "mlp.c_fc"))  # (T, 4C)
+        bent = [list(map(self.bend, row)) for row in wide]
+        x = plus(x, linear(bent, *self.pair(at + "mlp.c_proj")))
+        return x, (a, norm_1, heads, y, m, norm_2, wide, bent)
+
+    def block_backward(self, at: str, dx: Matrix, kept: tuple) -> Matrix:
+        """Line by line what `block` did, from the last to the first."""
+        a, norm_1, heads, y, m, norm_2, wide, bent = kept
+        dbent = self.back(linear_backward, at + "mlp.c_proj", dx, bent)
+        dwide = [list(map(self.bend_backward, *rows)) for rows in zip(dbent, wide, strict=True)]
+        dm = self.back(linear_backward, at + "mlp.c_fc", dwide, m)
+        dx = plus(dx, self.back(layer_norm_backward, at + "ln_2", dm, norm_2))
+        dy = self.back(linear_backward, at + "attn.c_proj", dx, y)
+        dqkv = attention_backward(dy, heads)
+        da = self.back(linear_backward, at + "attn.c_attn", dqkv, a)
+        return plus(dx, self.back(layer_norm_backward, at + "ln_1", da, norm_1))
+
+    def back(self, backward: Callable, name: str, dy: Matrix, kept: Matrix | tuple) -> Matrix:
+        """The backward pass of a layer with weight and bias."""
+        return backward(dy, kept, self.weights[name + ".weight"], *self.pair(name, self.gradients))
+
+    def learn(self, ids: list[int], share: float = 1.0) -> float:
+        """Foretell ids[1:] of ids[:-1], add `share` of the gradients of the loss to `gradients`: the loss."""
+        logits, kept = self.forward(ids[:-1])
+        loss, saved = self.loss(logits, ids[1:])
+        self.backward(times(self.loss_backward(saved, ids[1:]), share), kept)
+        return loss
+
+    def write(self, ids: list[int], count: int, rng: random.Random, temperature: float = 0.8) -> list[int]:
+        """Draw `count` more ids, each from what the last `block_size` foretell."""
+        for _ in range(count):
+            outputs = self.forward(ids[-self.block_size :])[0][-1]  # (V,)
+            if self.loss is squared_error:  # least where outputs are the probabilities themselves
+                outputs = [math.log(max(y, 1e-9)) for y in outputs]
+            ids = [*ids, *rng.choices(range(len(outputs)), softmax([z / temperature for z in outputs]))]
+        return ids
+
+
+class Adam:
+    """m and v, running means of g and g², move each weight by about the learning rate (Kingma & Ba 2015)."""
+
+    def __init__(self, model: GPT, beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-8) -> None:
+        self.model, self.beta1, self.beta2, self.eps, self.steps = model, beta1, beta2, eps, 0
+        self.m = {name: times(weight, 0.0) for name, weight in model.weights.items()}
+        self.v = {name: times(weight, 0.0) for name, weight in model.weights.items()}
+
+    def step(self, learning_rate: float) -> None:
+        """w -= lr m̂ / (√v̂ + ε), where m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ) (algorithm 1); then g = 0."""
+        self.steps += 1
+        rate = learning_rate / (1 - self.beta1**self.steps)
+        unbias, keep1, keep2 = 1 / (1 - self.beta2**self.steps), 1 - self.beta1, 1 - self.beta2
+        for name, weight in self.model.weights.items():
+            gradient, m, v = self.model.gradients[name], self.m[name], self.v[name]
+            for r, g in enumerate(gradient):
+                m[r] = [self.beta1 * a + keep1 * b for a, b in zip(m[r], g, strict=True)]
+                v[r] = [self.beta2 * a + keep2 * b * b for a, b in zip(v[r], g, strict=True)]
+                moved = zip(weight[r], m[r], v[r], strict=True)
+                weight[r] = [w - rate * a / (math.sqrt(unbias * b) + self.eps) for w, a, b in moved]
+                gradient[r] = [0.0] * len(g)
+
+
+def options() -> argparse.ArgumentParser:
+    told = argparse.ArgumentParser(description="Train a GPT in plain Python on a text, and let it write.")
+    told.add_argument("--input", type=Path, required=True, help="a text file, UTF-8")
+    for name, value in (SIZES | {"write": 200, "seed": 1337, "learning_rate": 0.01}).items():
+        told.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
+    choices = {"position": POSITIONS, "activation": tuple(ACTIVATIONS), "loss": tuple(LOSSES)}
+    for name, kinds in choices.items():
+        told.add_argument(f"--{name}", choices=kinds, default=kinds[0], help=f"default: {kinds[0]}")
+    return told
+
+
+def main() -> None:
+    given = options().parse_args()
+    try:
+        text = given.input.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{given.input} cannot be read as UTF-8 text: {error}")
+    if least := [f"--{name}" for name in SIZES if getattr(given, name) < 1]:
+        sys.exit(f"{', '.join(least)} must be at least 1")
+    if given.width % given.heads or given.width % 2:
+        sys.exit(f"--width {given.width} must be even, and a multiple of --heads {given.heads}")
+    if len(text) < given.block + 2:
+        sys.exit(f"{given.input} has {len(text)} characters; --block {given.block} needs {given.block + 2}")
+    characters, rng = sorted(set(text)), random.Random(given.seed)
+    number = {character: i for i, character in enumerate(characters)}
+    data = [number[character] for character in text]
+    shape = (len(characters), given.block, given.layers, given.heads, given.width)
+    model = GPT(*shape, given.position, given.activation, given.loss, given.seed)
+    adam, begun, losses = Adam(model), time.perf_counter(), []
+    size = sum(len(row) for weight in model.weights.values() for row in weight)
+    print(f"{len(text):,} characters, {len(characters)} of them different; {size:,} weights")
+    if given.loss == "cross_entropy":
+        by_count = -sum(n / len(text) * math.log(n / len(text)) for n in Counter(text).values())
+        print(f"loss of guesses: blind {math.log(len(characters)):.3f}, by frequency {by_count:.3f}")
+    for step in range(1, given.steps + 1):
+        starts = [rng.randrange(len(data) - given.block) for _ in range(given.batch)]
+        batch = [model.learn(data[i : i + given.block + 1], 1 / given.batch) for i in starts]
+        losses = [*losses[-19:], sum(batch) / given.batch]
+        adam.step(given.learning_rate * min(step / 20, 1.1 - step / given.steps))  # up in 20 steps, then down
+        if step % 20 == 0 or step == given.steps:
+            speed = step * given.batch * given.block / (time.perf_counter() - begun)
+            mean = sum(losses) / len(losses)
+            print(f"step {step:4d}  loss {mean:.4f}  {speed:,.0f} characters/s", flush=True)
+    print("".join(characters[i] for i in model.write(data[:1], given.write, rng)))
+
+
+if __name__ == "__main__":
+    main()
