@@ -5,13 +5,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help venv demo test lint check clean
+CFLAGS ?= -O3 -march=native
+
+.PHONY: help venv demo test lint check reference clean
 
 help:
-	@echo "make demo    install into .venv, train a small writer for a minute, show what it writes"
-	@echo "make test    run all tests"
-	@echo "make check   ruff (lint and format), then all tests"
-	@echo "make clean   remove .venv and caches; corpora and runs stay"
+	@echo "make demo       install into .venv, train a small writer for a minute, show what it writes"
+	@echo "make test       run all tests"
+	@echo "make check      ruff (lint and format), then all tests"
+	@echo "make reference  build GPT-2 in C: reference/build/gpt2"
+	@echo "make clean      remove .venv and caches; corpora and runs stay"
 
 venv: .venv
 .venv:
@@ -41,5 +44,12 @@ lint: $(READY)
 
 check: lint test
 
+# GPT-2 in C. OPENMP= leaves the threads out (Apple's clang has none of its own).
+OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+reference: reference/build/gpt2
+reference/build/gpt2: reference/gpt2.c
+	@mkdir -p reference/build
+	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) $(OPENMP) $< -o $@ -lm
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build reference/build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -888,10 +888,13 @@ static void train(Shape s, Weights w, const uint16_t *ids, size_t count, Options
         double loss = loss_of(s, w, &run, batch, targets, o.batch, o.block, NULL);
         memset(g.memory, 0, g.count * sizeof(float));
         backward(s, w, g, &run, batch, targets, o.batch, o.block);
+        double taken = now() - begun;
         if (step == 1 && o.gradients) save(o.gradients, s, g);
+        begun = now();
         adamw(s, w, g, m, v, (int)step, o.learning_rate);
-        double speed = (double)(o.batch * o.block) / (now() - begun);
-        printf("step %4zu  loss %.6f  %.0f tokens/s\n", step, loss, speed);
+        double read = (double)(o.batch * o.block);
+        printf("step %4zu  loss %.6f  %.0f tokens/s, %.0f with AdamW\n", step, loss, read / taken,
+               read / (taken + now() - begun));
         fflush(stdout);
     }
     if (o.out) save(o.out, s, w);

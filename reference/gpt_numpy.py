@@ -419,9 +419,13 @@ def train(model: GPT2, tokens: Array, given: argparse.Namespace, block: int) -> 
         starts = block * (np.arange((step - 1) * given.batch, step * given.batch) % windows)
         rows = tokens[starts[:, None] + np.arange(block + 1)]  # (B, T + 1)
         loss, gradients = model.gradients(rows[:, :-1], rows[:, 1:])
+        taken, read = time.perf_counter() - begun, given.batch * block
         optimizer.step(gradients, given.learning_rate)
-        speed = given.batch * block / (time.perf_counter() - begun)
-        print(f"step {step:4d}  loss {loss:.6f}  {speed:,.0f} tokens/s", flush=True)
+        whole = time.perf_counter() - begun
+        print(
+            f"step {step:4d}  loss {loss:.6f}  {read / taken:.0f} tokens/s, {read / whole:.0f} with AdamW",
+            flush=True,
+        )
     if given.out:
         save_file(model.weights, given.out, {"format": "pt"})
         print(f"weights in {given.out}")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,16 @@ def one_thread():
     """Tiny matrices are no faster on two threads, and one thread keeps sums in one order."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_are_heard():
+    """A suite that was started in the background ignores Ctrl-C and the end of its terminal, and so would the
+    processes that tests start, and stop by these signals."""
+    for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            heard = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, heard)
 
 
 @pytest.fixture

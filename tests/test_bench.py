@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import flags
 from bench import data as bench_data
 from bench import machine, textbook
 from bench import quality as bench_quality
+from bench import reference as bench_reference
 from bench import sample as bench_sample
 from bench import train as bench_train
 from model import GPT, GPTConfig
@@ -169,3 +171,21 @@ def test_transformers_is_not_asked_for_more_than_the_block(capsys):
     with pytest.raises(SystemExit):
         bench_sample.main(["--shape=char", "--huggingface", "--tokens=256"])
     assert "no further than the block" in capsys.readouterr().err
+
+
+# bench.reference
+
+
+def test_the_references_are_measured_beside_torch(capsys):
+    words = ["--n_layer=1", "--n_embd=64", "--batch=2", "--block=8", "--rounds=1", "--seconds=0.05"]
+    assert bench_reference.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert found["parameters"] == 50257 * 64 + 1024 * 64 + 12 * 64 * 64 + 13 * 64 + 2 * 64
+    assert found["pytorch"]["ratio"] == 1 and found["plain_python_tokens_per_second"] > 0
+    for side in {"numpy", "c"} & set(found):
+        rates = found[side]
+        assert rates["ratio"] == pytest.approx(
+            rates["tokens_per_second"] / found["pytorch"]["tokens_per_second"], rel=1e-6
+        )
+    assert "c" in found or shutil.which("cc") is None
