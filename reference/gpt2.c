@@ -610,13 +610,15 @@ static void gelu_backward(float *dy, const float *x, size_t count) {
 }
 
 // p_i = exp(z_i) / Σ_j exp(z_j) of the first `count` of z; the rest becomes 0. In place. The largest is taken away.
-static void softmax(float *z, size_t count, size_t all) {
+// Returns log Σ_j exp(z_j).
+static double softmax(float *z, size_t count, size_t all) {
     float largest = -FLT_MAX;
     double total = 0;
     for (size_t i = 0; i < count; i++) largest = z[i] > largest ? z[i] : largest;
     for (size_t i = 0; i < count; i++) total += z[i] = expf(z[i] - largest);
     for (size_t i = 0; i < count; i++) z[i] *= (float)(1 / total);
     memset(z + count, 0, (all - count) * sizeof(float));
+    return largest + log(total);
 }
 
 // dz = p (dp - Σ_j p_j dp_j), times `scale`. In place: dp becomes dz.
@@ -687,8 +689,8 @@ static double cross_entropy(float *logits, const uint16_t *targets, size_t N, si
     double *each = room(N, sizeof *each), total = 0;
     PARALLEL_FOR
     for (size_t n = 0; n < N; n++) {
-        softmax(logits + n * V, V, V);
-        each[n] = -log(fmax(logits[n * V + targets[n]], DBL_MIN));
+        double chosen = logits[n * V + targets[n]];
+        each[n] = softmax(logits + n * V, V, V) - chosen;
     }
     for (size_t n = 0; n < N; n++) total += each[n];
     free(each);

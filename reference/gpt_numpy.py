@@ -144,9 +144,11 @@ def heads_together(x: Array) -> Array:
 
 def cross_entropy(logits: Array, targets: Array) -> tuple[float, Array]:
     """The mean of -log p of the targets, in nats:  logits (N, V), which become p; targets (N,) -> loss, p."""
+    chosen = logits[np.arange(len(targets)), targets].astype(np.float64)  # (N,)
+    largest = logits.max(axis=1)
     p = softmax(logits)
-    chosen = p[np.arange(len(targets)), targets]  # (N,)
-    return float(-np.log(chosen, dtype=np.float64).mean()), p
+    # log p = z - log Σ exp(z), and the largest p is 1 / Σ exp(z - largest): a p may become 0
+    return float((largest - np.log(p.max(axis=1), dtype=np.float64) - chosen).mean()), p
 
 
 def cross_entropy_backward(p: Array, targets: Array) -> Array:

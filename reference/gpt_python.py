@@ -193,7 +193,7 @@ def sinusoids(T: int, C: int) -> Matrix:
 def cross_entropy(logits: Matrix, targets: list[int]) -> tuple[float, Matrix]:
     """-log p of each target, their mean in nats:  (T, V), (T,) -> loss, and p (T, V)."""
     p = [softmax(row) for row in logits]
-    return -sum(math.log(p_t[i]) for p_t, i in zip(p, targets, strict=True)) / len(targets), p
+    return -sum(math.log(p_t[i] or 5e-324) for p_t, i in zip(p, targets, strict=True)) / len(targets), p
 
 
 def cross_entropy_backward(p: Matrix, targets: list[int]) -> Matrix:
@@ -247,10 +247,11 @@ class GPT:
         self.weights = {}
         for name, (rows, width) in shapes.items():
             std = 0.02 / math.sqrt(2 * n_layer if "c_proj" in name else 1)  # these are summed (GPT-2, §2.3)
-            draw = (lambda _: 1.0) if rows == 1 else (lambda std: rng.gauss(0.0, std))
+            norm = "ln_" in name
+            draw = (lambda _: 1.0) if norm else (lambda std: rng.gauss(0.0, std))
             self.weights[name + ".weight"] = [[draw(std) for _ in range(width)] for _ in range(rows)]
             if name not in ("wte", "wpe"):
-                self.weights[name + ".bias"] = [[0.0] * (width if rows == 1 else rows)]
+                self.weights[name + ".bias"] = [[0.0] * (width if norm else rows)]
         self.gradients = {name: times(weight, 0.0) for name, weight in self.weights.items()}
 
     def pair(self, name: str, of: dict[str, Matrix] | None = None) -> tuple[Matrix, Matrix]:

@@ -190,6 +190,15 @@ def test_what_is_drawn_has_the_probabilities_of_the_model(both):
         assert drawn.count(token) / 800 == pytest.approx(p, abs=0.07)
 
 
+def test_a_loss_is_right_where_a_probability_is_too_small_for_a_float():
+    logits = np.array([[0, 200, 100], [5, 5, -300]], np.float32)
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits.copy()).double(), torch.tensor([0, 2])
+    )
+    loss, p = reference.cross_entropy(logits, np.array([0, 2]))
+    assert loss == pytest.approx(expected.item(), abs=1e-4) and p[0, 0] == 0 and p[0, 1] == 1
+
+
 def test_it_imports_numpy_and_safetensors_alone():
     assert imported(FILE) - set(sys.stdlib_module_names) == {"numpy", "safetensors"}
 
