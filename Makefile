@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-CFLAGS ?= -O3 -march=native
+CFLAGS ?= -O3 -march=native -ffp-contract=fast
 
 .PHONY: help venv demo test lint check reference clean
 

@@ -156,24 +156,25 @@ def draw_map(axes: Axes, weights: np.ndarray, names: list[str], labelled: bool, 
 def draw_space(found: np.ndarray, names: list[str], shape: tuple[int, ...], path: Path) -> None:
     """The view in space as it is first seen: `found` (n, 5) as `fibres` gives them."""
     L, H, T = shape[:3]
-    figure = Figure(figsize=(9, 6.4), dpi=110)
-    axes = figure.add_axes((0.0, 0.02, 0.98, 0.92), projection="3d")
+    figure = Figure(figsize=(9, 5.6), dpi=110)
+    axes = figure.add_axes((0.0, 0.0, 0.98, 0.95), projection="3d")
     layer, head, reader, read, weight = found.T
     ends = np.stack(  # (n, 2, 3)
         [np.column_stack([read, head, layer]), np.column_stack([reader, head, layer + 1])], axis=1
     )
     colours = [(0.9, 0.55, 0.0, alpha) for alpha in np.clip(0.08 + 0.92 * weight, 0, 1)]
-    axes.add_collection3d(Line3DCollection(ends, colors=colours, linewidths=0.4 + 2.4 * weight))
+    whole = {"clip_on": False}  # the box is larger than the square that matplotlib keeps for it
+    axes.add_collection3d(Line3DCollection(ends, colors=colours, linewidths=0.4 + 2.4 * weight, **whole))
     nodes = np.stack(np.meshgrid(range(T), range(H), range(L + 1), indexing="ij"), -1).reshape(-1, 3)
-    axes.scatter(*nodes.T, s=2, color="#8a8f98")
+    axes.scatter(*nodes.T, s=2, color="#8a8f98", **whole)
     axes.set(xlim=(0, max(1, T - 1)), ylim=(0, max(1, H - 1)), zlim=(0, L))
     axes.set_xticks(range(T) if T <= LABELS else [], names if T <= LABELS else [], fontsize=7)
     axes.set_yticks(range(H))
     axes.set_zticks(range(L + 1), ["in", *map(str, range(1, L + 1))])
     axes.set(xlabel="token", ylabel="head", zlabel="layer")
     axes.view_init(elev=14, azim=-78)
-    axes.set_box_aspect((2.0, 0.8, 1.2))
-    axes.set_title("who reads whom, layer by layer: the brighter, the more", fontsize=11)
+    axes.set_box_aspect((2.0, 0.8, 1.2), zoom=1.22)
+    axes.set_title("who reads whom, layer by layer: the stronger the line, the more", fontsize=11)
     figure.savefig(path)
 
 

@@ -32,7 +32,9 @@ class CurveSettings:
 
     out_dir: str = setting("out", "the run folder, or several with commas between them")
     x: str = setting("step", "the axis", choices=X_AXES)
-    to: str = setting("", "the picture; empty: loss.png in the first run folder")
+    to: str = setting(
+        "", "the picture; empty: loss.png in the run folder; of several runs losses.png in the first"
+    )
     save_arrays: str = setting("", "keep the numbers of the pictures too, in this .npz")
     debug: bool = setting(False, "show the traceback of an error")
 
@@ -75,17 +77,22 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(runs: list[Curves], path: Path, x: str = "step") -> None:
-    """Write the picture: batch losses thin, evaluations thick, the best validation loss marked."""
+    """Write the picture of `picture`."""
+    write_beside(path, picture(runs, x).savefig)
+
+
+def picture(runs: list[Curves], x: str = "step") -> Figure:
+    """Evaluations thick, the best validation loss marked, and of one run alone its batches, thin."""
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    for run, colour in zip(runs, [COLOURS[i % len(COLOURS)] for i in range(len(runs))], strict=True):
-        draw_run(axes, run, colour, x, prefix=f"{run.name}: " if len(runs) > 1 else "")
+    for i, run in enumerate(runs):
+        draw_run(axes, run, COLOURS[i % len(COLOURS)], x, alone=len(runs) == 1)
     axes.set_xlabel(X_TITLES[x])
     axes.set_ylabel(Y_TITLE)
     axes.set_title("loss of " + ", ".join(run.name for run in runs))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    write_beside(path, figure.savefig)
+    return figure
 
 
 def write_beside(path: Path, make: Callable[[Path], None]) -> None:
@@ -105,8 +112,9 @@ def batches(run: Curves) -> tuple[np.ndarray, str]:
     return smooth(run.batch["loss"], window), label
 
 
-def draw_run(axes: Axes, run: Curves, colour: str, x: str, prefix: str) -> None:
-    if len(run.batch["loss"]):
+def draw_run(axes: Axes, run: Curves, colour: str, x: str, alone: bool) -> None:
+    prefix = "" if alone else f"{run.name}: "
+    if len(run.batch["loss"]) and (alone or not len(run.evaluated["val"])):
         loss, label = batches(run)
         axes.plot(run.batch[x], loss, color=colour, linewidth=0.8, alpha=0.45, label=prefix + label)
     if not len(run.evaluated["val"]):
@@ -115,9 +123,12 @@ def draw_run(axes: Axes, run: Curves, colour: str, x: str, prefix: str) -> None:
     axes.plot(
         places, run.evaluated["train"], color=colour, linestyle="--", marker=".", label=f"{prefix}train"
     )
-    axes.plot(places, losses, color=colour, marker="o", markersize=4, label=f"{prefix}validation")
     best = int(losses.argmin())
+    name = f"{prefix}validation" + ("" if alone else f", best {losses[best]:.3f}")
+    axes.plot(places, losses, color=colour, marker="o", markersize=4, label=name)
     axes.plot(places[best], losses[best], color=colour, marker="*", markersize=15, linestyle="none")
+    if not alone:  # several stars may stand side by side: the legend tells
+        return
     axes.annotate(
         f"best {losses[best]:.3f}",
         (places[best], losses[best]),
@@ -156,7 +167,7 @@ def figure(runs: list[Curves], x: str = "step") -> str:
             x=places[[best]],
             y=losses[[best]],
             name=f"{prefix}best validation",
-            mode="markers+text",
+            mode="markers+text" if len(runs) == 1 else "markers",
             text=[f"best {losses[best]:.3f}"],
             textposition="top center",
             marker=colour | {"symbol": "star", "size": 14},
@@ -173,7 +184,9 @@ def main(resolved: Resolved[CurveSettings]) -> int:
     folders = [Path(name) for name in settings.out_dir.split(",") if name]
     if not folders:
         raise ValueError("--out_dir names no run folder")
-    path = Path(settings.to) if settings.to else folders[0] / "loss.png"
+    path = (
+        Path(settings.to) if settings.to else folders[0] / ("loss.png" if len(folders) == 1 else "losses.png")
+    )
     path = path if path.suffix not in ("", ".html") else path.with_suffix(".png")
     runs = [read(folder) for folder in folders]
     path.parent.mkdir(parents=True, exist_ok=True)

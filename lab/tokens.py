@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from configurator import Resolved, command, setting
 from fradique import tokenizer as tokenizers
@@ -116,17 +117,17 @@ def foresee(logits: torch.Tensor, ids: np.ndarray, count: int = 5) -> Foreseen:
 
 
 def draw_panel(
-    axes: Axes, probabilities: np.ndarray, order: np.ndarray, names: list[str], title: str
+    axes: Axes, probabilities: np.ndarray, order: np.ndarray, names: list[str], title: str, most: float = 1.0
 ) -> None:
-    """Bars of the tokens in `order`, with their probabilities."""
+    """Bars of the tokens in `order`, with their probabilities, on a scale that ends above `most`."""
     shown = probabilities[order]
     axes.barh(range(len(order)), shown, color=COLOURS[0], height=0.75)
     for i, p in enumerate(shown):
-        axes.text(p + 0.02, i, f"{p:.3f}" if p else "not drawn", va="center", fontsize=7)
+        axes.text(p + 0.02 * most, i, f"{p:.3f}" if p else "not drawn", va="center", fontsize=7)
     axes.set_yticks(range(len(order)), names, fontsize=8)
     axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.set_xlim(0, 1.15)
-    axes.set_xticks([0, 0.5, 1])
+    axes.set_xlim(0, 1.15 * most)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.tick_params(length=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{title}\n{entropy(probabilities):.2f} bits", fontsize=9)
@@ -140,8 +141,9 @@ def draw_panels(
     height = 0.19 * len(order) + 0.8
     figure = Figure(figsize=(2.6 * columns, 2 * height + 0.5), dpi=110, layout="constrained")
     grid = figure.subplots(2, columns, squeeze=False).ravel()
+    most = max(float(probabilities.max()) for probabilities in found.values())  # one scale for all
     for axes, (title, probabilities) in zip(grid, found.items(), strict=False):
-        draw_panel(axes, probabilities, order, names, title)
+        draw_panel(axes, probabilities, order, names, title, most)
     for axes in grid[len(found) :]:
         axes.axis("off")
     figure.suptitle(f"what may follow “{prompt[-60:]}”", fontsize=11)

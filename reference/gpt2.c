@@ -412,7 +412,7 @@ enum { LANES = 8, MR = 6, NV = 2 };
 enum { LANES = 4, MR = 4, NV = 2 };
 #endif
 enum { NR = NV * LANES, KC = 768 };
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 typedef struct { const float *at; size_t row, column; } View;  // neighbours in a column, in a row, stand so far apart
 
@@ -428,16 +428,18 @@ static void lay_out(View v, size_t i, size_t count, size_t k, size_t depth, size
         for (size_t d = 0; d < depth; d++) memcpy(out + d * width, from + d * v.column, width * sizeof(float));
         return;
     }
-    for (size_t r = 0; r < width; r++)
-        for (size_t d = 0; d < depth; d++) out[d * width + r] = r < count ? from[r * v.row + d * v.column] : 0.0f;
+    enum { NEAR = 16 };  // as many numbers as lie in a line of the cache: from each row, then from each row the next
+    for (size_t near = 0; near < depth; near += NEAR)
+        for (size_t r = 0; r < width; r++)
+            for (size_t d = near; d < least(depth, near + NEAR); d++)
+                out[d * width + r] = r < count ? from[r * v.row + d * v.column] : 0.0f;
 }
 
 static void tile(size_t depth, const float *a, const float *b, float *c, size_t width, size_t rows, size_t columns,
                  bool adds) {
     Lanes sums[MR][NV] = {0};
     for (size_t k = 0; k < depth; k++, a += MR, b += NR) {
-        Lanes right[NV];
-        memcpy(right, b, sizeof right);
+        const Lanes *right = (const Lanes *)b;
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
@@ -463,8 +465,7 @@ static void few_rows(size_t M, size_t N, size_t K, View a, View b, float *c, siz
                     const float *column = b.at + j * b.column;
                     size_t k = 0;
                     for (; a.column == 1 && k + 4 * LANES <= K; k += 4 * LANES) {
-                        Lanes x[4], y[4];
-                        memcpy(x, a.at + i * a.row + k, sizeof x), memcpy(y, column + k, sizeof y);
+                        const Lanes *x = (const Lanes *)(a.at + i * a.row + k), *y = (const Lanes *)(column + k);
                         for (int v = 0; v < 4; v++) sums[v] += x[v] * y[v];
                     }
                     Lanes all = sums[0] + sums[1] + sums[2] + sums[3];
@@ -475,7 +476,14 @@ static void few_rows(size_t M, size_t N, size_t K, View a, View b, float *c, siz
                 }
             } else {
                 if (!adds) memset(out + from, 0, (to - from) * sizeof(float));
-                for (size_t k = 0; k < K; k++) {
+                size_t k = 0;
+                for (; b.column == 1 && k + 4 <= K; k += 4) {  // four rows at once, so that out is seldom touched
+                    const float *x = a.at + i * a.row + k * a.column, *row = b.at + k * b.row;
+                    float x0 = x[0], x1 = x[a.column], x2 = x[2 * a.column], x3 = x[3 * a.column];
+                    for (size_t j = from; j < to; j++)
+                        out[j] += x0 * row[j] + x1 * row[j + b.row] + x2 * row[j + 2 * b.row] + x3 * row[j + 3 * b.row];
+                }
+                for (; k < K; k++) {
                     float x = a.at[i * a.row + k * a.column];
                     const float *row = b.at + k * b.row;
                     for (size_t j = from; j < to; j++) out[j] += x * row[j * b.column];

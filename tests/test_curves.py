@@ -49,6 +49,33 @@ def test_the_picture_is_a_png_with_something_in_it(tmp_path, x):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_is_written_into_a_picture_of_several_runs_does_not_overlap(tmp_path):
+    """Runs that end at the same step with nearly the same loss: their best losses are told in the legend."""
+    runs = [curves.read(write_run(tmp_path / name, val=(3.0, 2.0 + i / 100))) for i, name in enumerate("abc")]
+    figure = curves.picture(runs)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts() if "validation" in text.get_text()] == [
+        "a: validation, best 2.000", "b: validation, best 2.010", "c: validation, best 2.020"
+    ]  # fmt: skip
+    assert not axes.texts
+    (text,) = curves.picture(runs[:1]).axes[0].texts
+    assert text.get_text() == "best 2.000"
+
+
+def test_runs_compared_leave_the_picture_that_each_has_of_itself(tmp_path):
+    folders = [write_run(tmp_path / name) for name in "ab"]
+    (folders[0] / "loss.png").write_bytes(b"its own")
+    done = run_script("lab.curves", f"--out_dir={folders[0]},{folders[1]}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "wrote",
+        str(folders[0] / "losses.png"),
+        "wrote",
+        str(folders[0] / "losses.html"),
+    ]
+    assert (folders[0] / "loss.png").read_bytes() == b"its own"
+
+
 def test_a_run_of_one_evaluation_can_be_drawn(tmp_path):
     write_run(tmp_path / "a", steps=1, val=(3.0, 2.9))
     curves.draw([curves.read(tmp_path / "a")], tmp_path / "a.png")

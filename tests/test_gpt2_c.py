@@ -113,7 +113,7 @@ def test_every_gradient_is_that_of_transformers(folder, theirs):
 
 def test_with_openmp_and_wide_vectors_it_is_the_same(folder, theirs):
     """The program as `make reference` builds it; its tiles are of another size, and it shares work."""
-    build(folder / "fast", "-O3", "-march=native", "-fopenmp")
+    build(folder / "fast", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
     run(folder, *ONE_STEP)
     slow = load_file(folder / "g.safetensors")
     done = run(folder, *ONE_STEP, program="fast")
