@@ -166,7 +166,7 @@ def figure(runs: list[Curves], x: str = "step") -> str:
         made.add_scatter(
             x=places[[best]],
             y=losses[[best]],
-            name=f"{prefix}best validation",
+            name=f"{prefix}best validation {losses[best]:.3f}",
             mode="markers+text" if len(runs) == 1 else "markers",
             text=[f"best {losses[best]:.3f}"],
             textposition="top center",
