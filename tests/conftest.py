@@ -1,5 +1,8 @@
 """What the tests share: a tiny corpus written by hand, and settings of a model that trains in a moment."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import random
@@ -17,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402  (needs the path above)
+from configurator import command  # noqa: E402
 from fradique import metrics  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
@@ -140,6 +144,20 @@ def run_script(name: str, *words: object, cwd: Path = ROOT, **options) -> subpro
     command = [sys.executable, "-W", "error", *program, *map(str, words)]
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options
     return subprocess.run(command, check=False, **options)
+
+
+def run_lab(name: str, *words: object) -> subprocess.CompletedProcess:
+    """A module of lab/ as its command runs, but in this process: a new one imports torch for seconds."""
+    module = importlib.import_module(name)
+    (settings,) = (
+        found
+        for found in vars(module).values()
+        if isinstance(found, type) and found.__module__ == name and hasattr(found, "debug")
+    )
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = command(module.main, settings, [str(word) for word in words])
+    return subprocess.CompletedProcess([name, *words], status, out.getvalue(), err.getvalue())
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
-from conftest import run_script, run_training
+from conftest import run_lab, run_training
 from test_architectures import NAMES, architecture  # noqa: F401
 
 from lab import anatomy
@@ -66,9 +66,9 @@ def test_the_drawing_is_sound_and_names_its_parts(name, architecture):  # noqa: 
 def test_the_command_prints_the_tree_and_writes_the_drawing(settings, tmp_path):
     run_training(settings)
     words = [f"--out_dir={settings.out_dir}", f"--to={tmp_path / 'a'}"]
-    done = run_script("lab.anatomy", *words, "--batch=2", "--tokens=8")
+    done = run_lab("lab.anatomy", *words, "--batch=2", "--tokens=8")
     assert done.returncode == 0, done.stderr
     assert "2 x 8 x 16" in done.stdout and f"wrote {tmp_path / 'a.svg'}" in done.stdout
-    refused = run_script("lab.anatomy", *words, "--tokens=17")
+    refused = run_lab("lab.anatomy", *words, "--tokens=17")
     assert refused.returncode == 2
     assert "--tokens=17 is more than the block of this model, 16" in refused.stderr

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 
-from conftest import run_script, run_training
+from conftest import run_lab, run_training
 from matplotlib.image import imread
 from test_architectures import NAMES, architecture, random_model  # noqa: F401
 
@@ -102,7 +102,7 @@ def test_fibres_lead_from_what_is_read_to_the_reader_and_never_back():
 def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
     run_training(settings)
     to = tmp_path / "pictures" / "here"
-    done = run_script(
+    done = run_lab(
         "lab.attention", f"--out_dir={settings.out_dir}", "--start=amor casa", f"--to={to}",
         f"--save_arrays={tmp_path / 'x.npz'}",
     )  # fmt: skip
@@ -125,6 +125,6 @@ def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
         (["--start=amor amor amor amor"], "has 19 tokens and the model reads 16: shorten --start"),
         ([f"--out_dir={tmp_path / 'nowhere'}"], "holds no run"),
     ):
-        refused = run_script("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *words)
+        refused = run_lab("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *words)
         assert refused.returncode == 2 and message in refused.stderr, refused.stderr
         assert "Traceback" not in refused.stderr

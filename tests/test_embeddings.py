@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
 
-from conftest import run_script, run_training
+from conftest import run_lab, run_training
 
 import train
 from fradique import tokenizer as tokenizers
@@ -85,7 +85,7 @@ def test_before_training_is_what_train_began_with(settings):
 def test_the_command_draws_before_and_after(settings, tmp_path, position):
     run_training(replace(settings, position=position))
     words = [f"--out_dir={settings.out_dir}", f"--to={tmp_path / 'e'}", f"--save_arrays={tmp_path / 'x.npz'}"]
-    done = run_script("lab.embeddings", *words)
+    done = run_lab("lab.embeddings", *words)
     assert done.returncode == 0, done.stderr
     arrays = np.load(tmp_path / "x.npz")
     n = len(arrays["tokens"])
@@ -94,5 +94,5 @@ def test_the_command_draws_before_and_after(settings, tmp_path, position):
     assert (tmp_path / "e.png").stat().st_size > 20_000
     text = (tmp_path / "e.html").read_text(encoding="utf-8")
     assert "t-SNE, before training" in text and "vowel" in text
-    refused = run_script("lab.embeddings", f"--out_dir={settings.out_dir}", "--groups=vogais")
+    refused = run_lab("lab.embeddings", f"--out_dir={settings.out_dir}", "--groups=vogais")
     assert refused.returncode == 2 and "name=characters" in refused.stderr

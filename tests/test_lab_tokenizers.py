@@ -9,7 +9,7 @@ import tiktoken
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 
-from conftest import make_text, run_script, run_training
+from conftest import make_text, run_lab, run_training
 
 from fradique import bpe
 from lab import tokenizers as lab_tokenizers
@@ -54,7 +54,7 @@ def test_the_command_compares_texts_and_runs(settings, tmp_path):
     book.write_text(TEXT, encoding="utf-8")
     run_training(settings)
     words = [f"--input={book}", "--bpe=300", f"--to={tmp_path / 't'}", f"--save_arrays={tmp_path / 'x.npz'}"]
-    done = run_script("lab.tokenizers", *words, f"--out_dir={settings.out_dir}")
+    done = run_lab("lab.tokenizers", *words, f"--out_dir={settings.out_dir}")
     assert done.returncode == 0, done.stderr
     assert f"| characters | {len(set(TEXT))} | {len(TEXT):,} |" in done.stdout
     assert re.search(r"^run: \d\.\d+ bits per byte", done.stdout, re.M)
@@ -68,5 +68,5 @@ def test_the_command_compares_texts_and_runs(settings, tmp_path):
         ([f"--input={tmp_path / 'empty.txt'}"], "empty"),
         ([f"--input={book}", f"--out_dir={tmp_path}"], "holds no run that has ended"),
     ):
-        refused = run_script("lab.tokenizers", *words, f"--to={tmp_path / 'r'}")
+        refused = run_lab("lab.tokenizers", *words, f"--to={tmp_path / 'r'}")
         assert refused.returncode == 2 and message in refused.stderr, refused.stderr

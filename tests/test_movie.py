@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
 
-from conftest import flags, run_script, run_training
+from conftest import flags, run_lab, run_script, run_training
 from PIL import Image
 
 from fradique import snapshots
@@ -177,7 +177,7 @@ def test_the_command_writes_film_and_arrays(settings, how):
     folder = Path(settings.out_dir)
     arrays = folder / "movie.npz"
     words = [f"--how={how}", "--seconds=1", "--fps=4", f"--save_arrays={arrays}"]
-    done = run_script("lab.movie", f"--out_dir={folder}", *words)
+    done = run_lab("lab.movie", f"--out_dir={folder}", *words)
     assert done.returncode == 0, done.stderr
     assert f"wrote {folder / 'movie.gif'}" in done.stdout
     with Image.open(folder / "movie.gif") as picture:
@@ -189,13 +189,13 @@ def test_the_command_writes_film_and_arrays(settings, how):
 
 
 def test_what_a_film_lacks_is_told(settings, tmp_path):
-    done = run_script("lab.movie", f"--out_dir={tmp_path / 'nothing'}")
+    done = run_lab("lab.movie", f"--out_dir={tmp_path / 'nothing'}")
     assert done.returncode == 2 and "holds no run" in done.stderr
     run_training(settings)
-    done = run_script("lab.movie", f"--out_dir={settings.out_dir}")
+    done = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
     assert done.returncode == 2 and "train with --snapshot_interval=50" in done.stderr
     few = replace(settings, overwrite=True, max_iters=0, snapshot_interval=5)
     done = run_script("train.py", *flags(few))
     assert done.returncode == 0, done.stderr
-    done = run_script("lab.movie", f"--out_dir={settings.out_dir}")
+    done = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
     assert done.returncode == 2 and "a film needs two" in done.stderr

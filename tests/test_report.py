@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
 
-from conftest import run_script, run_training
+from conftest import run_lab, run_training
 
 from fradique import metrics
 from lab import report
@@ -35,7 +35,7 @@ def test_a_report_holds_all_of_a_run_and_needs_nothing_else(settings, position):
     settings = replace(settings, position=position, sample_interval=10, snapshot_interval=5)
     run_training(settings)
     folder = Path(settings.out_dir)
-    done = run_script("lab.report", f"--out_dir={folder}")
+    done = run_lab("lab.report", f"--out_dir={folder}")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"wrote {folder / 'report.html'}\n"
     text = (folder / "report.html").read_text(encoding="utf-8")
@@ -55,16 +55,16 @@ def test_what_a_run_lacks_is_told_in_its_place(settings):
     run_training(replace(settings, position="rope"))
     folder = Path(settings.out_dir)
     (folder / metrics.SAMPLES).unlink()
-    done = run_script("lab.report", f"--out_dir={folder}", "--start=ola")
+    done = run_lab("lab.report", f"--out_dir={folder}", "--start=ola")
     assert done.returncode == 0, done.stderr
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "No sample was kept" in text and "With --snapshot_interval=50 in training" in text
 
 
 def test_a_report_of_no_run_is_refused(settings, tmp_path):
-    done = run_script("lab.report", f"--out_dir={tmp_path / 'nothing'}")
+    done = run_lab("lab.report", f"--out_dir={tmp_path / 'nothing'}")
     assert done.returncode == 2 and "holds no run" in done.stderr
-    done = run_script("lab.report", "--init_from=gpt2")
+    done = run_lab("lab.report", "--init_from=gpt2")
     assert done.returncode == 2 and "a report is of a run" in done.stderr
 
 

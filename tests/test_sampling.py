@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 
-from conftest import run_script, run_training
+from conftest import run_lab, run_training
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,7 +48,7 @@ def test_the_command_shows_greedy_text_beside_drawn(settings, tmp_path):
     run_training(settings)
     words = [f"--out_dir={settings.out_dir}", "--start=amor", f"--to={tmp_path / 's'}", "--tokens=120"]
     words += ["--temperatures=0,1", "--samples=2", f"--save_arrays={tmp_path / 'x'}"]
-    done = run_script("lab.sampling", *words)
+    done = run_lab("lab.sampling", *words)
     assert done.returncode == 0, done.stderr
     greedy = re.search(r"^\| greedy \|(.+)\|$", done.stdout, re.M)[1].split("|")
     drawn = re.search(r"^\| temperature 1 \|(.+)\|$", done.stdout, re.M)[1].split("|")
@@ -59,5 +59,5 @@ def test_the_command_shows_greedy_text_beside_drawn(settings, tmp_path):
     text = (tmp_path / "s.html").read_text(encoding="utf-8")
     assert "<h2>greedy</h2>" in text and "<mark>" in text
     assert (tmp_path / "s.png").stat().st_size > 5000
-    refused = run_script("lab.sampling", f"--out_dir={settings.out_dir}", "--temperatures=-1,x")
+    refused = run_lab("lab.sampling", f"--out_dir={settings.out_dir}", "--temperatures=-1,x")
     assert refused.returncode == 2 and "numbers with commas between them" in refused.stderr

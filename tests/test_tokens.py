@@ -11,7 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 
-from conftest import run_script, run_training
+from conftest import run_lab, run_training
 from PIL import Image
 
 from lab import tokens
@@ -69,7 +69,7 @@ def test_the_command_writes_pictures_a_page_and_arrays(settings, tmp_path):
     run_training(settings)
     to = tmp_path / "next"
     words = [f"--out_dir={settings.out_dir}", f"--to={to}", f"--save_arrays={tmp_path / 'x'}"]
-    done = run_script("lab.tokens", "--start=amor\ncas", "--top=8", *words)
+    done = run_lab("lab.tokens", "--start=amor\ncas", "--top=8", *words)
     assert done.returncode == 0, done.stderr
     written = [Path(path).name for path in re.findall(r"^wrote (.+)$", done.stdout, re.M)]
     assert sorted(written) == ["next.gif", "next.html", "next.png", "x.npz"]
@@ -85,5 +85,5 @@ def test_the_command_writes_pictures_a_page_and_arrays(settings, tmp_path):
         ("--temperatures=0", "each above 0"),
         ("--start=日", "is not among the"),
     ):
-        refused = run_script("lab.tokens", f"--out_dir={settings.out_dir}", word)
+        refused = run_lab("lab.tokens", f"--out_dir={settings.out_dir}", word)
         assert refused.returncode == 2 and message in refused.stderr, refused.stderr
