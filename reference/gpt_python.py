@@ -28,7 +28,7 @@ Vector = list[float]
 Matrix = list[Vector]
 EPS = 1e-5  # added to the variance in a layer norm
 POSITIONS = ("learned", "sinusoidal")
-SIZES = {"steps": 300, "batch": 8, "block": 16, "layers": 1, "heads": 2, "width": 16}  # of a run, unless told
+SIZES = {"steps": 300, "batch": 4, "block": 16, "layers": 1, "heads": 2, "width": 32}  # of a run, unless told
 
 
 def dot(a: Vector, b: Vector) -> float:
@@ -246,7 +246,8 @@ class GPT:
             shapes |= {at + "ln_2": (1, C), at + "mlp.c_fc": (4 * C, C), at + "mlp.c_proj": (C, 4 * C)}
         self.weights = {}
         for name, (rows, width) in shapes.items():
-            std = 0.02 / math.sqrt(2 * n_layer if "c_proj" in name else 1)  # these are summed (GPT-2, §2.3)
+            # GPT-2's 0.02 is for greater widths. What is summed up in the stream begins smaller (§2.3)
+            std = 0.1 / math.sqrt(2 * n_layer if "c_proj" in name else 1)
             norm = "ln_" in name
             draw = (lambda _: 1.0) if norm else (lambda std: rng.gauss(0.0, std))
             self.weights[name + ".weight"] = [[draw(std) for _ in range(width)] for _ in range(rows)]
