@@ -37,7 +37,8 @@ MOST_PARAMETERS = 4  # of the layers, for each token of the corpus
 # GPT-2's BPE, 4.955 and 4.903) and at 4.6 (machado_char, 1.393 and 1.341), and better at 7 (shakespeare_char,
 # 1.483 and 1.488) and at 8 (machado_char, 1.319 and 1.350). What is beyond goes by the trend.
 DROPOUT = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
-# Weight decay likewise. Measured at 22 epochs (shakespeare in GPT-2's BPE, 6,405 steps): 4.480, and 4.568 without.
+# Weight decay likewise. Measured at 22 epochs (shakespeare in GPT-2's BPE, 6,405 steps): 4.480, and 4.568
+# without.
 WEIGHT_DECAY = {0.0: 0.0, 15.0: 0.1}
 # What a size gains and costs: N parameters that saw D tokens have a loss of N^-OF_SIZE + OF_TOKENS / D beyond
 # what all sizes share. Fitted to which of 64, 128, 192 and 256 wide won in one and five minutes, by letters
