@@ -31,7 +31,7 @@ from bench import machine
 from model import GPT, GPTConfig
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
-FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
+FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast")
 CPU = torch.device("cpu")
 
 
@@ -104,8 +104,11 @@ def build(folder: Path) -> Path | None:
     if compiler is None:
         return None
     program = folder / "gpt2"
-    subprocess.run([compiler, *FLAGS, str(REFERENCE / "gpt2.c"), "-o", str(program), "-lm"], check=True)
-    return program
+    for threads in (["-fopenmp"], []):  # Apple's clang has none of its own
+        command = [compiler, *FLAGS, *threads, str(REFERENCE / "gpt2.c"), "-o", str(program), "-lm"]
+        if subprocess.run(command, capture_output=bool(threads), check=not threads).returncode == 0:
+            return program
+    return None
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -163,7 +166,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=256, help="tokens in a row; default: 256")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--seconds", type=float, default=5.0, help="for plain Python; default: 5")
-    result = measure(parser.parse_args(words))
+    args = parser.parse_args(words)
+    if args.n_embd < 64 or args.n_embd % 64 or min(args.n_layer, args.batch, args.block, args.rounds) < 1:
+        parser.error(
+            "--n_embd must be a multiple of 64, and --n_layer, --batch, --block and --rounds at least 1"
+        )
+    result = measure(args)
     shape = f"{result['batch']} x {result['block']} tokens"
     print(f"{result['parameters']:,} weights, {shape}, forward and backward")
     print(f"{'':10}{'tokens/s':>10}{'of PyTorch':>12}")

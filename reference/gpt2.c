@@ -9,8 +9,8 @@
 // raw little-endian uint16. `make reference` builds it; with -fopenmp it uses all cores. NOTES.md, beside this
 // file, derives each backward pass.
 //
-// `f` writes y; `f_backward` takes dy, the gradient of the loss with respect to y, writes dx, and *adds* the
-// gradients of the weights. All numbers are float32, and matrices lie row by row.
+// `f` writes y; `f_backward` takes dy, the gradient of the loss with respect to y, writes dx (the layer norm's adds to
+// it: it ends a branch of the stream), and *adds* the gradients of the weights. All numbers are float32, and matrices lie row by row.
 //
 // Shapes: B batch, T time (tokens), C width, H heads, D = C / H, V vocabulary, N = B T. Linear layers keep their
 // weights as GPT-2 does, (in, out).
@@ -60,6 +60,8 @@ static void *room(size_t count, size_t size) {  // zeros, where a vector may lie
     return memset(memory, 0, bytes ? bytes : 64);
 }
 
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
 static float *floats(size_t count) { return room(count, sizeof(float)); }
 
 // safetensors: eight bytes (how long the header is), the header (JSON), the numbers. The header comes from outside:
@@ -72,6 +74,7 @@ typedef struct {
     size_t length;
     const char *dtype;
     size_t dims, shape[MOST_DIMS], begin, end;  // of the numbers, counted from the header's end
+    bool used;                                  // GPT-2 has it
 } Tensor;
 
 typedef struct {
@@ -320,12 +323,12 @@ static void free_weights(Weights w) { free(w.memory), free(w.at); }
 
 static float **layer(Weights w, size_t l) { return w.at + LAYERS + l * PARTS; }
 
-static const Tensor *find(Index index, const char *name) {  // with or without Hugging Face's "transformer."
+static Tensor *find(Index index, const char *name) {  // with or without Hugging Face's "transformer."
     for (int prefixed = 0; prefixed < 2; prefixed++) {
         char whole[96];
         snprintf(whole, sizeof whole, "%s%s", prefixed ? "transformer." : "", name);
         Tensor wanted = {.name = whole, .length = strlen(whole)};
-        const Tensor *found = bsearch(&wanted, index.tensors, index.count, sizeof wanted, by_name);
+        Tensor *found = bsearch(&wanted, index.tensors, index.count, sizeof wanted, by_name);
         if (found) return found;
     }
     return NULL;
@@ -336,6 +339,23 @@ static const Tensor *table(Index index, const char *path, const char *name) {
     if (!tensor || tensor->dims != 2 || !tensor->shape[0] || !tensor->shape[1])
         fail("%s holds no GPT-2: there is no matrix %s in it", path, name);
     return tensor;
+}
+
+// A tensor of a GPT-2, which must have the shape that its name asks for.
+static Tensor *checked(Index index, const char *path, Kind kind) {
+    Tensor *tensor = find(index, kind.name);
+    if (!tensor) fail("%s holds no GPT-2: %s is missing", path, kind.name);
+    if (strcmp(tensor->dtype, "F32")) fail("%s keeps %s as %s: F32 is needed", path, kind.name, tensor->dtype);
+    bool fits = kind.rows ? tensor->dims == 2 && tensor->shape[0] == kind.rows && tensor->shape[1] == kind.columns
+                          : tensor->dims == 1 && tensor->shape[0] == kind.columns;
+    if (!fits) fail("%s: %s has not the shape of a GPT-2 that is this wide", path, kind.name);
+    tensor->used = true;
+    return tensor;
+}
+
+static bool ends_in(Tensor tensor, const char *end) {
+    size_t length = strlen(end);
+    return tensor.length >= length && !memcmp(tensor.name + tensor.length - length, end, length);
 }
 
 static Weights load(const char *path, Shape *s, size_t heads) {
@@ -358,26 +378,43 @@ static Weights load(const char *path, Shape *s, size_t heads) {
     while (find(index, first) && ++s->L);
     if (!s->L) fail("%s holds no GPT-2: there is no layer 0 in it", path);
 
+    // all shapes are checked before there is memory for any: together they are no more than the file holds
+    for (size_t i = 0; i < tensors_of(*s); i++) checked(index, path, kind_of(*s, i));
+    for (size_t i = 0; i < index.count; i++) {
+        Tensor extra = index.tensors[i];  // masks, and the output layer, are in some files too
+        if (extra.used || ends_in(extra, ".attn.bias") || ends_in(extra, ".attn.masked_bias")) continue;
+        if (!ends_in(extra, "lm_head.weight"))
+            fail("%s holds what GPT-2 has not: %.*s", path, (int)least(extra.length, 80), extra.name);
+    }
     Weights w = make_weights(*s);
     for (size_t i = 0; i < tensors_of(*s); i++) {
         Kind kind = kind_of(*s, i);
-        const Tensor *tensor = find(index, kind.name);
-        if (!tensor) fail("%s holds no GPT-2: %s is missing", path, kind.name);
-        if (strcmp(tensor->dtype, "F32")) fail("%s keeps %s as %s: F32 is needed", path, kind.name, tensor->dtype);
-        bool fits = kind.rows ? tensor->dims == 2 && tensor->shape[0] == kind.rows && tensor->shape[1] == kind.columns
-                              : tensor->dims == 1 && tensor->shape[0] == kind.columns;
-        if (!fits) fail("%s: %s has not the shape of a GPT-2 that is %zu wide", path, kind.name, s->C);
-        memcpy(w.at[i], index.numbers + tensor->begin, count_of(kind) * sizeof(float));
+        memcpy(w.at[i], index.numbers + checked(index, path, kind)->begin, count_of(kind) * sizeof(float));
     }
     free(index.tensors);
     munmap((void *)bytes, size);
     return w;
 }
 
-// Write all tensors as safetensors. The file has its name only when it is whole.
+// A file is written beside its name, and has it when it is whole.
+static char *part_of(const char *path) {
+    char *part = room(strlen(path) + 6, 1);
+    sprintf(part, "%s.part", path);
+    return part;
+}
+
+// Whether a file can be written is told before the training that it will hold.
+static void try_writing(const char *path) {
+    char *part = part_of(path);
+    FILE *file = fopen(part, "wb");
+    if (!file || fclose(file) || remove(part)) fail("%s cannot be written", path);
+    free(part);
+}
+
+// Write all tensors as safetensors.
 static void save(const char *path, Shape s, Weights w) {
     size_t n = tensors_of(s), room_left = n * 160 + 64, used = 0, place = 0;
-    char *header = room(room_left, 1), *part = room(strlen(path) + 6, 1);
+    char *header = room(room_left, 1), *part = part_of(path);
     for (size_t i = 0; i < n; i++) {
         Kind kind = kind_of(s, i);
         char rows[32] = "";
@@ -392,7 +429,6 @@ static void save(const char *path, Shape s, Weights w) {
     while (used % 8) header[used++] = ' ';
     uint8_t length[8];
     for (int i = 0; i < 8; i++) length[i] = (uint8_t)(used >> (8 * i));
-    sprintf(part, "%s.part", path);
     FILE *file = fopen(part, "wb");
     bool whole = file && fwrite(length, 1, 8, file) == 8 && fwrite(header, 1, used, file) == used &&
                  fwrite(w.memory, sizeof(float), w.count, file) == w.count && !fflush(file) && !fsync(fileno(file));
@@ -418,8 +454,6 @@ typedef struct { const float *at; size_t row, column; } View;  // neighbours in 
 
 static View rows_of(const float *at, size_t width) { return (View){at, width, 1}; }
 static View transposed(const float *at, size_t width) { return (View){at, 1, width}; }
-
-static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 // `count` rows of a view from row i on, columns k to k + depth: by turns one number of each; 0 for rows that lack.
 static void lay_out(View v, size_t i, size_t count, size_t k, size_t depth, size_t width, float *out) {
@@ -730,6 +764,7 @@ typedef struct {
 } Run;
 
 static Run make_run(Shape s, size_t N, size_t T, Purpose purpose) {
+    if (N > SIZE_MAX / 64 / (s.V + 4 * s.C + s.H * T)) fail("%zu tokens at once do not fit in memory", N);
     Run run = {.layers = room(s.L, sizeof(Layer)), .purpose = purpose};
     size_t C = s.C;
     for (size_t l = 0; l < s.L; l++) {
@@ -870,6 +905,7 @@ static uint16_t *read_tokens(const char *path, size_t *count, size_t V) {
 
 static void measure(Shape s, Weights w, const uint16_t *ids, size_t count, Options o) {
     size_t windows = (count - 1) / o.block, most = o.steps ? least(windows, o.steps * o.batch) : windows;
+    o.batch = least(o.batch, most);
     Run run = make_run(s, o.batch * o.block, o.block, FORGET);
     FILE *logits = o.logits ? fopen(o.logits, "wb") : NULL;
     if (o.logits && !logits) fail("%s cannot be written", o.logits);
@@ -887,6 +923,8 @@ static void measure(Shape s, Weights w, const uint16_t *ids, size_t count, Optio
 static void train(Shape s, Weights w, const uint16_t *ids, size_t count, Options o) {
     size_t windows = (count - 1) / o.block, next = 0;
     Weights g = make_weights(s), m = make_weights(s), v = make_weights(s);
+    if (o.out) try_writing(o.out);
+    if (o.gradients) try_writing(o.gradients);
     Run run = make_run(s, o.batch * o.block, o.block, KEEP);
     uint16_t *batch = room(2 * o.batch * o.block, 2), *targets = batch + o.batch * o.block;
     for (size_t step = 1; step <= o.steps; step++) {
@@ -912,8 +950,9 @@ static void train(Shape s, Weights w, const uint16_t *ids, size_t count, Options
 }
 
 // The likeliest token each time. Each step reads one token and the keys and values of those before it; where the
-// block is full, its first half is forgotten.
+// block is full, the last half of it is read anew and the rest forgotten.
 static void generate(Shape s, Weights w, const uint16_t *prompt, Options o) {
+    if (s.V > 65536) fail("tokens of 16 bits are 65,536 at most, and the model knows %zu", s.V);
     Run run = make_run(s, s.block, 1, CONTINUE);
     float *p = run.layers[0].p;
     size_t known = o.prompt, length = 0;  // tokens there, and those among them that the run has seen
@@ -964,7 +1003,7 @@ static const char USAGE[] =
     "  --out=FILE            train: write the weights, safetensors";
 
 static Options read_options(int count, char **texts, bool training) {
-    Options o = {.block = training ? 64 : 0, .batch = 4, .steps = training ? 20 : 0, .prompt = 8, .count = 40,
+    Options o = {.batch = 4, .steps = training ? 20 : 0, .prompt = 8, .count = 40,
                  .learning_rate = 1e-4};
     struct { const char *name; size_t *value; size_t low; } sizes[] = {
         {"block", &o.block, 1}, {"batch", &o.batch, 1}, {"steps", &o.steps, 0},
@@ -1007,8 +1046,7 @@ int main(int count, char **texts) {
     Weights w = load(texts[2], &s, o.heads);
     size_t tokens;
     uint16_t *ids = read_tokens(texts[3], &tokens, s.V);
-    if (!o.block) o.block = s.block;
-    if (training && o.block > s.block) o.block = s.block;
+    if (!o.block) o.block = training ? least(64, s.block) : s.block;
     if (o.block > s.block) fail("--block=%zu: the model has a block of %zu", o.block, s.block);
     size_t needed = writing ? o.prompt : o.block + 1;
     if (tokens < needed) fail("%s holds %zu tokens, and %zu are needed", texts[3], tokens, needed);

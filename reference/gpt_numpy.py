@@ -18,6 +18,7 @@ layers keep their weights as GPT-2 does, (in, out).
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -276,13 +277,14 @@ class GPT2:
     ) -> list[int]:
         """`count` ids after these. At temperature 0 the likeliest each time, else drawn, of the `top_k` best.
 
-        Each step reads one token and the cache. Where the block is full, its first half is forgotten.
+        Each step reads one token and the cache. Where the block is full, the last half of it is read anew and
+        the rest forgotten.
         """
         rng, written, cache = np.random.default_rng(seed), list(ids), Cache(self.block_size)
         fresh = written[-self.block_size :]
         for _ in range(count):
             if cache.length + len(fresh) > self.block_size:
-                fresh, cache = written[-(self.block_size // 2) :], Cache(self.block_size)
+                fresh, cache = written[-max(self.block_size // 2, 1) :], Cache(self.block_size)
             x, _ = self.forward(np.array([fresh]), cache)
             logits = self.logits(x[-1:])[0]  # (V,)
             if temperature == 0:
@@ -339,10 +341,15 @@ def load(path: Path, n_head: int = 0) -> GPT2:
     }
     if missing := [name for name in ("wte.weight", "wpe.weight", "ln_f.weight") if name not in weights]:
         raise ValueError(f"{path} holds no GPT-2: {', '.join(missing)} is not in it")
+    for name in ("wte.weight", "wpe.weight"):
+        if weights[name].ndim != 2:
+            raise ValueError(f"{path} holds no GPT-2: {name} has the shape {weights[name].shape}")
     C = weights["wte.weight"].shape[1]
     beside = path.parent / "config.json"
     if not n_head and beside.exists():
-        n_head = int(json.loads(beside.read_text()).get("n_head", 0))
+        config = json.loads(beside.read_text())
+        n_head = config.get("n_head") if isinstance(config, dict) else None
+        n_head = n_head if isinstance(n_head, int) else 0
     model = GPT2(weights, n_head or max(C // 64, 1))
     for name, shape in shapes(model).items():
         if name not in weights or weights[name].shape != shape:
@@ -350,7 +357,7 @@ def load(path: Path, n_head: int = 0) -> GPT2:
             raise ValueError(f"{path} holds no GPT-2: {name} {found}, and {shape} is needed")
     if extra := sorted(set(weights) - set(shapes(model))):
         raise ValueError(f"{path} holds what GPT-2 has not: {', '.join(extra[:5])}")
-    if C % model.n_head:
+    if model.n_head < 1 or C % model.n_head:
         raise ValueError(f"a width of {C} does not go into {model.n_head} heads: set --heads")
     return model
 
@@ -388,9 +395,7 @@ def options() -> argparse.ArgumentParser:
     told.add_argument("--heads", type=int, default=0, help="attention heads; 0: as in config.json, or of 64")
     told.add_argument("--block", type=int, default=0, help="tokens in a row; 0: 64 to train, else the block")
     told.add_argument("--batch", type=int, default=4, help="rows at a time")
-    told.add_argument(
-        "--steps", type=int, default=0, help="train: steps, 0: 20; loss: batches at most, 0: all"
-    )
+    told.add_argument("--steps", type=int, help="train: steps, if not 20; loss: batches at most, if not all")
     told.add_argument("--learning_rate", type=float, default=1e-4, help="train: AdamW's")
     told.add_argument("--count", type=int, default=40, help="generate: ids to write")
     told.add_argument("--temperature", type=float, default=0.0, help="generate: 0 takes the likeliest")
@@ -416,7 +421,9 @@ def loss_of_file(model: GPT2, tokens: Array, block: int, batch: int, most: int) 
 def train(model: GPT2, tokens: Array, given: argparse.Namespace, block: int) -> None:
     """Windows side by side, from the first again after the last."""
     optimizer, windows = AdamW(model.weights), (len(tokens) - 1) // block
-    for step in range(1, (given.steps or 20) + 1):
+    if given.out and not os.access(given.out.parent, os.W_OK):
+        raise ValueError(f"{given.out} cannot be written")  # told now, not after the training
+    for step in range(1, (20 if given.steps is None else given.steps) + 1):
         begun = time.perf_counter()
         starts = block * (np.arange((step - 1) * given.batch, step * given.batch) % windows)
         rows = tokens[starts[:, None] + np.arange(block + 1)]  # (B, T + 1)
@@ -436,7 +443,7 @@ def train(model: GPT2, tokens: Array, given: argparse.Namespace, block: int) -> 
 def run(given: argparse.Namespace) -> None:
     model = load(given.weights, given.heads)
     block = given.block or (min(64, model.block_size) if given.command == "train" else model.block_size)
-    if not 1 <= block <= model.block_size or given.batch < 1 or min(given.steps, given.count) < 0:
+    if not 1 <= block <= model.block_size or given.batch < 1 or min(given.steps or 0, given.count) < 0:
         raise ValueError(
             f"--block must be 1 to {model.block_size}, --batch at least 1, --steps and --count 0"
         )
@@ -462,14 +469,14 @@ def run(given: argparse.Namespace) -> None:
     if given.command == "train":
         train(model, tokens, given, block)
     else:
-        loss = loss_of_file(model, tokens, block, given.batch, given.steps)
-        print(f"loss {loss:.6f}  perplexity {math.exp(loss):.3f}")
+        loss = loss_of_file(model, tokens, block, given.batch, given.steps or 0)
+        print(f"loss {loss:.6f}  perplexity {np.exp(min(loss, 700.0)):.3f}")
 
 
 def main() -> None:
     try:
         run(options().parse_args())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(str(error))
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 Vector = list[float]
 Matrix = list[Vector]
 EPS = 1e-5  # added to the variance in a layer norm
-POSITIONS = ("learned", "sinusoidal")
 SIZES = {"steps": 300, "batch": 4, "block": 16, "layers": 1, "heads": 2, "width": 32}  # of a run, unless told
 
 
@@ -192,16 +191,15 @@ def sinusoids(T: int, C: int) -> Matrix:
 
 def cross_entropy(logits: Matrix, targets: list[int]) -> tuple[float, Matrix]:
     """-log p of each target, their mean in nats:  (T, V), (T,) -> loss, and p (T, V)."""
-    p = [softmax(row) for row in logits]
-    return -sum(math.log(p_t[i] or 5e-324) for p_t, i in zip(p, targets, strict=True)) / len(targets), p
+    p = [softmax(row) for row in logits]  # the largest is 1 / Σ_j exp(z_j - max z): log p is found from it
+    logs = [z[i] - max(z) + math.log(max(p_t)) for z, p_t, i in zip(logits, p, targets, strict=True)]
+    return -sum(logs) / len(targets), p
 
 
 def cross_entropy_backward(p: Matrix, targets: list[int]) -> Matrix:
     """dlogits = (p - onehot(target)) / T."""
-    return [
-        [(p_i - (i == target)) / len(targets) for i, p_i in enumerate(p_t)]
-        for p_t, target in zip(p, targets, strict=True)
-    ]
+    onehot = [[float(i == target) for i in range(len(p[0]))] for target in targets]
+    return times(plus(p, times(onehot, -1)), 1 / len(targets))
 
 
 def squared_error(outputs: Matrix, targets: list[int]) -> tuple[float, Matrix]:
@@ -215,10 +213,8 @@ def squared_error_backward(e: Matrix, targets: list[int]) -> Matrix:
     return times(e, 2 / (len(e) * len(e[0])))
 
 
-LOSSES = {
-    "cross_entropy": (cross_entropy, cross_entropy_backward),
-    "squared_error": (squared_error, squared_error_backward),
-}
+LOSSES = {"cross_entropy": (cross_entropy, cross_entropy_backward)}
+LOSSES["squared_error"] = (squared_error, squared_error_backward)
 
 
 class GPT:
@@ -355,7 +351,7 @@ def options() -> argparse.ArgumentParser:
     told.add_argument("--input", type=Path, required=True, help="a text file, UTF-8")
     for name, value in (SIZES | {"write": 200, "seed": 1337, "learning_rate": 0.01}).items():
         told.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
-    choices = {"position": POSITIONS, "activation": tuple(ACTIVATIONS), "loss": tuple(LOSSES)}
+    choices = {"position": ("learned", "sinusoidal"), "activation": tuple(ACTIVATIONS), "loss": tuple(LOSSES)}
     for name, kinds in choices.items():
         told.add_argument(f"--{name}", choices=kinds, default=kinds[0], help=f"default: {kinds[0]}")
     return told
@@ -363,6 +359,7 @@ def options() -> argparse.ArgumentParser:
 
 def main() -> None:
     given = options().parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character of the text
     try:
         text = given.input.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -371,8 +368,10 @@ def main() -> None:
         sys.exit(f"{', '.join(least)} must be at least 1")
     if given.width % given.heads or given.width % 2:
         sys.exit(f"--width {given.width} must be even, and a multiple of --heads {given.heads}")
-    if len(text) < given.block + 2:
-        sys.exit(f"{given.input} has {len(text)} characters; --block {given.block} needs {given.block + 2}")
+    if len(text) <= given.block:
+        sys.exit(f"{given.input} has {len(text)} characters; --block {given.block} needs {given.block + 1}")
+    if not 0 < given.learning_rate < 10:
+        sys.exit(f"--learning_rate {given.learning_rate} must be above 0 and less than 10")
     characters, rng = sorted(set(text)), random.Random(given.seed)
     number = {character: i for i, character in enumerate(characters)}
     data = [number[character] for character in text]

@@ -1,6 +1,8 @@
 """reference/gpt_python.py against the model under autograd, finite differences, and wrong signs."""
 
 import ast
+import math
+import os
 import random
 import re
 import subprocess
@@ -128,8 +130,16 @@ def test_ten_steps_of_adam_follow_torch():
 def test_it_writes_what_the_model_writes():
     model = make()
     ours = twin(model)
-    greedy = model.write(IDS[:2], 4, random.Random(1), temperature=1e-9)
-    assert greedy == ours.generate(torch.tensor([IDS[:2]]), 4, top_k=1)[0].tolist()
+    expected = IDS[:2]
+    for _ in range(10):  # past the block of 6 too: it reads the last 6
+        with torch.no_grad():
+            expected = [*expected, int(ours(torch.tensor([expected[-6:]]))[0][0, -1].argmax())]
+    assert model.write(IDS[:2], 10, random.Random(1), temperature=1e-9) == expected
+
+
+def test_a_loss_is_right_where_a_probability_is_too_small_for_a_float():
+    loss, p = reference.cross_entropy([[0.0, 2000.0], [3.0, 3.0]], [0, 1])
+    assert loss == pytest.approx((2000 + math.log(2)) / 2) and p[0] == [0, 1]
 
 
 def test_probabilities_are_learnt_with_the_squared_error_too():
@@ -171,18 +181,28 @@ def test_the_command_learns_a_text_before_ones_eyes(tmp_path):
     assert "po" in done.stdout.splitlines()[-1]
 
 
+def test_what_a_terminal_cannot_show_does_not_end_it_with_an_error(tmp_path):
+    (tmp_path / "book.txt").write_text("é poética. " * 30, encoding="utf-8")
+    command = [sys.executable, str(FILE), "--input=book.txt", "--steps=2", "--write=40"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=ascii_only, check=False)
+    assert done.returncode == 0 and b"?" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--input=none.txt"], "none.txt cannot be read"),
-        (["--input=short.txt"], "short.txt has 3 characters; --block 16 needs 18"),
+        (["--input=short.txt"], "short.txt has 3 characters; --block 16 needs 17"),
         (["--input=latin.txt"], "cannot be read as UTF-8"),
         (["--input=short.txt", "--steps=0", "--batch=-1"], "--steps, --batch must be at least 1"),
+        (["--input=long.txt", "--learning_rate=nan"], "--learning_rate nan must be above 0 and less than 10"),
         (["--input=short.txt", "--width=9"], "--width 9 must be even, and a multiple of --heads 2"),
     ],
 )
 def test_bad_input_gets_a_message(options, words, tmp_path):
     (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "long.txt").write_text("abc" * 10)
     (tmp_path / "latin.txt").write_bytes("coração".encode("latin-1"))
     done = run(*options, cwd=tmp_path)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

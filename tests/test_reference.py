@@ -26,6 +26,14 @@ def test_every_line_that_the_notes_quote_stands_in_the_code():
             assert line.strip() in lines, line
 
 
+def test_the_mathematics_of_the_notes_is_written_so_that_github_renders_it():
+    """In ```math and in $`…`$: elsewhere Markdown takes backslashes and underscores away."""
+    text = (FOLDER / "NOTES.md").read_text(encoding="utf-8")
+    assert text.count("```math") >= 15
+    bare = re.sub(r"\$`[^`]+`\$|```.*?```|`[^`]*`", "", text, flags=re.S)
+    assert "$" not in bare and "\\" not in bare
+
+
 def test_the_files_that_the_notes_name_are_there():
     for page in ("NOTES.md", "README.md"):
         text = (FOLDER / page).read_text(encoding="utf-8")
