@@ -3,7 +3,7 @@
 # Model, batch, optimizer and schedule are chosen from a short measurement, and told; what is set beside this
 # file stays as it is set.
 # Measured on two cores of an Intel Xeon with AMX (2.6 GHz), whole-validation loss on machado_char: 1.509 in
-#   one minute, 1.341 in five, 1.319 in fifteen (train_machado_char_cpu_modern.py in a minute: 1.600).
+#   one minute, 1.341 in five, 1.319 in fifteen (train_machado_char_cpu_modern.py: 1.600 in one, 1.470 in five).
 # Peak memory on a CPU, the whole process: 532 MiB with what it chooses for one minute of machado_char (4 layers,
 #   128 wide), 612 MiB with that for five (192 wide).
 # Swept there, 4 layers, Muon. In 60 s: 64 wide 1.597, 96 1.591, 128 1.589, with RoPE 1.546, and then 192
