@@ -37,10 +37,12 @@ from fradique import (
     metrics,
     optimizer,
     pretrained,
+    ranks,
     run,
     runtime,
     schedule,
     snapshots,
+    stability,
 )
 from fradique import tokenizer as tokenizers
 from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, POSITIONS, GPTConfig
@@ -111,6 +113,8 @@ class TrainSettings:
     beta1: float = setting(0.9, "AdamW's memory of the gradient", lo=0.0, hi=0.999999)
     beta2: float = setting(0.95, "AdamW's memory of its square", lo=0.0, hi=0.999999)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", lo=0.0)
+    skip_nonfinite: bool = setting(False, "leave out a step whose loss or gradient is not finite, instead of stopping")
+    spike_sigmas: float = setting(0.0, "a loss or gradient so many deviations above the last 128 counts as not finite; 0: none does", lo=0.0)
 
     eval_interval: int = setting(2000, "steps between evaluations and checkpoints", lo=1, group="evaluation and log")
     eval_iters: int = setting(200, "batches of each split in an evaluation; always the same ones", lo=1)
@@ -131,7 +135,9 @@ class TrainSettings:
     dtype: str = setting("auto", "of the forward pass; weights stay float32", choices=("auto", *runtime.DTYPES))
     compile: bool | str = setting("auto", "torch.compile; auto: when the run is long enough", choices=("auto", True, False))
     gradient_checkpointing: bool = setting(False, "keep the blocks' inputs alone, and run them twice: less memory, a third more time")
-    backend: str = setting("auto", "of torch.distributed under torchrun: auto | nccl | gloo")
+    parallel: str = setting("ddp", "under torchrun: ddp, each process has the whole model; fsdp, each a part of it", choices=("ddp", "fsdp"))
+    backend: str = setting("auto", "of torch.distributed under torchrun: auto | nccl | gloo", choices=("auto", "nccl", "gloo"))
+    dist_timeout: float = setting(600.0, "seconds for which a process waits for another under torchrun", above=0.0)
     # fmt: on
 
     def problems(self) -> list[str]:
@@ -152,6 +158,8 @@ class TrainSettings:
                 f"lora_rank = {self.lora_rank} adapts weights that are there, and init_from=scratch has none: "
                 "give --init_from a run folder, gpt2, …, or leave lora_rank at 0"
             )
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            found.append("optimizer = 'muon' needs whole matrices, and parallel = 'fsdp' parts them: change one of the two")
         if self.overwrite and self.init_from == "resume":
             found.append("overwrite deletes the run that init_from=resume would go on with: give one of the two")
         return found
@@ -170,10 +178,12 @@ class TrainState:
     closing_seconds: float = 0.0  # that the end of the run was last expected to take
     writing_seconds: float = 0.0  # that the last sample took
     scaler: dict[str, float] = field(default_factory=dict)
+    past: stability.Past = field(default_factory=stability.Past)
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "TrainState":
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        state = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        return replace(state, past=stability.Past(**values.get("past", {})))
 
 
 @dataclass
@@ -191,14 +201,23 @@ class Training:
     state: TrainState
     pace: metrics.Pace
     log: metrics.RunLog
+    held: run.Held | None = None  # the folder, where this process writes to it
     saved_step: int = -1  # of the last checkpoint that this process wrote
+
+    def close(self) -> None:
+        self.log.close()
+        if self.held is not None:
+            self.held.lock.release()
 
 
 def main(resolved: Resolved[TrainSettings]) -> int:
     settings, notes = resolved.settings, ()
-    if settings.auto and settings.init_from == "scratch" and not settings.eval_only:
-        settings, notes = choose(settings, {key: getattr(settings, key) for key in resolved.explicit})
-    t = set_up(settings, notes)
+    with ranks.named_if_lost():
+        runtime.join(settings.device, settings.backend, settings.dist_timeout)
+        settings = ranks.agree(lambda: after_restart(settings))
+        if settings.auto and settings.init_from == "scratch" and not settings.eval_only:
+            settings, notes = choose(settings, {key: getattr(settings, key) for key in resolved.explicit})
+        t = set_up(settings, notes)
     try:
         if t.settings.eval_only:
             report_evaluation(t)
@@ -209,13 +228,29 @@ def main(resolved: Resolved[TrainSettings]) -> int:
         t.runtime.wait()
         return status
     finally:
-        t.log.close()
+        t.close()
         t.runtime.close()
+
+
+def after_restart(settings: TrainSettings) -> TrainSettings:
+    """The settings; where torchrun starts again what it had begun, such that the run goes on."""
+    folder = Path(settings.out_dir)
+    if settings.eval_only or not (ranks.restarts() and run.began_here(folder, ranks.launch())):
+        return settings
+    if checkpoint.step_folders(folder):
+        return replace(settings, init_from="resume", overwrite=False)
+    return settings if settings.init_from == "resume" else replace(settings, overwrite=True)
 
 
 def train(t: Training) -> int:
     """The loop. Returns the exit status: 0, or 128 + n after signal n."""
-    settings, state, stop = t.settings, t.state, runtime.StopSignal()
+    stop = runtime.StopSignal()
+    with ranks.named_if_lost(lambda: stop.number != 0):
+        return loop(t, stop)
+
+
+def loop(t: Training, stop: runtime.StopSignal) -> int:
+    settings, state = t.settings, t.state
     try:
         while not finished(t):
             if state.step % settings.eval_interval == 0:
@@ -231,6 +266,8 @@ def train(t: Training) -> int:
             if settings.sample_interval and state.step % settings.sample_interval == 0:
                 with t.pace.aside():
                     write_sample(t)
+            if t.log.broken:  # python train.py | head
+                stop.number = stop.number or runtime.SIGPIPE
             if stop.heard(t.runtime):
                 return leave_early(t, stop)
         evaluate_and_save(t, last=True)
@@ -277,7 +314,7 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     with place.autocast():  # around them all: the weights are cast once
         for i, batch in enumerate(batches):
             x, y = place.move(*batch)
-            if place.world > 1:  # gradients are shared once, with the last slice
+            if place.world > 1 and not place.sharded:  # gradients are shared once, with the last slice
                 t.forward.require_backward_grad_sync = i == len(batches) - 1
             loss = t.forward(x, y, with_logits=False)[1] / len(batches)
             with place.autocast(enabled=False):
@@ -287,9 +324,8 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     for one in t.optimizers:
         t.scaler.unscale_(one)
     norm = optimizer.clip_gradients(t.model, settings.grad_clip)
-    if place.device.type != "cuda":
-        check_finite(t, t.state.step + 1, total, norm)
-    if not t.scaler.is_enabled() or math.isfinite(norm):  # float16: all optimizers step, or none of them
+    sound = is_sound(t, total, norm)
+    if sound and (not t.scaler.is_enabled() or math.isfinite(norm)):  # float16: all optimizers step, or none
         for one in t.optimizers:
             t.scaler.step(one)
     t.scaler.update()
@@ -297,6 +333,31 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     for one in t.optimizers:  # Muon's views of the gradients too
         one.zero_grad(set_to_none=True)
     return total, norm
+
+
+def is_sound(t: Training, loss: Tensor, norm: Tensor) -> bool:
+    """Whether a step may be taken; False for one that is to be left out. Raises ValueError for one that has to
+    stop the run. A card is not waited for where nothing is to be left out: the log looks at its losses."""
+    s, past, step = t.settings, t.state.past, t.state.step + 1
+    if not (s.skip_nonfinite or s.spike_sigmas):
+        if t.runtime.device.type != "cuda":
+            check_finite(t, step, loss, norm)
+        return True
+    (loss,) = t.runtime.sum(loss.item() / t.runtime.world)  # not finite anywhere: not finite for all
+    norm = norm.item()
+    if t.scaler.is_enabled() and not math.isfinite(norm):
+        return True  # float16's overflow, of which the scaler takes care
+    why = stability.trouble(past, loss, norm, s.spike_sigmas)
+    if why is None:
+        past.remember(loss, norm) if s.spike_sigmas else past.forgive()
+        return True
+    if not s.skip_nonfinite:
+        raise ValueError(unsound(t, step, why))
+    past.skip()
+    if past.in_a_row >= stability.TOO_MANY:
+        raise ValueError(unsound(t, step, f"{why}, and {past.in_a_row} steps in a row were left out"))
+    t.log.warn(f"step {step}: {why}; it is left out, as {past.skipped - 1} before it")
+    return False
 
 
 def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSettings, tuple[str, ...]]:
@@ -318,7 +379,7 @@ def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSetting
                 count = min(12, max(1, int(TRIAL_SECONDS / first)))
                 pace = min(time_step(t) for _ in range(count))  # what else is busy here only adds to it
             finally:
-                t.log.close()
+                t.close()
             pace, spent = t.runtime.max(pace, time.monotonic() - START)
             trial = auto.Trial(
                 parameters=sum(p.numel() for p in t.model.transformer["h"].parameters()),
@@ -355,8 +416,9 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
     """
     folder = Path(settings.out_dir)
     writes = not settings.eval_only
+    runtime.join(settings.device, settings.backend, settings.dist_timeout)
     if writes and settings.init_from != "resume":
-        run.check_free(folder, settings.overwrite)
+        ranks.agree(lambda: run.check_free(folder, settings.overwrite))
     corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
     torch.manual_seed(settings.seed)
     model, settings, held = make_model(settings, corpus)
@@ -366,6 +428,8 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         dtype=settings.dtype,
         compile=settings.compile if writes else False,
         backend=settings.backend,
+        parallel=settings.parallel if share else "ddp",
+        timeout=settings.dist_timeout,
         n_embd=model.config.n_embd,
         vocab_size=model.config.vocab_size,
         run_flops=float(model.flops_per_token() * tokens_per_step(settings) * settings.max_iters),
@@ -380,7 +444,12 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         settings.seed,
     )
     sampler.share(place.world)
-    model.to(place.device)
+    if place.sharded:
+        from fradique import sharding  # torch takes a second to import what it needs
+
+        sharding.shard(model, model.transformer["h"], place.device)
+    else:
+        model.to(place.device)
     model.gradient_checkpointing = settings.gradient_checkpointing
     state = TrainState.read(held.state) if held else TrainState()
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
@@ -394,6 +463,8 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         muon_momentum=settings.muon_momentum,
     )
     if held:
+        if place.sharded:
+            held = read_parts(held, model, optimizers)
         optimizer.load_state_by_name(optimizers, held.optimizer)
         if place.dtype == torch.float16 and state.scaler:  # the run may have begun in another dtype
             scaler.load_state_dict(state.scaler)
@@ -401,12 +472,13 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         metrics.check_wandb()
     tokenizers.encode_prompt(corpus.tokenizer, settings.sample_start)  # else it would fail at the first sample
     place.wait()  # until every rank has looked at the folder as it was
+    ours = None
     if writes and place.is_main:
         decided = {"device": place.describe(), "compile": place.compile, "notes": list(place.notes)}
-        run.take(
+        ours = run.take(
             folder,
             asdict(settings),
-            decided,
+            decided | {"launch": ranks.launch()},
             corpus.tokenizer,
             go_on_from=state.step if held else None,
             overwrite=settings.overwrite,
@@ -432,6 +504,7 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         state=state,
         pace=metrics.Pace(START, state.seconds, budget),
         log=log,
+        held=ours,
         saved_step=state.step if held else -1,
     )
     introduce(t)
@@ -455,13 +528,19 @@ def make_model(
     if settings.init_from == "resume":
         folder = Path(settings.out_dir)
         run.check_tokenizer(folder, tokenizer, corpus.folder)
-        latest = checkpoint.newest(folder, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
-        held = checkpoint.load(latest)
+        latest = ranks.agree(
+            lambda: checkpoint.newest(
+                folder, lambda text: print(f"warning: {text}", file=sys.stderr), run.name_of(folder)
+            )
+        )
+        in_parts = settings.parallel == "fsdp" and ranks.here()[2] > 1
+        held = checkpoint.describe(latest) if in_parts else checkpoint.load(latest, verified=True)
         shape = model_config(settings, held.config.get("vocab_size", 0))
-        with torch.device("meta"):  # no memory yet: the tensors that were loaded become its own
+        with torch.device("cpu" if in_parts else "meta"):  # no memory yet: it adopts what was loaded
             model = GPT(shape)
             choose_trained(model, settings)
-        checkpoint.adopt(model, held.model, str(latest))
+        if not in_parts:
+            checkpoint.adopt(model, held.model, str(latest))
         check_same_shape(shape, held.config, folder)
         return model, settings, held
     weights = pretrained.load(settings.init_from)
@@ -485,6 +564,20 @@ def make_model(
     choose_trained(model, settings)
     shape = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
     return model, replace(settings, **shape), None
+
+
+def read_parts(
+    held: checkpoint.Checkpoint, model: GPT, optimizers: list[torch.optim.Optimizer]
+) -> checkpoint.Checkpoint:
+    """Fill a model in parts from a checkpoint that was only described; with it the optimizer's part, for
+    `optimizer.load_state_by_name`."""
+    from fradique import sharding
+
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    checkpoint.fit(weights, checkpoint.shapes(held.folder / "model.safetensors"), str(held.folder))
+    state = optimizer.empty_state(optimizers, checkpoint.shapes(held.folder / "optimizer.safetensors"))
+    sharding.read(held.folder, weights | state)
+    return replace(held, optimizer=state)
 
 
 def check_same_shape(asked: GPTConfig, held: dict[str, Any], folder: Path) -> None:
@@ -571,24 +664,32 @@ def check_finite(t: Training, step: int, loss: float | Tensor, norm: float | Ten
     if not math.isfinite(loss):
         what = "loss"
     if what:
-        raise ValueError(
-            f"the {what} of step {step} is not finite; the run stops here and its checkpoints in "
-            f"{t.settings.out_dir} are good. Try a lower learning_rate, more warmup_iters, a smaller grad_clip"
-            + (", or dtype=bfloat16 or float32" if t.runtime.dtype != torch.float32 else "")
-            + "; go on from the last checkpoint with --init_from=resume"
-        )
+        raise ValueError(unsound(t, step, f"the {what} is not finite"))
+
+
+def unsound(t: Training, step: int, why: str) -> str:
+    """What to say of a step that stops the run."""
+    return (
+        f"step {step}: {why}; the run stops here and its checkpoints in {t.settings.out_dir} are good. Try a "
+        "lower learning_rate, more warmup_iters, a smaller grad_clip"
+        + (", dtype=bfloat16 or float32" if t.runtime.dtype != torch.float32 else "")
+        + ", or --skip_nonfinite=True to leave such steps out; go on from the last checkpoint with "
+        "--init_from=resume"
+    )
 
 
 def log_step(t: Training, loss: Tensor, norm: Tensor) -> None:
     """One line of metrics: the loss (mean over ranks) of the step just done, and the speed since the last."""
-    check_finite(t, t.state.step, loss, norm)
+    if not t.settings.skip_nonfinite:
+        check_finite(t, t.state.step, loss, norm)
+    loss = t.runtime.sum(loss.item())[0] / t.runtime.world
     tokens = tokens_per_step(t.settings)
     step_seconds = t.pace.step_seconds(t.state.step)
     speed = tokens / step_seconds
     peak = t.runtime.peak_flops()
     record = {
         "step": t.state.step,
-        "loss": t.runtime.sum(loss.item())[0] / t.runtime.world,
+        "loss": loss,
         "lr": t.optimizers[-1].param_groups[0]["lr"],  # AdamW's, where there are two
         "grad_norm": norm.item() if math.isfinite(norm) else None,
         "tokens": t.state.step * tokens,
@@ -597,6 +698,10 @@ def log_step(t: Training, loss: Tensor, norm: Tensor) -> None:
         "tokens_per_second": speed,
         "mfu": speed * t.model.flops_per_token() / peak if peak else None,
     }
+    if t.state.past.skipped:
+        record["skipped"] = t.state.past.skipped
+    if not math.isfinite(loss):  # of a step that was left out
+        del record["loss"]
     t.log.write(record)
     t.log.progress(t.state.step if t.pace.budget is None else t.pace.elapsed(), record)
 
@@ -620,6 +725,7 @@ def whole_validation(t: Training) -> evaluation.WholeSplit:
 def evaluate_and_save(t: Training, last: bool = False) -> None:
     """Evaluate, log, draw, and keep a checkpoint, once a step; the last step is kept in any case."""
     state = t.state
+    follow(t)
     if state.last_eval_step == state.step:
         if last and t.saved_step != state.step:
             save(t)
@@ -685,8 +791,9 @@ def draw_curve(t: Training) -> None:
 
 
 def save(t: Training, best: bool = False) -> None:
-    """Write a step checkpoint, make it the best where it is, and drop the oldest. Rank 0 does; all wait."""
-    if t.runtime.is_main:
+    """Write a step checkpoint, make it the best where it is, and drop the oldest. Rank 0 does, and all wait;
+    of a model in parts each writes its own."""
+    if t.runtime.is_main or t.runtime.sharded:
         pace = t.pace
         now = {"seconds": pace.elapsed(), "closing_seconds": pace.closing, "writing_seconds": pace.writing}
         state = asdict(t.state) | now | {"scaler": t.scaler.state_dict()}
@@ -695,20 +802,39 @@ def save(t: Training, best: bool = False) -> None:
             model={name: p.detach() for name, p in t.model.named_parameters()},
             optimizer=optimizer.state_by_name(t.optimizers),
             state=state,
+            run=t.held.name if t.held else None,
         )
-        checkpoint.keep(Path(t.settings.out_dir), held, best=best, last=t.settings.keep_checkpoints)
+        way = checkpoint.Alone
+        if t.runtime.sharded:
+            from fradique import sharding
+
+            t.model.reshard()  # what an evaluation has gathered
+            way = sharding.Together
+        folder = Path(t.settings.out_dir)
+        checkpoint.keep(folder, held, best=best, last=t.settings.keep_checkpoints, way=way)
     t.saved_step = t.state.step
     t.runtime.wait()
+
+
+def follow(t: Training) -> None:
+    """Go on where the run folder is now, should somebody have moved or deleted it."""
+    folder, moved = ranks.agree(lambda: t.held.place())
+    if moved:
+        t.log.warn(moved)
+        t.settings = replace(t.settings, out_dir=str(folder))
+        t.log.move(folder)
 
 
 def keep_snapshot(t: Training, last: bool = False) -> None:
     """Keep the embeddings, where it is time to. A picture that will lack one is no reason to stop a run."""
     interval, step = t.settings.snapshot_interval, t.state.step
-    if not interval or not t.runtime.is_main or not (last or step % interval == 0):
+    if not interval or not (last or step % interval == 0):
         return
     with t.pace.aside():
+        tables = snapshots.of(t.model)  # of a model in parts, by all ranks
         try:
-            snapshots.keep(Path(t.settings.out_dir), step, t.model)
+            if t.runtime.is_main:
+                snapshots.keep(Path(t.settings.out_dir), step, tables)
         except OSError as error:
             t.log.warn_once(f"embeddings cannot be kept for lab.movie: {error.strerror or error}")
 
@@ -733,6 +859,7 @@ def out_of_patience(t: Training) -> bool:
 
 def leave_early(t: Training, stop: runtime.StopSignal) -> int:
     """After a signal: save and go. A resumed run continues as if nothing had happened."""
+    follow(t)
     save(t)
     t.log.say(
         f"{stop.name}: saved step {t.state.step}; go on with: "
@@ -745,8 +872,7 @@ def finish(t: Training) -> None:
     """The whole validation split, once, by the best checkpoint; a sample; and where all this lies."""
     folder, state = Path(t.settings.out_dir), t.state
     if state.best_step not in (None, state.step):
-        best = checkpoint.load(folder / "best", with_optimizer=False)
-        checkpoint.load_into(t.model, best.model, str(folder / "best"))
+        load_best(t, folder / "best")
     final = whole_validation(t)
     record = {"step": state.step, "best_step": state.best_step, "seconds": t.pace.elapsed()}
     t.log.write(record | {f"final_{key}": value for key, value in asdict(final).items()})
@@ -760,6 +886,18 @@ def finish(t: Training) -> None:
     )
 
 
+def load_best(t: Training, folder: Path) -> None:
+    """Its weights into the model."""
+    if not t.runtime.sharded:
+        checkpoint.load_into(t.model, checkpoint.load(folder, with_optimizer=False).model, str(folder))
+        return
+    from fradique import sharding
+
+    ranks.agree(lambda: checkpoint.verify(folder))
+    t.model.reshard()
+    sharding.read(folder, {name: p.detach() for name, p in t.model.named_parameters()})
+
+
 def report_evaluation(t: Training) -> None:
     """What eval_only prints: both splits on the fixed windows, then the whole validation split."""
     losses = fixed_losses(t)
@@ -770,7 +908,7 @@ def report_evaluation(t: Training) -> None:
 def write_sample(t: Training) -> str:
     """Draw a sample with the tokens of `sample_start` before it, keep it in samples.txt, and return it."""
     settings, tokenizer, start = t.settings, t.corpus.tokenizer, time.monotonic()
-    if not t.runtime.is_main:
+    if not (t.runtime.is_main or t.runtime.sharded):  # of a model in parts, all draw the same
         return ""
     prompt = tokenizers.encode_prompt(tokenizer, settings.sample_start)
     idx = torch.from_numpy(prompt.astype("int64"))[None].to(t.runtime.device)  # (1, T)

@@ -77,7 +77,7 @@ def set_up(settings: train.TrainSettings, target: int | None) -> train.Training:
         t = train.set_up(settings)
         if target is None:
             return t
-        t.log.close()
+        t.close()
         inner = width_for(t.model.config, target)
         return train.set_up(replace(settings, n_inner=inner, overwrite=True))
 
@@ -110,12 +110,12 @@ def train_all(names: Sequence[str], rates: Sequence[str], flags: Sequence[str], 
             shape = json.dumps(asdict(replace(t.model.config, n_inner=t.model.config.inner)))
             if shape in trained:
                 best = trained[shape]
-                t.log.close()
+                t.close()
                 break
             while t.state.step < settings.max_iters:
                 one_step(t)
             found = train.whole_validation(t)
-            t.log.close()
+            t.close()
             row = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "learning_rate": float(rate)}
             row |= {"parameters": t.model.num_params(non_embedding=False), "n_inner": t.model.config.inner}
             print(f"{name}, learning rate {rate}: {found}", flush=True)

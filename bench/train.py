@@ -58,7 +58,7 @@ def measure(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
         if args.profile:
             write_trace(t, name_of(argv))
         result = figures(t, ours, theirs) | {"set_up_seconds": ready}
-        t.log.close()
+        t.close()
     return {"config": name_of(argv), "notes": said.getvalue().splitlines(), **result}
 
 

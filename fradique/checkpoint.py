@@ -14,13 +14,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fradique.ranks import part
+
+T = TypeVar("T")
 FORMAT = 1
 # What a crash may leave: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp
 LITTER = re.compile(r"\.(step-\d+|best|\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
@@ -34,6 +37,8 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]  # `<field>/<parameter>`
     state: dict[str, Any]  # state.json: step, best loss, scaler, clock
+    run: str | None = None  # the name of the run that it is of: settings.json has the same
+    folder: Path | None = None  # that it was read from
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -63,25 +68,31 @@ def step_folders(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
+class Alone:
+    """One process that writes a checkpoint by itself: the other way is `sharding.Together`."""
+
+    @staticmethod
+    def write(path: Path, tensors: dict[str, Tensor]) -> None:
+        safetensors.torch.save_file({n: x.detach().contiguous() for n, x in tensors.items()}, path)
+
+    @staticmethod
+    def once(do: Callable[[], T]) -> T:
+        """Do what one process does for all."""
+        return do()
+
+    @staticmethod
+    def every(sound: bool) -> bool:
+        return sound
+
+
+def save(folder: Path, checkpoint: Checkpoint, way: type[Alone] = Alone) -> None:
     """Write `folder`, whole or not at all. Raises ValueError where it cannot be written."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    beside = folder.with_name(f".{folder.name}.tmp")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        safetensors.torch.save_file(_contiguous(checkpoint.model), beside / "model.safetensors")
-        safetensors.torch.save_file(_contiguous(checkpoint.optimizer), beside / "optimizer.safetensors")
-        (beside / "model.json").write_text(as_json(checkpoint.config), encoding="utf-8")
-        (beside / "state.json").write_text(as_json(checkpoint.state), encoding="utf-8")
-        for path in beside.glob("*.safetensors"):  # written for the owner alone; others may read them too
-            shutil.copymode(beside / "model.json", path)
-        sums = {path.name: sha256(path) for path in sorted(beside.iterdir())}
-        manifest = as_json({"format": FORMAT, "sha256": sums})
-        (beside / "manifest.json").write_text(manifest, encoding="utf-8")
-        for path in [*beside.iterdir(), beside]:
-            _sync(path)
-        move_into_place(beside, folder)
+        way.once(lambda: _make_anew(beside))
+        way.write(beside / "model.safetensors", checkpoint.model)
+        way.write(beside / "optimizer.safetensors", checkpoint.optimizer)
+        way.once(lambda: _complete(beside, folder, checkpoint))
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"the checkpoint {folder} could not be written: {error}. Earlier checkpoints are untouched; make "
@@ -91,25 +102,41 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def keep(run: Path, checkpoint: Checkpoint, *, best: bool, last: int) -> None:
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(beside: Path, folder: Path, checkpoint: Checkpoint) -> None:
+    """What belongs to the tensors, the sums of all files, and the name under which they are found."""
+    (beside / "model.json").write_text(as_json(checkpoint.config), encoding="utf-8")
+    (beside / "state.json").write_text(as_json(checkpoint.state), encoding="utf-8")
+    for path in beside.glob("*.safetensors"):  # written for the owner alone; others may read them too
+        shutil.copymode(beside / "model.json", path)
+    sums = {path.name: sha256(path) for path in sorted(beside.iterdir())}
+    manifest = as_json({"format": FORMAT, "run": checkpoint.run, "sha256": sums})
+    (beside / "manifest.json").write_text(manifest, encoding="utf-8")
+    for path in [*beside.iterdir(), beside]:
+        _sync(path)
+    move_into_place(beside, folder)
+
+
+def keep(run: Path, checkpoint: Checkpoint, *, best: bool, last: int, way: type[Alone] = Alone) -> None:
     """Save a step of a run, as `best` too where it is that, and let all but the `last` steps go.
 
-    Raises ValueError where the weights are not finite: nothing is written, and what is there stays.
+    Raises ValueError where weights or optimizer are not finite: nothing is written, and what is there stays.
     """
     step = checkpoint.state["step"]
-    if not all_finite(checkpoint.model):
-        raise ValueError(
-            f"the weights at step {step} are not finite and are not saved; the checkpoints in {run} are "
-            "good: go on from the last with --init_from=resume and a lower learning_rate"
-        )
+    for what, tensors in (("weights", checkpoint.model), ("optimizer's averages", checkpoint.optimizer)):
+        if not way.every(all_finite(tensors)):
+            raise ValueError(
+                f"the {what} at step {step} are not finite and are not saved; the checkpoints in {run} are "
+                "good: go on from the last with --init_from=resume and a lower learning_rate"
+            )
     if best:  # first, and a copy of its own: no crash between the two, and no damage, takes it from the run
-        save(run / "best", replace(checkpoint, optimizer={}))  # to write with, no optimizer is needed
-    save(step_folder(run, step), checkpoint)
-    prune(run, last)
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save(run / "best", replace(checkpoint, optimizer={}), way)  # to write with, no optimizer is needed
+    save(step_folder(run, step), checkpoint, way)
+    way.once(lambda: prune(run, last))
 
 
 def _sync(path: Path) -> None:
@@ -175,12 +202,15 @@ def sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def verify(folder: Path) -> None:
-    """Raise ValueError naming the first file of a checkpoint that is missing or has another sum."""
+def verify(folder: Path, run: str | None = None) -> None:
+    """Raise ValueError naming the first file of a checkpoint that is missing or has another sum; or where it
+    is of another run than `run`, if that is given."""
     manifest = read_json(folder / "manifest.json")
     sums = manifest.get("sha256")
     if manifest.get("format") != FORMAT or not isinstance(sums, dict):
         raise ValueError(f"{folder / 'manifest.json'} is of another version or damaged")
+    if run is not None and manifest.get("run") not in (None, run):
+        raise ValueError(f"{folder} is a checkpoint of another run: it was copied or moved here")
     for name in ("model.safetensors", "model.json", "optimizer.safetensors", "state.json"):
         if not (folder / name).exists():
             raise ValueError(f"{folder / name} is missing")
@@ -201,15 +231,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load(folder: Path, with_optimizer: bool = True) -> Checkpoint:
+def describe(folder: Path) -> Checkpoint:
+    """A checkpoint without its tensors. Raises ValueError naming what is damaged."""
+    return Checkpoint(
+        read_json(folder / "model.json"), {}, {}, read_json(folder / "state.json"), folder=folder
+    )
+
+
+def shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their numbers, on the meta device. Raises ValueError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as stored:
+            sizes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+
+
+def load(folder: Path, with_optimizer: bool = True, verified: bool = False) -> Checkpoint:
     """Read a checkpoint, on the CPU, after verifying it. Raises ValueError naming what is damaged."""
-    verify(folder)
+    if not verified:
+        verify(folder)
     try:
         model = _read(folder / "model.safetensors")
         optimizer = _read(folder / "optimizer.safetensors") if with_optimizer else {}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
-    return Checkpoint(read_json(folder / "model.json"), model, optimizer, read_json(folder / "state.json"))
+    return replace(describe(folder), model=model, optimizer=optimizer)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -224,15 +272,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def newest(run: Path, warn: Callable[[str], None]) -> Path:
-    """The newest complete step checkpoint of a run. One that is damaged is named to `warn` and passed over.
+def newest(run: Path, warn: Callable[[str], None], name: str | None = None) -> Path:
+    """The newest complete step checkpoint of a run. One that is damaged, or of another run than the one of
+    this `name`, is told to `warn` and passed over.
 
     Raises ValueError where none is left.
     """
     folders = step_folders(run)
     for folder in reversed(folders):
         try:
-            verify(folder)
+            verify(folder, name)
         except ValueError as error:
             warn(f"{error}; skipping this checkpoint")
         else:
@@ -283,4 +332,4 @@ def load_into(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None
 
 def all_finite(tensors: dict[str, Tensor]) -> bool:
     """Whether no tensor holds a NaN or an infinity: what is not finite is never saved over a good one."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    return all(bool(torch.isfinite(part(tensor)).all()) for tensor in tensors.values())

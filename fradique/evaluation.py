@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fradique import ranks
 from fradique.dataset import Corpus, Split, Window
 from fradique.runtime import Runtime
+
+IDLE = (torch.zeros(1, 1, dtype=torch.int64),) * 2  # what a rank without work computes with
 
 
 @torch.no_grad()
@@ -33,10 +36,14 @@ def mean_loss(
     rows = min(rows, -(-len(windows) // place.world))  # something for each rank
     training = model.training
     model.eval()
-    for x, y in split.batches(windows, rows, place.rank, place.world):
-        x, y = place.move(x, y)
+    share = split.batches(windows, rows, place.rank, place.world)
+    for batch in ranks.in_step(share) if place.sharded else share:
+        x, y = place.move(*(batch or IDLE))
         with place.autocast():
-            total += model(x, y, with_logits=False)[1].item() * y.numel()
+            loss = model(x, y, with_logits=False)[1]
+        if batch is None:  # the others need this rank's part of the model, not its loss
+            continue
+        total += loss.item() * y.numel()
         count += y.numel()
         if seconds is not None:
             start, before = time.monotonic(), start

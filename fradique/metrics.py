@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -37,6 +37,7 @@ class RunLog:
     ) -> None:
         self.speak, self.folder = speak, folder
         self.warned: set[str] = set()
+        self.broken = False  # nobody reads the output any more
         self.wandb = start_wandb(folder, **wandb) if wandb and folder and speak else None
         self.file = (folder / METRICS).open("a", encoding="utf-8") if folder and speak else None
         on_terminal = speak and sys.stderr.isatty()
@@ -48,11 +49,33 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self.speak:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            with self._unheard(sys.stdout):
+                tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def warn(self, text: str) -> None:
         if self.speak:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            with self._unheard(sys.stderr):
+                tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    @contextmanager
+    def _unheard(self, stream: TextIO) -> Iterator[None]:
+        """A terminal that was closed, or a full disk behind the output, is no reason to lose a run."""
+        try:
+            yield
+        except OSError as error:
+            self.broken |= isinstance(error, BrokenPipeError)
+            with suppress(OSError, ValueError):  # a stand-in for a stream has no number
+                number = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(number, stream.fileno())
+                os.close(number)
+
+    def move(self, folder: Path) -> None:
+        """Go on in another folder: the run's own was moved, or is a new one."""
+        if self.folder is not None:
+            self.folder = folder
+        if self.file is not None:
+            self.file.close()
+            self.file = (folder / METRICS).open("a", encoding="utf-8")
 
     def warn_once(self, text: str) -> None:
         if text not in self.warned:
@@ -77,8 +100,9 @@ class RunLog:
         if self.bar is None:
             self.say(_line(record))
             return
-        self.bar.n = min(place, self.bar.total)
-        self.bar.set_postfix_str(_speed(record))
+        with self._unheard(sys.stderr):
+            self.bar.n = min(place, self.bar.total)
+            self.bar.set_postfix_str(_speed(record))
 
     def sample(self, step: int, text: str) -> None:
         if not self.speak or self.folder is None:
@@ -91,7 +115,8 @@ class RunLog:
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with self._unheard(sys.stderr):
+                self.bar.close()
         if self.file is not None:
             with suppress(OSError):  # `write` has warned of a full disk already
                 self.file.close()
@@ -175,7 +200,8 @@ def _bar_format(unit: str) -> str:
 
 
 def _speed(record: dict[str, Any]) -> str:
-    shown = [f"loss {record['loss']:.3f}", f"{human(record['tokens_per_second'])} tok/s"]
+    loss = f"loss {record['loss']:.3f}" if "loss" in record else "left out"
+    shown = [loss, f"{human(record['tokens_per_second'])} tok/s"]
     if record.get("mfu") is not None:
         shown.append(f"MFU {record['mfu']:.1%}")
     return ", ".join(shown)

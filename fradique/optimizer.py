@@ -2,11 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fradique import ranks
 
 OPTIMIZERS = ("adamw", "muon")
 CLIP_EPS = 1e-6  # torch's: what it adds to the norm
@@ -180,11 +183,16 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     rows = {
         i: x.view(NORM_ROWS, -1)
         for i, x in enumerate(tensors)
-        if x.device.type == "cpu" and x.numel() >= LARGE and x.numel() % NORM_ROWS == 0 and x.is_contiguous()
+        if x.device.type == "cpu" and x.numel() >= LARGE and x.numel() % NORM_ROWS == 0 and _plain(x)
     }
     norms = [torch.linalg.vector_norm(x, dim=1) for x in rows.values()]
     rest = [x for i, x in enumerate(tensors) if i not in rows]
-    return nn.utils.get_total_norm(norms + rest)
+    return ranks.whole(nn.utils.get_total_norm(norms + rest))
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether a tensor's numbers lie one after another in this process."""
+    return x.is_contiguous() and ranks.part(x) is x
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
@@ -212,6 +220,23 @@ def state_by_name(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
 def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     """The state of each parameter, in torch's order; empty before the first step."""
     return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+
+
+def empty_state(optimizers: list[torch.optim.Optimizer], names: Iterable[str]) -> dict[str, Tensor]:
+    """Zeros to be filled by the tensors that `names` stand for, as `state_by_name` has them: each rank's
+    part, where the model is in parts. `load_state_by_name` refuses names that mean nothing here."""
+    parameters = {
+        name: p
+        for one in optimizers
+        for group in one.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
+    found = {}
+    for key in names:
+        field, _, name = key.partition("/")
+        p = parameters.get(name)
+        found[key] = torch.zeros(()) if p is None or field == "step" else torch.zeros_like(p)
+    return found
 
 
 def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:

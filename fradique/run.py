@@ -3,11 +3,13 @@
 import platform
 import shutil
 import subprocess
+import uuid
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fradique import checkpoint, metrics, snapshots
+from fradique import checkpoint, lock, metrics, snapshots
 from fradique import tokenizer as tokenizers
 
 SETTINGS, TOKENIZER, CURVE = "settings.json", "tokenizer.json", "loss.png"
@@ -24,10 +26,45 @@ OURS = (
 )
 
 
+@dataclass
+class Held:
+    """A run folder that this process writes to."""
+
+    name: str  # of the run: its settings.json and its checkpoints have it
+    lock: lock.Lock
+    about: dict[str, Any]  # settings.json
+    tokenizer: tokenizers.Tokenizer
+
+    def describe(self) -> None:
+        """Let the folder stand by itself: settings.json and tokenizer.json."""
+        checkpoint.write_atomically(self.lock.folder / SETTINGS, checkpoint.as_json(self.about))
+        tokenizers.save(self.tokenizer, self.lock.folder / TOKENIZER)
+
+    def place(self) -> tuple[Path, str | None]:
+        """Where the folder is now, and what to say where it is not where it was: it may have been moved. One
+        that is gone is made anew."""
+        before = self.lock.folder
+        now = self.lock.place()
+        if now == before:
+            return now, None
+        if now is not None:
+            self.lock.folder = now
+            return now, f"{before} is {now} now: the run goes on there"
+        self.lock.release()
+        before.mkdir(parents=True, exist_ok=True)
+        self.lock = lock.Lock(before)
+        self.describe()
+        return before, f"{before} was deleted: the run goes on in a new one, without what it had saved there"
+
+
 def check_free(run: Path, overwrite: bool) -> None:
     """Raise ValueError where `run` holds another run and `overwrite` is not set, or is no folder."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"out_dir={run} is a file: choose another folder")
+    if who := lock.holder(run):
+        raise ValueError(
+            f"out_dir={run} is in use by {who}: wait for it, stop it, or choose another --out_dir"
+        )
     if (run / "train.bin").exists() or (run / "ckpt.pt").exists():
         raise ValueError(f"out_dir={run} holds a corpus or a run of nanoGPT: choose another --out_dir")
     held = [name for name in OURS if (run / name).exists()] or checkpoint.step_folders(run)
@@ -55,26 +92,31 @@ def take(
     *,
     go_on_from: int | None,
     overwrite: bool,
-) -> None:
+) -> Held:
     """Make the folder ours, and let it stand by itself: settings.json and tokenizer.json.
 
     A run that goes on forgets what it wrote after step `go_on_from`; a new one (None) deletes what is there,
-    where `overwrite` allows it. Raises ValueError where the folder cannot be written to.
+    where `overwrite` allows it. Raises ValueError where the folder cannot be written to, or another process
+    writes to it.
     """
+    name = uuid.uuid4().hex
     try:
         run.mkdir(parents=True, exist_ok=True)
+        own = lock.Lock(run)
         checkpoint.recover(run)
         if go_on_from is not None:
             began = saved_settings(run).get("init_from", "scratch")
             settings = settings | {"init_from": began}
+            name = name_of(run) or name
             checkpoint.set_aside_after(run, go_on_from)
             metrics.rewind(run, go_on_from)
             snapshots.rewind(run, go_on_from)
         elif overwrite:
             clear(run)
         about = {"settings": settings, "decided": decided, "versions": versions(), "git_commit": git_commit()}
-        checkpoint.write_atomically(run / SETTINGS, checkpoint.as_json(about))
-        tokenizers.save(tokenizer, run / TOKENIZER)
+        held = Held(name, own, {"run": name} | about, tokenizer)
+        held.describe()
+        return held
     except OSError as error:
         raise ValueError(
             f"out_dir={run} cannot be written to: {error.strerror or error}. Make room or the folder "
@@ -92,6 +134,20 @@ def saved_settings(run: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{run / SETTINGS} is damaged: it has no settings")
     return settings
+
+
+def name_of(run: Path) -> str | None:
+    """The name of the run in a folder; None where it began before runs had one. Raises ValueError."""
+    name = checkpoint.read_json(run / SETTINGS).get("run")
+    return name if isinstance(name, str) else None
+
+
+def began_here(run: Path, launch: str | None) -> bool:
+    """Whether this call of torchrun has begun the run in a folder, and starts it again."""
+    if launch is None or not (run / SETTINGS).exists():
+        return False
+    decided = checkpoint.read_json(run / SETTINGS).get("decided")
+    return isinstance(decided, dict) and decided.get("launch") == launch
 
 
 def check_tokenizer(run: Path, tokenizer: tokenizers.Tokenizer, corpus: Path) -> None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from fradique import ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,6 +42,7 @@ GUESSED_FLOPS = {"cpu": 1.5e11, "mps": 2e12, "cuda": 1e14}
 WORTH_COMPILING = {"cpu": 180.0, "mps": float("inf"), "cuda": 60.0}
 # Tokens of a slice of a micro-batch on a CPU: few enough for its cache, enough for its matrix units.
 CPU_TOKENS_AT_ONCE = 4096
+SIGPIPE = 13  # what ends a program whose output nobody reads any more; Windows has no name for it
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 # The width from which bf16 beats fp32 on a CPU that has it: below, casting costs more than it saves. With a
 # vocabulary of this size the output layer alone repays it: 64 wide, 4,096 tokens: 25 ms a step against 31.
@@ -57,6 +59,7 @@ class Runtime:
     rank: int = 0
     world: int = 1
     notes: tuple[str, ...] = ()  # what was chosen automatically, and why
+    sharded: bool = False  # each rank holds a part of every parameter (FSDP2)
 
     @property
     def is_main(self) -> bool:
@@ -65,7 +68,8 @@ class Runtime:
     def autocast(self, enabled: bool = True) -> AbstractContextManager:
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+        # of a model in parts no cast of a weight is kept: all of them together would be the whole model
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=not self.sharded)
 
     def slices(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """The micro-batches of a step (B, T); on a CPU cut into equal parts that stay in its cache, as if
@@ -98,27 +102,21 @@ class Runtime:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the ranks."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+        return ranks.reduce(values, "sum") if self.world > 1 else list(values)
 
     def max(self, *values: float) -> list[float]:
         """Each value's maximum over the ranks."""
-        return self._reduce(values, dist.ReduceOp.MAX)
-
-    def _reduce(self, values: tuple[float, ...], how: dist.ReduceOp) -> list[float]:
-        if self.world == 1:
-            return list(values)
-        together = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for the card
-        dist.all_reduce(together, how)
-        return together.tolist()
+        return ranks.reduce(values, "max") if self.world > 1 else list(values)
 
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            ranks.wait()
 
     def wrap(self, forward: nn.Module) -> nn.Module:
-        """The model as the ranks share it: gradients are averaged in its backward pass."""
-        if self.world == 1:
+        """The model as the ranks share it: gradients are averaged in its backward pass. One in parts does
+        that by itself."""
+        if self.world == 1 or self.sharded:
             return forward
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(forward, device_ids=ids)
@@ -139,11 +137,11 @@ class Runtime:
         elif self.device.type == "cpu":
             where += f" ({torch.get_num_threads()} threads)"
         processes = f", {self.world} processes" if self.world > 1 else ""
+        processes += ", each with a part of the model" if self.sharded else ""
         return f"{where}{processes}, {str(self.dtype).removeprefix('torch.')}"
 
     def close(self) -> None:
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        ranks.leave()
 
 
 def start(
@@ -152,6 +150,8 @@ def start(
     dtype: str = "auto",
     compile: bool | str = False,
     backend: str = "auto",
+    parallel: str = "ddp",
+    timeout: float = 600.0,
     n_embd: int = 0,
     vocab_size: int = 0,
     run_flops: float = 0.0,
@@ -162,10 +162,8 @@ def start(
     Joins the process group when torchrun started this process. Raises ValueError where a device or dtype was
     asked for that this machine does not have.
     """
-    rank, local_rank, world = 0, 0, 1
-    if "RANK" in os.environ:  # torchrun started this process
-        rank, local_rank, world = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    place = choose_device(device, local_rank, world)
+    rank, _, world = ranks.here()
+    place = join(device, backend, timeout)
     notes = []
     if place.type == "cpu":
         keep_freed_memory()
@@ -176,13 +174,19 @@ def start(
     if compile == "auto":
         notes.append(f"compile=auto: {compiled} ({why})")
     if place.type == "cuda":
-        torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    if world > 1 and not dist.is_initialized():
-        backend = "nccl" if backend == "auto" and place.type == "cuda" else backend.replace("auto", "gloo")
-        both = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend  # gloo shares the small numbers
-        dist.init_process_group(both, device_id=place if place.type == "cuda" else None)
-    return Runtime(place, DTYPES[kind], compiled, rank, world, tuple(notes))
+    sharded = parallel == "fsdp" and world > 1
+    return Runtime(place, DTYPES[kind], compiled, rank, world, tuple(notes), sharded)
+
+
+def join(device: str, backend: str, timeout: float) -> torch.device:
+    """The device of this process, which has joined the others that torchrun started beside it."""
+    _, local_rank, world = ranks.here()
+    place = choose_device(device, local_rank, world)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    ranks.join(place, backend, timeout)
+    return place
 
 
 def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.device:
@@ -295,7 +299,8 @@ class StopSignal:
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-                if number := getattr(signal, name, None):  # Windows has no SIGHUP
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup asks for that
                     self.before[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -305,7 +310,7 @@ class StopSignal:
 
     @property
     def name(self) -> str:
-        return signal.Signals(self.number).name
+        return "SIGPIPE" if self.number == SIGPIPE else signal.Signals(self.number).name
 
     def heard(self, runtime: Runtime) -> bool:
         """Whether any rank was told to stop; then all of them know."""

@@ -15,6 +15,8 @@ import safetensors.numpy
 import torch
 from torch import Tensor, nn
 
+from fradique import ranks
+
 FOLDER = "snapshots"
 MOST = 2000  # tokens, and positions
 NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -33,16 +35,16 @@ def of(model: nn.Module) -> dict[str, Tensor]:
     """The embeddings of a GPT that are kept."""
     tables = {"tokens": "wte", "positions": "wpe"}
     there = {name: key for name, key in tables.items() if key in model.transformer}
-    return {name: model.transformer[key].weight.detach()[:MOST] for name, key in there.items()}
+    return {name: ranks.whole(model.transformer[key].weight.detach())[:MOST] for name, key in there.items()}
 
 
-def keep(run: Path, step: int, model: nn.Module) -> None:
-    """Write those of `model` into the run folder, whole or not at all."""
+def keep(run: Path, step: int, tensors: dict[str, Tensor]) -> None:
+    """Write embeddings into the run folder, whole or not at all."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    arrays = {name: x.to("cpu", torch.float16).contiguous().numpy() for name, x in of(model).items()}
+    arrays = {name: x.to("cpu", torch.float16).contiguous().numpy() for name, x in tensors.items()}
     try:
         beside.write_bytes(safetensors.numpy.save(arrays))
         beside.replace(path)

@@ -124,7 +124,7 @@ def run_training(settings: TrainSettings) -> tuple[int, train.Training]:
     try:
         return train.train(t), t
     finally:
-        t.log.close()
+        t.close()
 
 
 def losses(folder: str | Path) -> dict[int, float]:

@@ -113,10 +113,10 @@ def test_the_best_is_saved_before_the_step_that_says_so(tmp_path, monkeypatch):
     """A crash between the two must not leave a step that believes in a best that is not there."""
     real = checkpoint.save
 
-    def crash(folder, held):
+    def crash(folder, held, way):
         if folder.name.startswith("step-"):
             raise OSError("cut")
-        real(folder, held)
+        real(folder, held, way)
 
     monkeypatch.setattr(checkpoint, "save", crash)
     with pytest.raises(OSError, match="cut"):

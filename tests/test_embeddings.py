@@ -75,7 +75,7 @@ def test_pieces_of_bpe_fall_into_kinds():
 
 def test_before_training_is_what_train_began_with(settings):
     t = train.set_up(settings)
-    t.log.close()
+    t.close()
     began = embeddings.before_training(t.model.config, settings.seed)
     for name, tensor in t.model.state_dict().items():
         assert torch.equal(began.state_dict()[name], tensor), name

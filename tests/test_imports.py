@@ -105,6 +105,8 @@ def test_importing_a_module_touches_nothing_and_says_nothing(name):
     """No file, no environment variable, no process, no device, no word: audited from inside."""
     module = name.removesuffix(".py").replace("/", ".")
     third_party = "numpy, torch, torch.distributed, safetensors.torch, tqdm, torch.nn.parallel"
+    if module == "fradique.sharding":
+        third_party += ", torch.distributed.checkpoint, torch.distributed.tensor, torch.distributed.fsdp"
     if module.startswith("lab"):
         third_party += ", matplotlib.figure, matplotlib.axes, matplotlib.backends.backend_agg"
         third_party += ", plotly.graph_objects, plotly.offline, sklearn.manifold, sklearn.decomposition"

@@ -725,7 +725,7 @@ def test_a_slow_batch_of_an_evaluation_does_not_shorten_the_run(settings, clock,
 def test_ranks_agree_on_whether_time_is_up(settings):
     """All that decides is the same for them: here another rank had the slower step."""
     t = train.set_up(replace(settings, time_budget="1h"))
-    t.log.close()
+    t.close()
     asked = []
 
     class Slower(runtime.Runtime):
@@ -754,7 +754,7 @@ def test_an_evaluation_is_the_same_however_many_windows_are_taken_at_once(settin
     for tokens in (4096, 64, 1):
         monkeypatch.setattr(runtime, "CPU_TOKENS_AT_ONCE", tokens)
         found.append([*train.fixed_losses(t).values(), train.whole_validation(t).loss])
-    t.log.close()
+    t.close()
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6)
 

@@ -103,7 +103,7 @@ def test_a_run_goes_on_from_exported_weights(settings, base, tmp_path):
     for source in (base, str(tmp_path / "hf")):
         t = train.set_up(replace(settings, init_from=source, eval_only=True))
         both.append(train.fixed_losses(t))
-        t.log.close()
+        t.close()
     assert both[0] == pytest.approx(both[1], abs=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_a_resumed_run_keeps_its_optimizer(settings, base, before):
 def test_weights_without_a_known_tokenizer_come_with_a_warning(settings, base, tmp_path, capsys):
     assert pretrained.main(["export", f"--out_dir={base}", f"--to={tmp_path / 'hf'}"]) == 0
     (tmp_path / "hf" / "fradique_tokenizer.json").unlink()
-    train.set_up(replace(settings, init_from=str(tmp_path / "hf"))).log.close()
+    train.set_up(replace(settings, init_from=str(tmp_path / "hf"))).close()
     assert "comes without a tokenizer that this program knows" in capsys.readouterr().err
 
 
@@ -195,7 +195,7 @@ def test_a_gradient_that_overflows_in_float16_is_skipped_by_both_optimizers(sett
     train.train_step(t, 1e-2)
     assert all(torch.equal(p, before[n]) for n, p in t.model.named_parameters())
     assert t.scaler.get_scale() < scale
-    t.log.close()
+    t.close()
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"optimizer": "muon"}], ids=["lora", "muon"])

@@ -1,0 +1,48 @@
+"""Steps that would spoil a run: a loss or gradient that is not finite, or leaps far above the last ones."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+
+REMEMBERED = 128  # steps that a leap is measured against (as in OLMo 2, §3.3.2: Team OLMo 2024)
+ENOUGH = 32  # of them, before any is called a leap
+TOO_MANY = 100  # skipped steps in a row: the run learns nothing any more
+
+
+@dataclass
+class Past:
+    """What a run remembers of its last good steps, and what it has skipped: kept in state.json."""
+
+    losses: list[float] = field(default_factory=list)  # of up to REMEMBERED steps; none where leaps may pass
+    norms: list[float] = field(default_factory=list)
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def remember(self, loss: float, norm: float) -> None:
+        self.forgive()
+        self.losses = [*self.losses, loss][-REMEMBERED:]
+        self.norms = [*self.norms, norm][-REMEMBERED:]
+
+    def forgive(self) -> None:
+        self.in_a_row = 0
+
+    def skip(self) -> None:
+        self.skipped += 1
+        self.in_a_row += 1
+
+
+def trouble(past: Past, loss: float, norm: float, sigmas: float) -> str | None:
+    """What is wrong with a step's loss and the norm of its gradient, as part of a sentence; None where
+    nothing is. `sigmas`: how many standard deviations above the last steps is a leap; 0: leaps may pass."""
+    for name, value in (("loss", loss), ("gradient", norm)):
+        if not math.isfinite(value):
+            return f"the {name} is not finite"
+    for name, value, last in (("loss", loss, past.losses), ("norm of the gradient", norm, past.norms)):
+        if sigmas and len(last) >= ENOUGH and value > (limit := _limit(last, sigmas)):
+            return f"the {name} leaps to {value:.4g}, above {limit:.4g} ({sigmas:g} deviations)"
+    return None
+
+
+def _limit(last: Sequence[float], sigmas: float) -> float:
+    return fmean(last) + sigmas * pstdev(last)
