@@ -417,8 +417,9 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
     folder = Path(settings.out_dir)
     writes = not settings.eval_only
     runtime.join(settings.device, settings.backend, settings.dist_timeout)
-    if writes and settings.init_from != "resume":
-        ranks.agree(lambda: run.check_free(folder, settings.overwrite))
+    if writes:
+        new = settings.init_from != "resume"
+        ranks.agree(lambda: run.check_free(folder, settings.overwrite) if new else run.check_unheld(folder))
     corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
     torch.manual_seed(settings.seed)
     model, settings, held = make_model(settings, corpus)

@@ -25,6 +25,7 @@ from fradique.ranks import part
 
 T = TypeVar("T")
 FORMAT = 1
+MANY = 5  # damaged checkpoints that are named one by one
 # What a crash may leave: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp
 LITTER = re.compile(r"\.(step-\d+|best|\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
 
@@ -278,13 +279,17 @@ def newest(run: Path, warn: Callable[[str], None], name: str | None = None) -> P
 
     Raises ValueError where none is left.
     """
-    folders = step_folders(run)
+    folders, passed = step_folders(run), 0
     for folder in reversed(folders):
         try:
             verify(folder, name)
         except ValueError as error:
-            warn(f"{error}; skipping this checkpoint")
+            passed += 1
+            if passed <= MANY:
+                warn(f"{error}; skipping this checkpoint")
         else:
+            if passed > MANY:
+                warn(f"and {passed - MANY:,} more checkpoints were skipped")
             return folder
     raise ValueError(
         f"{run} holds no checkpoint to go on from"

@@ -28,10 +28,7 @@ class Lock:
         file = (folder / NAME).open("a+", encoding="utf-8")
         try:
             if not _lock(file):
-                raise ValueError(
-                    f"out_dir={folder} is in use by {_holder(file)}: two runs in one folder would spoil each "
-                    "other. Wait for it, stop it (Ctrl-C or SIGTERM: it saves), or choose another --out_dir"
-                )
+                raise ValueError(in_use(folder, _holder(file)))
         except BaseException:
             file.close()
             raise
@@ -66,6 +63,14 @@ def holder(folder: Path) -> str | None:
             return None if _lock(file) else _holder(file)
     except OSError:  # none there, or not to be written to: then it is no run's
         return None
+
+
+def in_use(folder: Path, who: str) -> str:
+    """What to say of a folder that somebody has."""
+    return (
+        f"out_dir={folder} is in use by {who}: two runs in one folder would spoil each other. Wait for it, "
+        "stop it (Ctrl-C or SIGTERM: it saves), or choose another --out_dir"
+    )
 
 
 def _lock(file: IO[str]) -> bool:

@@ -61,10 +61,7 @@ def check_free(run: Path, overwrite: bool) -> None:
     """Raise ValueError where `run` holds another run and `overwrite` is not set, or is no folder."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"out_dir={run} is a file: choose another folder")
-    if who := lock.holder(run):
-        raise ValueError(
-            f"out_dir={run} is in use by {who}: wait for it, stop it, or choose another --out_dir"
-        )
+    check_unheld(run)
     if (run / "train.bin").exists() or (run / "ckpt.pt").exists():
         raise ValueError(f"out_dir={run} holds a corpus or a run of nanoGPT: choose another --out_dir")
     held = [name for name in OURS if (run / name).exists()] or checkpoint.step_folders(run)
@@ -73,6 +70,12 @@ def check_free(run: Path, overwrite: bool) -> None:
             f"out_dir={run} already holds a run: go on with it by --init_from=resume, begin anew by "
             "--overwrite (which deletes it), or choose another --out_dir"
         )
+
+
+def check_unheld(run: Path) -> None:
+    """Raise ValueError where another process writes to `run`."""
+    if who := lock.holder(run):
+        raise ValueError(lock.in_use(run, who))
 
 
 def clear(run: Path) -> None:

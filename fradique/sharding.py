@@ -28,9 +28,15 @@ from fradique import ranks
 
 T = TypeVar("T")
 
-# As safetensors calls them.
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES |= {torch.int64: "I64", torch.int32: "I32"}
+# As safetensors calls them, in the order in which it lays tensors down.
+DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
@@ -81,8 +87,8 @@ class SafetensorsWriter(dcp.StorageWriter):
         """On rank 0, before any other writes: the header, and a file as long as it will be."""
         items = {item.index.fqn: item.tensor_data for plan in plans for item in plan.items}
         sizes = {n: math.prod(x.size) * x.properties.dtype.itemsize for n, x in items.items()}
-        # the order in which safetensors itself lays tensors down: the widest numbers first, then by name
-        order = sorted(items, key=lambda name: (-items[name].properties.dtype.itemsize, name))
+        kinds = list(DTYPES)
+        order = sorted(items, key=lambda name: (kinds.index(items[name].properties.dtype), name))
         header, end = {}, 0
         for name in order:
             start, end = end, end + sizes[name]

@@ -8,6 +8,7 @@ matplotlib alone; the command needs plotly too (both are in the extra `lab`).
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,9 @@ def write_beside(path: Path, make: Callable[[Path], None]) -> None:
     """Let `make` write a file beside `path`, then put it there whole."""
     beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        make(beside)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks
+            make(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

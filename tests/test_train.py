@@ -418,7 +418,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint
 
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(
-        ValueError, match=f"the {where} of step 13 is not finite.*learning_rate.*init_from=resume"
+        ValueError, match=f"step 13: the {where} is not finite.*learning_rate.*init_from=resume"
     ):
         run_training(settings)
     folders = checkpoint.step_folders(Path(settings.out_dir))
@@ -430,7 +430,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_with_the_same_messag
     ruined = replace(
         settings, learning_rate=1e30, max_iters=1, eval_interval=1, warmup_iters=0, grad_clip=0.0
     )
-    with pytest.raises(ValueError, match=r"the loss of step 1 is not finite.*learning_rate"):
+    with pytest.raises(ValueError, match=r"step 1: the loss is not finite.*learning_rate"):
         run_training(ruined)
     assert [p.name for p in checkpoint.step_folders(Path(settings.out_dir))] == ["step-00000000"]
 
@@ -477,6 +477,7 @@ def test_a_scaled_loss_gives_the_same_training(settings, tmp_path):
     run_training(settings)
     t = scaled(replace(settings, out_dir=str(tmp_path / "b")))
     train.train(t)
+    t.close()
     assert t.scaler.get_scale() == 4096.0  # it grew twice
     for step, loss in losses(settings.out_dir).items():
         assert losses(tmp_path / "b")[step] == pytest.approx(loss, abs=1e-5)
