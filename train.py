@@ -512,6 +512,8 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
     t.forward = compile_forward(t) if place.compile else model
     if share:
         t.forward = place.wrap(t.forward)
+    if t.forward is not model and place.world > 1:
+        try_pass(t, t.forward)  # DDP then lays gradients out for good: sums are in one order, resumed or not
     t.pace.closing, t.pace.writing = state.closing_seconds, state.writing_seconds
     t.pace.mark(state.step)
     return t
@@ -647,14 +649,16 @@ def introduce(t: Training) -> None:
 def compile_forward(t: Training) -> nn.Module:
     """The compiled model, tried on a forward and backward pass of the first batch; eager where that fails."""
 
-    def try_it(forward: nn.Module) -> None:
-        x, y = t.runtime.move(*t.runtime.slices(t.sampler.micro_batches(0, t.runtime.rank, t.runtime.world))[0])
-        with t.runtime.autocast():
-            loss = forward(x, y, with_logits=False)[1]
-        loss.backward()
-        t.model.zero_grad(set_to_none=True)
+    return runtime.compiled(t.model, lambda forward: try_pass(t, forward), t.log.warn)
 
-    return runtime.compiled(t.model, try_it, t.log.warn)
+
+def try_pass(t: Training, forward: nn.Module) -> None:
+    """A forward and a backward pass of the first batch, of which nothing stays."""
+    x, y = t.runtime.move(*t.runtime.slices(t.sampler.micro_batches(0, t.runtime.rank, t.runtime.world))[0])
+    with t.runtime.autocast():
+        loss = forward(x, y, with_logits=False)[1]
+    loss.backward()
+    t.model.zero_grad(set_to_none=True)
 
 
 def check_finite(t: Training, step: int, loss: float | Tensor, norm: float | Tensor = 0.0) -> None:

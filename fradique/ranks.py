@@ -43,6 +43,7 @@ def join(device: torch.device, backend: str, timeout: float) -> None:
     both = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend  # gloo shares the small numbers
     wait = timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+    store = dist.PrefixStore(f"fradique/{restarts()}", store)  # what ranks before a restart wrote is stale
     dist.init_process_group(
         both,
         store=dist.PrefixStore("group", store),

@@ -314,9 +314,9 @@ class StopSignal:
 
     def heard(self, runtime: Runtime) -> bool:
         """Whether any rank was told to stop; then all of them know."""
-        if runtime.world > 1:
-            self.number = int(runtime.max(self.number)[0])
-        return self.number != 0
+        told = int(runtime.max(self.number)[0])
+        self.number = self.number or told  # one may have come while the ranks told each other
+        return told != 0
 
     def forget(self) -> None:
         for number, handler in self.before.items():
