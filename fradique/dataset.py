@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fradique import tokenizer as tokenizers
 from fradique.tokenfiles import TokenFiles
+from fradique.unfinished import is_unfinished, refuse_unfinished
 from fradique.windows import Grid, Places, Tiling, Window, places_of, runs_of, window_list
 
 SCAN_LIMIT = 1 << 29  # bytes of a split whose ids are all checked at start-up; batches are, in any case
@@ -221,6 +222,7 @@ def open_corpus(folder: Path, block_size: int) -> Corpus:
 
     Raises ValueError, saying what to do, where it is missing, damaged, or too small for one block.
     """
+    refuse_unfinished(folder)
     if not _shards(folder, "train") or not _shards(folder, "val"):
         raise ValueError(_no_corpus(folder))
     meta = _read_meta(folder / "meta.json") if (folder / "meta.json").exists() else None
@@ -290,11 +292,12 @@ def _no_corpus(folder: Path) -> str:
     """What to say where a corpus is not prepared: the command that makes it, or those that are there."""
     if (folder / "prepare.py").exists():
         return f"the corpus {folder} is not prepared yet; make it with: python {folder / 'prepare.py'}"
-    ready = sorted(p.parent.name for p in folder.parent.glob("*/train*.bin"))
+    found = {path.parent for path in folder.parent.glob("*/train*.bin")}
+    ready = sorted(there.name for there in found if not is_unfinished(there))
     makers = sorted(p.parent.name for p in folder.parent.glob("*/prepare.py"))
     return (
         f"there is no corpus in {folder}; "
-        + (f"prepared: {', '.join(dict.fromkeys(ready))}; " if ready else "")
+        + (f"prepared: {', '.join(ready)}; " if ready else "")
         + (f"that can be prepared: {', '.join(makers)}; " if makers else "")
         + "your own text: python data/custom/prepare.py --input book.txt --name my_book"
     )
