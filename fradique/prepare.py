@@ -104,14 +104,15 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "--shards",
         type=int,
         metavar="N",
-        help="make the training split of N files, train_00000.bin and so on; the same command goes on with what "
-        "is missing",
+        help="make the training split of N files, train_00000.bin and so on; the same command goes on with "
+        "what is missing",
     )
     add(
         "--worker",
         metavar="I/N",
-        help="with --shards: make only the shards k with k mod N = I, for an I from 0 to N-1. Others make the "
-        "rest, at any time, on any machine that has the folder; the files do not depend on who makes them",
+        help="with --shards: make only the shards k with k mod N = I, for an I from 0 to N-1. Others make "
+        "the rest, at any time, on any machine that has the folder; the files do not depend on who makes "
+        "them",
     )
     truth = {"nargs": "?", "choices": ("True", "False"), "const": "True", "default": "False"}
     add("--debug", **truth, help="show the traceback of an error")
@@ -189,8 +190,9 @@ def _names(files: Sequence[Path]) -> str:
 def _report(recipe: Recipe, out_dir: Path, meta: dict[str, Any] | ShardCount) -> None:
     if isinstance(meta, ShardCount):
         print(
-            f"{out_dir.name}: the shards of this worker are finished, {meta.done} of {meta.total} in all. Whoever "
-            "finishes the last one makes the corpus; should no worker be running, run any of them again"
+            f"{out_dir.name}: the shards of this worker are finished, {meta.done} of {meta.total} in all. "
+            "Whoever finishes the last one makes the corpus; should no worker be running, run any of them "
+            "again"
         )
         return
     train, val = meta["splits"]["train"], meta["splits"]["val"]

@@ -197,8 +197,8 @@ class _Shards:
             found = json.loads((self.work / sidecar_name(shard)).read_text(encoding="utf-8"))
             if found["plan"] != self.plan_sum:
                 raise ValueError(
-                    f"shard {shard} in {self.out_dir} was made from another plan: the workers did not read the "
-                    f"same text, or are of different versions. Begin anew: {begin_anew(self.work)}"
+                    f"shard {shard} in {self.out_dir} was made from another plan: the workers did not read "
+                    f"the same text, or are of different versions. Begin anew: {begin_anew(self.work)}"
                 )
             for split, path in self._places(shard).items():
                 size = found["splits"][split]["tokens"] * self.tokenizer.dtype.itemsize
@@ -247,8 +247,8 @@ class _Shards:
         found = [self.sidecar(shard) for shard in range(self.job.shards)]
         if None in found:
             raise ValueError(
-                f"shard {found.index(None)} in {self.out_dir} was finished, and is not there or not whole now: "
-                f"run --worker {found.index(None)}/{self.job.shards}, which makes it anew"
+                f"shard {found.index(None)} in {self.out_dir} was finished, and is not whole now: run "
+                f"--worker {found.index(None)}/{self.job.shards}, which makes it anew"
             )
         with _part(self.work, "meta") as folder:
             train = _sum([splits["train"] for splits in found])

@@ -72,7 +72,10 @@ def read_between(text: Text, found: Survey, start: int, end: int) -> Iterator[st
         block = "".join(parts)
         block, rest = block[:size], block[size:]
         if missing > 0 or hashlib.sha256(block.encode()).hexdigest() != found.blocks[first // BLOCK_CHARS][1]:
-            raise ValueError("the text is not the one that was read first: has it changed in between?")
+            raise ValueError(
+                "the text is not the one that these shards were begun with: it has changed since. Give that "
+                "text, or delete .shards and train_*.bin in the folder of the corpus to begin anew"
+            )
         yield block[max(0, start - first) : end - first]
 
 

@@ -49,6 +49,6 @@ def refuse_unfinished(folder: Path) -> None:
     count = count_shards(work)
     raise ValueError(
         f"the corpus {folder} is not finished: {count.done} of {count.total} shards are there. Run the other "
-        f"workers, or any of them again (prepare.py --shards {count.total} --worker I/N, with the flags that it "
-        f"was begun with): finished shards are not made again. To give it up, {begin_anew(work)}"
+        f"workers, or any of them again (prepare.py --shards {count.total} --worker I/N, with the flags that "
+        f"it was begun with): finished shards are not made again. To give it up, {begin_anew(work)}"
     )
