@@ -40,6 +40,7 @@ class TokenFiles(Sequence[np.ndarray]):
         self.nbytes = int(sizes.sum())
         self._ends = np.cumsum(self.lengths)  # (n_files,) tokens up to the end of each
         self._held: np.ndarray | None = None
+        self._views: dict[int, np.ndarray] = {}  # of what is held, for a length
         self._open: OrderedDict[int, int] = OrderedDict()  # file -> descriptor; the last used is the last
         self._most_open = _files_allowed()
         weakref.finalize(self, _close_all, self._open)
@@ -56,15 +57,12 @@ class TokenFiles(Sequence[np.ndarray]):
         """`length` tokens of each of `files` (B,) from `starts` (B,) on: (B, length), of the files' dtype."""
         if self.nbytes <= HELD_BYTES:
             places = self._ends[files] - self.lengths[files] + starts
-            return np.lib.stride_tricks.sliding_window_view(self._hold(), length)[places]
+            return self._windows(length)[places]
         rows = np.empty((len(files), length), dtype=self.dtype)
         names = files.tolist()
         offsets = (starts * self.dtype.itemsize).tolist()
-        # one file at a time: a batch may need more files than may be open
-        read = [
-            _read_into(self._descriptor(f), (row,), at)
-            for f, row, at in zip(names, rows, offsets, strict=True)
-        ]
+        # each file is looked up when it is read: a batch may need more files than may be open
+        read = list(map(_read_into, map(self._descriptor, names), zip(rows, strict=True), offsets))
         if min(read) < rows[0].nbytes:
             self._refuse(names[int(np.argmin(read))])
         return rows
@@ -74,6 +72,12 @@ class TokenFiles(Sequence[np.ndarray]):
         with self.paths[i].open("rb") as file:
             while len(chunk := np.fromfile(file, dtype=self.dtype, count=CHUNK_TOKENS)):
                 yield chunk
+
+    def _windows(self, length: int) -> np.ndarray:
+        """Each `length` tokens in a row of all files, (n_tokens - length + 1, length): a view, made once."""
+        if length not in self._views:
+            self._views[length] = np.lib.stride_tricks.sliding_window_view(self._hold(), length)
+        return self._views[length]
 
     def _hold(self) -> np.ndarray:
         """All tokens, one file after another."""

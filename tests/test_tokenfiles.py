@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from bench.reading import sparse_corpus
 from fradique import dataset, tokenfiles
 from fradique.tokenfiles import TokenFiles
 from fradique.windows import Grid, Tiling
@@ -182,3 +183,29 @@ def test_the_windows_of_a_terabyte_take_no_memory():
     assert peak < 1_000_000
     with pytest.raises(IndexError):
         tiling[len(tiling)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
+@pytest.mark.parametrize("shards", [1, 40])
+def test_memory_does_not_grow_with_what_was_read(tmp_path, shards):
+    """3,200 windows spread over a gigabyte of holes: mapped, they would have taken 200 MB."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fradique import dataset\n"
+        "def used():\n"
+        "    lines = dict(line.split(':', 1) for line in open('/proc/self/status') if ':' in line)\n"
+        "    return [int(lines[name].split()[0]) // 1024 for name in ('RssAnon', 'RssFile')]\n"
+        "corpus = dataset.open_corpus(Path(sys.argv[1]), 256)\n"
+        "sampler = dataset.Sampler(corpus.train, 256, 32, 1, 0)\n"
+        "list(sampler.micro_batches(0))\n"
+        "before = used()\n"
+        "for step in range(1, 100): list(sampler.micro_batches(step))\n"
+        "windows = corpus.train.all_windows(256)\n"
+        "for _, (x, y) in zip(range(20), corpus.train.batches(windows, 32)): pass\n"
+        "print(len(windows), *(after - first for first, after in zip(before, used())))\n"
+    )
+    sparse_corpus(tmp_path / "holes", 1, shards)
+    command = [sys.executable, "-c", code, str(tmp_path / "holes")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    windows, anonymous, mapped = map(int, done.stdout.split())
+    assert windows > 1_950_000 and anonymous < 20 and mapped < 20, done.stdout
