@@ -144,7 +144,9 @@ def memory_of_training(folder: Path, steps: int) -> dict[str, float]:
     return peaks
 
 
-TRAINING = "n_layer=1 n_head=1 n_embd=16 block_size=256 batch_size=32 compile=False learning_rate=1e-3"
+TRAINING = (
+    "n_layer=1 n_head=1 n_embd=16 block_size=256 batch_size=32 gradient_accumulation_steps=1 compile=False"
+)
 STEPS = 400  # whose windows lie in as many places
 
 
@@ -166,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sparse_corpus(Path(place) / name, gigabytes)
                 result[name] = memory_of_training(Path(place) / name, args.steps)
                 told = ", ".join(f"{key} {value:.0f} MB" for key, value in result[name].items())
-                print(f"train.py beside {gigabytes} GB: {told}")
+                print(f"train.py beside {gigabytes} GB: {told}", flush=True)
         print(json.dumps({"bench": "reading", "sparse_gb": args.sparse, **result}))
         return
     rows = measure(args.rounds, args.processes)

@@ -132,6 +132,10 @@ def _open_parquet(file: Path | HubFile) -> Iterator[Any]:
             yield table
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+    except Exception as error:  # of the network, for a file on the hub
+        if isinstance(error, ValueError) or isinstance(file, Path):
+            raise
+        raise _unreachable(file.url, error) from error
 
 
 def _parquet(file: Path | HubFile, first: int) -> Iterator[str]:

@@ -249,6 +249,10 @@ def test_the_files_of_the_hub_are_read_where_they_are_needed(tmp_path, monkeypat
     prepare_shards(local, tmp_path / "local", Worker())
     for name in ("val.bin", *(f"train_{i:05d}.bin" for i in range(3))):
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(documents.HubFile, "open", lambda file, mode: 1 // 0)  # as no OSError tells it
+        with pytest.raises(ValueError, match=r"a.parquet cannot be streamed .*ZeroDivisionError.*--input"):
+            documents.count_documents(files[0])
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets([]))
     with pytest.raises(ValueError, match=r"ConnectionError: no route\).*--input"):
         documents.hub_files(sources.OPENWEBTEXT)
@@ -309,6 +313,14 @@ def test_finished_shards_stay_and_are_not_made_again(tmp_path, monkeypatch, caps
     assert {name: (out / name).stat().st_mtime_ns for name in made} == made
     assert sums(out) == sums(tmp_path / "whole")
     assert "train_00000.bin to train_00006.bin, val.bin" in capsys.readouterr().out
+
+
+def test_what_a_killed_worker_left_of_a_shard_goes_when_the_shard_is_made(tmp_path):
+    prepare_shards(text_job(), tmp_path, Worker(1, 3))
+    for name in ("part_00000-dead", "part_00002-alive"):
+        (tmp_path / ".shards" / name).mkdir()
+    prepare_shards(text_job(), tmp_path, Worker(0, 3))
+    assert [path.name for path in (tmp_path / ".shards").glob("part_*")] == ["part_00002-alive"]
 
 
 def test_a_finished_corpus_is_told_and_not_made_again(tmp_path, monkeypatch, capsys):

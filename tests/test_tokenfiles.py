@@ -186,9 +186,8 @@ def test_the_windows_of_a_terabyte_take_no_memory():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
-@pytest.mark.parametrize("shards", [1, 40])
-def test_memory_does_not_grow_with_what_was_read(tmp_path, shards):
-    """3,200 windows spread over a gigabyte of holes: mapped, they would have taken 200 MB."""
+def test_memory_does_not_grow_with_what_was_read(tmp_path):
+    """3,200 windows spread over a gigabyte of holes. Mapped, they took 179 MB, and a list of all 288 MB."""
     code = (
         "import sys; from pathlib import Path\n"
         "from fradique import dataset\n"
@@ -204,7 +203,7 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path, shards):
         "for _, (x, y) in zip(range(20), corpus.train.batches(windows, 32)): pass\n"
         "print(len(windows), *(after - first for first, after in zip(before, used())))\n"
     )
-    sparse_corpus(tmp_path / "holes", 1, shards)
+    sparse_corpus(tmp_path / "holes", 1)
     command = [sys.executable, "-c", code, str(tmp_path / "holes")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     windows, anonymous, mapped = map(int, done.stdout.split())
