@@ -153,6 +153,7 @@ def test_the_files_are_the_same_for_any_number_of_workers(tmp_path, kind):
 
     write_documents(tmp_path / "source")
     prepare_shards(job(), tmp_path / "1", Worker())
+    assert (tmp_path / "1" / "meta.json").exists()
     for count in (2, 3, 5, 9):
         order = list(range(count))
         random.Random(count).shuffle(order)
