@@ -90,6 +90,10 @@ def _rates(
         ours.send(False)
     for reader in readers:
         reader.join()
+        reader.close()
+    for pipe in pipes:
+        for end in pipe:
+            end.close()
 
 
 def _read(folder: Path, block_size: int, batch_size: int, rank: int, world: int, pipe: Any) -> None:
@@ -128,9 +132,11 @@ def memory_of_training(folder: Path, steps: int) -> dict[str, float]:
     command += [f"--dataset={folder.name}", f"--out_dir={folder.parent / ('out-' + folder.name)}"]
     command += [f"--{setting}" for setting in TRAINING.split()]
     command += [f"--max_iters={steps}", f"--eval_interval={steps}", "--eval_iters=5"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peaks = {"RssAnon": 0.0, "RssFile": 0.0, "VmHWM": 0.0}
-    with (Path(f"/proc/{process.pid}/status")).open() as status:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        Path(f"/proc/{process.pid}/status").open() as status,
+    ):
         while process.poll() is None:
             status.seek(0)
             for line in status.read().splitlines():
@@ -138,9 +144,10 @@ def memory_of_training(folder: Path, steps: int) -> dict[str, float]:
                 if name in peaks:
                     peaks[name] = max(peaks[name], int(value.split()[0]) * 1024 / 1e6)
             time.sleep(0.01)
-    if process.returncode:
         assert process.stdout is not None
-        raise SystemExit(process.stdout.read())
+        told = process.stdout.read()
+    if process.returncode:
+        raise SystemExit(told)
     return peaks
 
 
