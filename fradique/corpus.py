@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fradique import tokenizer as tokenizers
+from fradique.survey import progress, survey
 from fradique.text import PIECE_CHARS, Text, cut_pieces, note
 
 FORMAT = 1  # of meta.json
@@ -45,15 +46,16 @@ def prepare_text(
     what the disk refuses; `out_dir` is then as it was.
     """
     spec = tokenizers.parse(tokenizer)
-    _check_fraction(val_fraction)
+    check_fraction(val_fraction)
     with _workshop(out_dir) as folder:
-        n_chars, n_bytes, alphabet = _survey(text)
-        n_train = int(n_chars * (1 - val_fraction))
-        made = _make_tokenizer(spec, text, n_train, alphabet)
-        with _progress(n_chars, "encoding", "char") as bar:
+        found = survey(text)
+        n_train = int(found.chars * (1 - val_fraction))
+        made = make_tokenizer(spec, text, n_train, found.alphabet)
+        with progress(found.chars, "encoding", "char") as bar:
             items = _watched(_split(cut_pieces(text.chunks()), n_train), bar)
-            splits = _write_splits(items, made, folder)
-        if sum(split["bytes"] for split in splits.values()) != n_bytes:
+            splits = encode_splits(items, made, folder)
+        check_splits(splits)
+        if sum(split["bytes"] for split in splits.values()) != found.bytes:
             raise ValueError("the text changed while it was read: prepare it again")
         return _finish(folder, out_dir, made, text.source, splits)
 
@@ -71,40 +73,33 @@ def prepare_documents(
     After each document comes <|endoftext|>. Which documents validate is a function of their place alone.
     Raises as `prepare_text`.
     """
-    if tokenizer != "gpt2":
-        raise ValueError("documents are encoded with gpt2, which has a token for the end of a text")
-    _check_fraction(val_fraction)
+    check_document_tokenizer(tokenizer)
+    check_fraction(val_fraction)
     with _workshop(out_dir) as folder:
         made = tokenizers.GPT2Tokenizer()
-        with _progress(max_documents, "encoding", "document") as bar:
-            items = _document_items(itertools.islice(documents, max_documents), val_fraction, bar)
-            splits = _write_splits(items, made, folder)
+        with progress(max_documents, "encoding", "document") as bar:
+            numbered = enumerate(itertools.islice(documents, max_documents))
+            splits = encode_splits(_counted(document_items(numbered, val_fraction), bar), made, folder)
+        check_splits(splits)
         return _finish(folder, out_dir, made, source, splits)
 
 
-def _check_fraction(val_fraction: float) -> None:
+def check_document_tokenizer(tokenizer: str) -> None:
+    """Raise ValueError for a tokenizer that knows no end of a document."""
+    if tokenizer != "gpt2":
+        raise ValueError("documents are encoded with gpt2, which has a token for the end of a text")
+
+
+def check_fraction(val_fraction: float) -> None:
+    """Raise ValueError for a part that is none."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction is {val_fraction}, and must lie between 0 and 1")
 
 
-def _survey(text: Text) -> tuple[int, int, str]:
-    """How many characters and UTF-8 bytes a text has, and its different characters in order."""
-    seen = np.zeros(0x110000, dtype=bool)
-    n_chars = n_bytes = 0
-    with _progress(text.size, "reading", "B") as bar:
-        for chunk in text.chunks():
-            seen[tokenizers.code_points(chunk)] = True
-            size = len(chunk.encode())
-            n_chars, n_bytes = n_chars + len(chunk), n_bytes + size
-            bar.update(size)
-    if not n_chars:
-        raise ValueError("the text is empty")
-    return n_chars, n_bytes, "".join(map(chr, np.flatnonzero(seen)))
-
-
-def _make_tokenizer(
+def make_tokenizer(
     spec: str | tuple[str, int], text: Text, n_train: int, alphabet: str
 ) -> tokenizers.Tokenizer:
+    """What `spec` asks for: of the characters in `alphabet`, or trained on the first `n_train` of `text`."""
     if spec == "char":
         return tokenizers.CharTokenizer(alphabet)
     if spec == "gpt2":
@@ -134,7 +129,7 @@ class Sample:
         words: set[str] = set()
         passed = self.n_chars = word_bytes = 0
         pieces = cut_pieces(self._text.chunks(), SAMPLE_PIECE, SAMPLE_PIECE)
-        with _progress(self._n_train, "sampling", "char") as bar:
+        with progress(self._n_train, "sampling", "char") as bar:
             for split, piece in _watched(_split(pieces, self._n_train), bar):
                 if split != "train":
                     return
@@ -159,13 +154,13 @@ def _split(pieces: Iterable[str], n_train: int) -> Iterator[Item]:
         n_train -= len(piece)
 
 
-def _document_items(documents: Iterable[Iterable[str]], val_fraction: float, bar: Any) -> Iterator[Item]:
-    for index, document in enumerate(documents):
-        split = "val" if _uniform(index) < val_fraction else "train"
+def document_items(documents: Iterable[tuple[int, Iterable[str]]], val_fraction: float) -> Iterator[Item]:
+    """Documents with their numbers, in pieces, each in the split that its number gives."""
+    for number, document in documents:
+        split = "val" if _uniform(number) < val_fraction else "train"
         for piece in cut_pieces(document):
             yield split, piece
         yield split, None
-        bar.update()
 
 
 def _uniform(index: int) -> float:
@@ -174,13 +169,10 @@ def _uniform(index: int) -> float:
     return int.from_bytes(digest.digest(), "little") / 2**64
 
 
-def _write_splits(
+def encode_splits(
     items: Iterable[Item], tokenizer: tokenizers.Tokenizer, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Encode `items` into train.bin and val.bin; the part of meta.json that describes them.
-
-    Raises ValueError where a split is too small for any block.
-    """
+    """Encode `items` into train.bin and val.bin; the part of meta.json that describes them."""
     threads = min(_cores(), MAX_THREADS)
     separator = np.array([tokenizer.end_of_text or 0], dtype=tokenizer.dtype)
     with contextlib.ExitStack() as stack:
@@ -192,18 +184,22 @@ def _write_splits(
                     shards[split].write(separator, 0)
                 else:
                     shards[split].write(next(encoded), len(text.encode()))
-    for split, shard in shards.items():
-        if shard.tokens < MIN_TOKENS:
-            raise ValueError(
-                f"the text is too small: its {split} split has {shard.tokens} tokens, and a block needs "
-                f"{MIN_TOKENS} at least. Give it more text, or change --val_fraction"
-            )
-    if shards["val"].tokens < FEW_TOKENS:
-        note(f"the validation split has only {shards['val'].tokens:,} tokens: its loss will tell little")
     return {
         split: {"tokens": shard.tokens, "bytes": shard.bytes, "shards": [shard.entry()]}
         for split, shard in shards.items()
     }
+
+
+def check_splits(splits: dict[str, dict[str, Any]]) -> None:
+    """Raise ValueError where a split is too small for any block; tell where it is too small to mean much."""
+    for name, split in splits.items():
+        if split["tokens"] < MIN_TOKENS:
+            raise ValueError(
+                f"the text is too small: its {name} split has {split['tokens']} tokens, and a block needs "
+                f"{MIN_TOKENS} at least. Give it more text, or change --val_fraction"
+            )
+    if splits["val"]["tokens"] < FEW_TOKENS:
+        note(f"the validation split has only {splits['val']['tokens']:,} tokens: its loss will tell little")
 
 
 def _batches(items: Iterable[Item], max_chars: int) -> Iterator[list[Item]]:
@@ -262,7 +258,19 @@ def _finish(
     splits: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Write tokenizer.json and meta.json beside the shards, and put everything in its place."""
-    meta = {
+    meta = describe(tokenizer, source, splits)
+    tokenizers.save(tokenizer, folder / "tokenizer.json")
+    write_json(meta, folder / "meta.json")
+    shards = [shard["file"] for split in splits.values() for shard in split["shards"]]
+    _install(folder, out_dir, ["tokenizer.json", *reversed(shards), "meta.json"])
+    return meta
+
+
+def describe(
+    tokenizer: tokenizers.Tokenizer, source: str, splits: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What meta.json says of a corpus."""
+    return {
         "format": FORMAT,
         "dtype": tokenizer.dtype.name,
         "vocab_size": tokenizer.vocab_size,
@@ -270,14 +278,14 @@ def _finish(
         "source": source,
         "splits": splits,
     }
-    tokenizers.save(tokenizer, folder / "tokenizer.json")
-    with (folder / "meta.json").open("w", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_json(value: dict[str, Any], path: Path) -> None:
+    """Write `value` for people to read, synced; the same value gives the same bytes."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    shards = [shard["file"] for split in splits.values() for shard in split["shards"]]
-    _install(folder, out_dir, ["tokenizer.json", *reversed(shards), "meta.json"])
-    return meta
 
 
 def _install(folder: Path, out_dir: Path, names: list[str]) -> None:
@@ -290,7 +298,7 @@ def _install(folder: Path, out_dir: Path, names: list[str]) -> None:
     for path in out_dir.glob("*.bin"):
         if re.fullmatch(r"(train|val)(_[0-9]+)?\.bin", path.name):
             path.unlink()
-    _sync_folder(out_dir)
+    sync_folder(out_dir)
     try:
         for name in names:
             (folder / name).replace(out_dir / name)
@@ -298,10 +306,11 @@ def _install(folder: Path, out_dir: Path, names: list[str]) -> None:
         for name in names:
             (out_dir / name).unlink(missing_ok=True)
         raise
-    _sync_folder(out_dir)
+    sync_folder(out_dir)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk, where the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -351,14 +360,13 @@ def _is_another_process(pid: int) -> bool:
     return True
 
 
-def _progress(total: int | None, doing: str, unit: str) -> Any:
-    """A progress bar, shown only on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=doing, unit=unit, unit_scale=True, disable=None, leave=False)
-
-
 def _watched(items: Iterable[Item], bar: Any) -> Iterator[Item]:
     for item in items:
         yield item
         bar.update(len(item[1] or ""))
+
+
+def _counted(items: Iterable[Item], bar: Any) -> Iterator[Item]:
+    for item in items:
+        yield item
+        bar.update(item[1] is None)

@@ -1,14 +1,13 @@
 """Shards -> batches, a pure function of (seed, step, rank).
 
 A corpus is a folder with `train.bin` and `val.bin` (or `train_00000.bin`, …): raw little-endian token ids, as
-`fradique.corpus` or nanoGPT writes them. Shards are mapped, not read. Training walks through the windows of
-an epoch in an order that a keyed permutation gives for any index alone, so nothing needs to be remembered to
-go on at any step, on any number of ranks.
+`fradique.corpus` or nanoGPT writes them, any number of them: windows are read when they are needed. Training
+walks through the windows of an epoch in an order that a keyed permutation gives for any index alone, so
+nothing needs to be remembered to go on at any step, on any number of ranks.
 """
 
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,71 +16,59 @@ import torch
 from torch import Tensor
 
 from fradique import tokenizer as tokenizers
+from fradique.tokenfiles import TokenFiles
+from fradique.unfinished import is_unfinished, refuse_unfinished
+from fradique.windows import Grid, Places, Tiling, Window, places_of, runs_of, window_list
 
-SCAN_LIMIT = (
-    1 << 29
-)  # bytes of a split whose ids are all checked at start-up; batches are checked in any case
-
-
+SCAN_LIMIT = 1 << 29  # bytes of a split whose ids are all checked at start-up; batches are, in any case
 WINDOWS_AHEAD = 1024  # of a sampler, found at a time
 
 
-@dataclass(frozen=True)
-class Window:
-    """A stretch of tokens to predict: `length` inputs from `start` in `shard`, targets one further on."""
-
-    shard: int
-    start: int
-    length: int
-
-
 class Split:
-    """One side of a corpus, train or val: mapped shards, and how many bytes of text they stand for."""
+    """One side of a corpus, train or val: its shards, and how many bytes of text they stand for."""
 
     def __init__(self, paths: list[Path], dtype: str, vocab_size: int, text_bytes: int | None) -> None:
         self.paths, self.vocab_size, self.text_bytes = paths, vocab_size, text_bytes
-        self.shards = [map_tokens(path, dtype) for path in paths]
-        self.tokens = sum(len(shard) for shard in self.shards)
+        self.shards = TokenFiles(paths, dtype)
+        self.tokens = int(self.shards.lengths.sum())
+        self.targets = int(np.maximum(self.shards.lengths - 1, 0).sum())  # all tokens but a shard's first
+        self._grids: dict[int, Grid] = {}
 
     def count_windows(self, block_size: int) -> int:
         """Whole windows in all shards. A window needs block_size + 1 tokens of one shard."""
-        return int(self._ends(block_size)[-1])
+        return int(self.grid(block_size).ends[-1])
 
-    def _ends(self, block_size: int) -> np.ndarray:
-        """(n_shards,) windows up to the end of each shard."""
-        return np.cumsum([max(0, len(shard) - 1) // block_size for shard in self.shards])
+    def grid(self, block_size: int) -> Grid:
+        """The whole windows, side by side."""
+        if block_size not in self._grids:
+            self._grids[block_size] = Grid(self.shards.lengths, block_size)
+        return self._grids[block_size]
 
-    def windows(self, places: np.ndarray, block_size: int, shift: np.ndarray | int = 0) -> list[Window]:
-        """The windows at `places` (B,) on the grid of whole windows, moved on by `shift` tokens."""
-        ends = self._ends(block_size)
-        shards = np.searchsorted(ends, places, side="right")  # (B,)
-        firsts = np.concatenate([[0], ends])[shards]
-        lasts = np.array([len(shard) - 1 - block_size for shard in self.shards])[shards]
-        starts = np.minimum((places - firsts) * block_size + shift, lasts)  # the last has all its targets
-        return [Window(int(i), int(start), block_size) for i, start in zip(shards, starts, strict=True)]
-
-    def read(self, windows: list[Window]) -> tuple[Tensor, Tensor]:
+    def read(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64, (B, T) each, of windows of one length T.
 
         Raises ValueError where an id is not in the vocabulary, naming the file and the position.
         """
-        length = windows[0].length
-        rows = np.empty((len(windows), length + 1), dtype=np.int64)
-        for row, w in zip(rows, windows, strict=True):
-            row[:] = self.shards[w.shard][w.start : w.start + length + 1]
+        return self.read_places(places_of(windows), windows[0].length)
+
+    def read_places(self, places: Places, length: int) -> tuple[Tensor, Tensor]:
+        """`read` for windows that are given as places, B of them, all of one `length` T."""
+        rows = self.shards.read(*places, length + 1)  # (B, T + 1)
         if rows.max() >= self.vocab_size:
             b, t = np.unravel_index(int(rows.argmax()), rows.shape)
-            raise self._beyond(windows[b].shard, windows[b].start + int(t), int(rows[b, t]))
-        tokens = torch.from_numpy(rows)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            raise self._beyond(int(places[0][b]), int(places[1][b] + t), int(rows[b, t]))
+        return tuple(torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
 
     def check_ids(self) -> None:
         """Raise ValueError for the first id beyond the vocabulary, in splits of up to SCAN_LIMIT bytes."""
-        if sum(shard.nbytes for shard in self.shards) > SCAN_LIMIT:
+        if self.shards.nbytes > SCAN_LIMIT:
             return
-        for i, shard in enumerate(self.shards):
-            if len(shard) and (top := int(shard.max())) >= self.vocab_size:
-                raise self._beyond(i, int(shard.argmax()), top)
+        for i in range(len(self.shards)):
+            position = 0
+            for chunk in self.shards.chunks(i):
+                if (top := int(chunk.max())) >= self.vocab_size:
+                    raise self._beyond(i, position + int(chunk.argmax()), top)
+                position += len(chunk)
 
     def _beyond(self, shard: int, position: int, token: int) -> ValueError:
         return ValueError(
@@ -93,28 +80,23 @@ class Split:
         """`count` windows spread evenly over the split (all, if it has fewer): the same every time."""
         there = self.count_windows(block_size)
         count = min(count, there)
-        return self.windows(np.arange(count) * there // count, block_size)
+        return window_list(self.grid(block_size).find(np.arange(count) * there // count), block_size)
 
-    def all_windows(self, block_size: int) -> list[Window]:
+    def all_windows(self, block_size: int) -> Tiling:
         """Windows that predict each token of the split once (but a shard's first); the last may be short."""
-        return [
-            Window(i, start, min(block_size, len(shard) - 1 - start))
-            for i, shard in enumerate(self.shards)
-            for start in range(0, len(shard) - 1, block_size)
-        ]
+        return Tiling(self.shards.lengths, block_size)
 
     def batches(
-        self, windows: list[Window], batch_size: int, rank: int = 0, world: int = 1
+        self, windows: Sequence[Window], batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of `windows`, batch_size at a time, windows of one length together."""
-        by_length: dict[int, list[Window]] = {}
-        for window in windows:
-            by_length.setdefault(window.length, []).append(window)
-        groups = [
-            same[i : i + batch_size] for same in by_length.values() for i in range(0, len(same), batch_size)
-        ]
-        for group in groups[rank::world]:
-            yield self.read(group)
+        number = 0  # of the batch, of all ranks
+        for run in runs_of(windows):
+            for first in range(0, run.count, batch_size):
+                if number % world == rank:
+                    numbers = np.arange(first, min(first + batch_size, run.count))
+                    yield self.read_places(run.find(numbers), run.length)
+                number += 1
 
     def count_text_bytes(self, tokenizer: tokenizers.Tokenizer) -> int:
         """UTF-8 bytes of the text that the split encodes: from meta.json, else summed over its tokens."""
@@ -122,12 +104,8 @@ class Split:
             return self.text_bytes
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths()
-        chunk = 1 << 24  # tokens at a time, so that memory stays bounded
-        return sum(
-            int(lengths[shard[i : i + chunk]].sum())
-            for shard in self.shards
-            for i in range(0, len(shard), chunk)
-        )
+        files = range(len(self.shards))
+        return sum(int(lengths[chunk].sum()) for i in files for chunk in self.shards.chunks(i))
 
 
 class Sampler:
@@ -143,15 +121,21 @@ class Sampler:
         self.split, self.block_size, self.seed = split, block_size, seed
         self.batch_size, self.accumulation = batch_size, accumulation
         self.windows_per_epoch = split.count_windows(block_size)
-        self._group, self._ahead = -1, []  # the windows found last, and which group of the sequence they are
+        self._grid = split.grid(block_size)
+        # the group of the sequence whose windows were found last, and where they are
+        self._group, self._ahead = -1, (np.empty(0, np.int64), np.empty(0, np.int64))
 
     def windows(self, first: int, count: int) -> list[Window]:
         """Windows number first, …, first + count - 1 of the sequence."""
+        return window_list(self.places(first, count), self.block_size)
+
+    def places(self, first: int, count: int) -> Places:
+        """Where windows number first, …, first + count - 1 of the sequence are."""
         epochs, places = np.divmod(np.arange(first, first + count), self.windows_per_epoch)  # (count,)
         keys = mix(np.uint64(hash_numbers(self.seed)) ^ epochs.astype(np.uint64))
         places = permute(places, self.windows_per_epoch, keys)
         shifts = (mix(~keys) % np.uint64(self.block_size)).astype(np.int64)
-        return self.split.windows(places, self.block_size, shifts)
+        return self._grid.find(places, shifts)
 
     def share(self, world: int) -> tuple[int, int]:
         """Rows of a micro-batch, and micro-batches, of each of `world` ranks.
@@ -176,13 +160,16 @@ class Sampler:
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (count, block_size) each, of windows number first, …"""
-        windows = []
-        for number in range(first, first + count):
-            group, place = divmod(number, WINDOWS_AHEAD)
+        found = []
+        while count > 0:
+            group, place = divmod(first, WINDOWS_AHEAD)
             if group != self._group:  # found together, they take a tenth of the time
-                self._group, self._ahead = group, self.windows(group * WINDOWS_AHEAD, WINDOWS_AHEAD)
-            windows.append(self._ahead[place])
-        return self.split.read(windows)
+                self._group, self._ahead = group, self.places(group * WINDOWS_AHEAD, WINDOWS_AHEAD)
+            found.append([part[place : place + count] for part in self._ahead])
+            taken = len(found[-1][0])
+            first, count = first + taken, count - taken
+        shards, starts = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return self.split.read_places((shards, starts), self.block_size)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -220,19 +207,6 @@ def permute(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return places.astype(np.int64)
 
 
-def map_tokens(path: Path, dtype: str) -> np.ndarray:
-    """The tokens of a shard, mapped. Raises ValueError where the file cannot be whole."""
-    size, width = path.stat().st_size, np.dtype(dtype).itemsize
-    if size % width:
-        raise ValueError(
-            f"{path} has {size} bytes, which is no whole number of {dtype} tokens: the file is truncated or "
-            "not a token file; prepare the corpus again"
-        )
-    if size == 0:
-        return np.empty(0, dtype=dtype)
-    return np.asarray(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))
-
-
 @dataclass(frozen=True)
 class Corpus:
     """A prepared corpus: both splits and the tokenizer that made them."""
@@ -248,14 +222,15 @@ def open_corpus(folder: Path, block_size: int) -> Corpus:
 
     Raises ValueError, saying what to do, where it is missing, damaged, or too small for one block.
     """
+    refuse_unfinished(folder)
     if not _shards(folder, "train") or not _shards(folder, "val"):
         raise ValueError(_no_corpus(folder))
     meta = _read_meta(folder / "meta.json") if (folder / "meta.json").exists() else None
     tokenizer = _tokenizer(folder, meta)
     train, val = (_open_split(folder, name, meta, tokenizer.vocab_size) for name in ("train", "val"))
-    name, small = min(("train", train), ("val", val), key=lambda pair: max(map(len, pair[1].shards)))
+    name, small = min(("train", train), ("val", val), key=lambda pair: pair[1].shards.lengths.max())
     if small.count_windows(block_size) < 1:
-        most = max(1, max(map(len, small.shards)) - 1)
+        most = max(1, int(small.shards.lengths.max()) - 1)
         raise ValueError(
             f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of "
             f"{block_size} and its target; a longer text, or --block_size={most} at most"
@@ -317,14 +292,12 @@ def _no_corpus(folder: Path) -> str:
     """What to say where a corpus is not prepared: the command that makes it, or those that are there."""
     if (folder / "prepare.py").exists():
         return f"the corpus {folder} is not prepared yet; make it with: python {folder / 'prepare.py'}"
-    ready = sorted(p.parent.name for p in folder.parent.glob("*/train*.bin"))
+    found = {path.parent for path in folder.parent.glob("*/train*.bin")}
+    ready = sorted(there.name for there in found if not is_unfinished(there))
     makers = sorted(p.parent.name for p in folder.parent.glob("*/prepare.py"))
     return (
         f"there is no corpus in {folder}; "
-        + (f"prepared: {', '.join(dict.fromkeys(ready))}; " if ready else "")
+        + (f"prepared: {', '.join(ready)}; " if ready else "")
         + (f"that can be prepared: {', '.join(makers)}; " if makers else "")
         + "your own text: python data/custom/prepare.py --input book.txt --name my_book"
     )
-
-
-assert sys.byteorder == "little", "shards are little-endian and are mapped as they are"

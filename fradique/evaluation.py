@@ -6,6 +6,7 @@ weights are equal.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ IDLE = (torch.zeros(1, 1, dtype=torch.int64),) * 2  # what a rank without work c
 def mean_loss(
     model: nn.Module,
     split: Split,
-    windows: list[Window],
+    windows: Sequence[Window],
     rows: int,
     place: Runtime,
     seconds: list[float] | None = None,
@@ -92,7 +93,6 @@ def whole_validation(
     split = corpus.val
     rows = place.rows_at_once(batch_size, block_size)
     loss = mean_loss(model, split, split.all_windows(block_size), rows, place)
-    predicted = split.tokens - len(split.shards)
-    text_bytes = split.count_text_bytes(corpus.tokenizer) * predicted / split.tokens
-    bits = loss * predicted / math.log(2)
+    text_bytes = split.count_text_bytes(corpus.tokenizer) * split.targets / split.tokens
+    bits = loss * split.targets / math.log(2)
     return WholeSplit(loss, math.exp(min(loss, 700.0)), bits / text_bytes)

@@ -17,7 +17,10 @@ from typing import Any, NoReturn
 
 from fradique import documents
 from fradique.corpus import prepare_documents, prepare_text
+from fradique.plan import DocumentJob, Job, TextJob
+from fradique.shards import Worker, prepare_shards
 from fradique.text import Text, files_text, find_files
+from fradique.unfinished import ShardCount, refuse_unfinished
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Recipe:
     then: str  # the command to go on with; {name} is the corpus
     text: Callable[[Path], Text] | None = None  # from `folder`, where downloads are kept
     documents: Callable[[], Iterator[Iterable[str]]] | None = None
+    document_files: Callable[[], Sequence[documents.HubFile]] | None = None  # the same, for --shards
 
     @property
     def is_custom(self) -> bool:
@@ -41,16 +45,21 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """Prepare a corpus as the command line says, and return the exit status.
 
     0: the corpus is there. 2: a mistake that the user can mend, told on standard error. 130 and 143: stopped
-    by Ctrl-C and by SIGTERM. Whatever happens, nothing half-made stays.
+    by Ctrl-C and by SIGTERM. Whatever happens, nothing half-made stays; with --shards, finished shards do.
     """
     args = _parser(recipe).parse_args(argv)
     try:
         with _stopped_cleanly():
             out_dir = _out_dir(recipe, args)
-            meta = _prepare(recipe, args, out_dir)
+            if args.shards is None:
+                meta: dict[str, Any] | ShardCount = _prepare(recipe, args, out_dir)
+            else:
+                worker = Worker() if args.worker is None else Worker.parse(args.worker)
+                meta = prepare_shards(_job(recipe, args), out_dir, worker)
             _report(recipe, out_dir, meta)
     except (KeyboardInterrupt, SystemExit) as stop:
-        print("stopped; nothing half-made is left", file=sys.stderr)
+        shards = "finished shards stay; the same command goes on with the rest"
+        print(f"stopped; {'nothing half-made is left' if args.shards is None else shards}", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(str(stop.code))
     except (ValueError, OSError, ImportError) as error:
         if args.debug == "True":
@@ -91,6 +100,20 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     if recipe.documents:
         add("--max_documents", type=int, metavar="N", help="stop after N documents, for a trial")
     add("--out_dir", type=Path, metavar="DIR", help="where to make it (default: the folder of prepare.py)")
+    add(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="make the training split of N files, train_00000.bin and so on; the same command goes on with "
+        "what is missing",
+    )
+    add(
+        "--worker",
+        metavar="I/N",
+        help="with --shards: make only the shards k with k mod N = I, for an I from 0 to N-1. Others make "
+        "the rest, at any time, on any machine that has the folder; the files do not depend on who makes "
+        "them",
+    )
     truth = {"nargs": "?", "choices": ("True", "False"), "const": "True", "default": "False"}
     add("--debug", **truth, help="show the traceback of an error")
     return parser
@@ -111,11 +134,12 @@ def _out_dir(recipe: Recipe, args: argparse.Namespace) -> Path:
 
 
 def _prepare(recipe: Recipe, args: argparse.Namespace, out_dir: Path) -> dict[str, Any]:
+    if args.worker is not None:
+        raise ValueError("--worker makes a part of the shards: give --shards, too, the same for all workers")
+    refuse_unfinished(out_dir)
     if recipe.documents is None:
-        text = _text(recipe, args)
-        return prepare_text(text, out_dir, getattr(args, "tokenizer", recipe.tokenizer), args.val_fraction)
-    if args.max_documents is not None and args.max_documents < 1:
-        raise ValueError(f"--max_documents is {args.max_documents}, and must be at least 1")
+        return prepare_text(_text(recipe, args), out_dir, _tokenizer(recipe, args), args.val_fraction)
+    _check_max_documents(args)
     source, stream = "the Hugging Face hub", recipe.documents
     if args.input:
         files = find_files(args.input, documents.ENDINGS)
@@ -123,6 +147,29 @@ def _prepare(recipe: Recipe, args: argparse.Namespace, out_dir: Path) -> dict[st
     return prepare_documents(
         stream(), source, out_dir, recipe.tokenizer, args.val_fraction, args.max_documents
     )
+
+
+def _job(recipe: Recipe, args: argparse.Namespace) -> Job:
+    if recipe.documents is None:
+        return TextJob(_text(recipe, args), _tokenizer(recipe, args), args.val_fraction, args.shards)
+    _check_max_documents(args)
+    if args.input:
+        files: Sequence[Path | documents.HubFile] = find_files(args.input, documents.ENDINGS)
+        source = _names(files)
+    elif recipe.document_files is not None:
+        source, files = "the Hugging Face hub", recipe.document_files()
+    else:
+        raise ValueError("--shards needs files whose documents can be counted: give --input")
+    return DocumentJob(files, source, recipe.tokenizer, args.val_fraction, args.shards, args.max_documents)
+
+
+def _tokenizer(recipe: Recipe, args: argparse.Namespace) -> str:
+    return getattr(args, "tokenizer", recipe.tokenizer)
+
+
+def _check_max_documents(args: argparse.Namespace) -> None:
+    if args.max_documents is not None and args.max_documents < 1:
+        raise ValueError(f"--max_documents is {args.max_documents}, and must be at least 1")
 
 
 def _text(recipe: Recipe, args: argparse.Namespace) -> Text:
@@ -140,14 +187,23 @@ def _names(files: Sequence[Path]) -> str:
     return ", ".join(path.name for path in files)
 
 
-def _report(recipe: Recipe, out_dir: Path, meta: dict[str, Any]) -> None:
+def _report(recipe: Recipe, out_dir: Path, meta: dict[str, Any] | ShardCount) -> None:
+    if isinstance(meta, ShardCount):
+        print(
+            f"{out_dir.name}: the shards of this worker are finished, {meta.done} of {meta.total} in all. "
+            "Whoever finishes the last one makes the corpus; should no worker be running, run any of them "
+            "again"
+        )
+        return
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     print(
         f"{out_dir.name}: {train['tokens']:,} tokens to train on and {val['tokens']:,} to validate with, "
         f"from {(train['bytes'] + val['bytes']) / 1e6:.2f} MB of text; vocabulary of {meta['vocab_size']:,} "
         f"({meta['tokenizer']})"
     )
-    print(f"written to {out_dir}: train.bin, val.bin, tokenizer.json, meta.json")
+    first, *_, last = [shard["file"] for shard in train["shards"] * 2]
+    trained = first if first == last else f"{first} to {last}"
+    print(f"written to {out_dir}: {trained}, val.bin, tokenizer.json, meta.json")
     if out_dir.resolve().parent == recipe.folder.resolve().parent:
         print(f"next: {recipe.then.format(name=out_dir.name)}")
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 20  # read at a time
 PIECE_CHARS = 1 << 18  # in a piece of text
@@ -16,6 +17,7 @@ MAX_PIECE_CHARS = 1 << 20  # where there is no place to cut it
 # The end of the last word with a space after it. GPT-2's pattern never matches across such a place, and does
 # not look past it: cut there, a text has the tokens that it has uncut. (Python's \S is a little stricter.)
 _LAST_WORD_END = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
+_FIRST_WORD_END = re.compile(r"\S(?=[ \t\r\n])")
 
 
 @dataclass(frozen=True)
@@ -25,31 +27,70 @@ class Text:
     source: str  # where it comes from, for people to read in meta.json
     size: int  # bytes, for the progress bar
     chunks: Callable[[], Iterator[str]]
+    chunks_from: Callable[[int], Iterator[str]] | None = None  # as `from_byte`, where that can be done fast
+
+    def from_byte(self, offset: int) -> Iterator[str]:
+        """The text from a byte of its UTF-8 on, where a character begins, in chunks."""
+        if self.chunks_from is not None:
+            yield from self.chunks_from(offset)
+            return
+        for chunk in self.chunks():
+            if offset:
+                data = chunk.encode()
+                chunk, offset = data[offset:].decode(), max(0, offset - len(data))
+            if chunk:
+                yield chunk
 
 
 def files_text(files: Sequence[Path], source: str) -> Text:
     """UTF-8 files one after another, with a newline between two where the first does not end with one."""
-    return Text(source, sum(path.stat().st_size for path in files), lambda: _concatenated(files))
+    size = sum(path.stat().st_size for path in files)
+    return Text(source, size, lambda: _concatenated(files), lambda offset: _concatenated(files, offset))
 
 
-def _concatenated(files: Sequence[Path]) -> Iterator[str]:
-    last = "\n"
+def _concatenated(files: Sequence[Path], offset: int = 0) -> Iterator[str]:
+    ends_line = True  # what came before
     for path in files:
-        if last != "\n":
+        if not ends_line and offset:
+            offset -= 1
+        elif not ends_line:
             yield "\n"
-        for chunk in read_file(path):
-            last = chunk[-1]
+        if offset:
+            length, last = _extent(path)
+            if offset >= length:
+                offset, ends_line = offset - length, last == b"\n" if length else ends_line
+                continue
+        for chunk in read_file(path, start=offset):
+            ends_line = chunk[-1] == "\n"
             yield chunk
+        offset = 0
 
 
-def read_file(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
+def _extent(path: Path) -> tuple[int, bytes]:
+    """How many bytes of text a file has, its byte-order mark left out, and the last of them."""
+    with path.open("rb") as file:
+        mark = _mark_bytes(file)
+        length = file.seek(0, 2) - mark
+        file.seek(mark + max(0, length - 1))
+        return length, file.read(1)
+
+
+def _mark_bytes(file: BinaryIO) -> int:
+    """How many bytes the byte-order mark takes at the beginning of `file`: 3 or 0."""
+    return 3 if file.read(3) == codecs.BOM_UTF8 else 0
+
+
+def read_file(path: Path, block_bytes: int = BLOCK_BYTES, start: int = 0) -> Iterator[str]:
     """The text of a UTF-8 file in chunks, none empty: newlines as they are, a byte-order mark left out.
 
-    Raises ValueError that names the file and the offset of the first byte that is not UTF-8.
+    It begins `start` bytes into the text, where a character does. Raises ValueError that names the file and
+    the offset of the first byte that is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, started = 0, False  # offset: of the block in the file
+    offset, started = 0, start > 0  # offset: of the block in the file
     with path.open("rb") as file:
+        if start:
+            offset = file.seek(_mark_bytes(file) + start)
         while True:
             block = file.read(block_bytes)
             pending = len(decoder.getstate()[0])  # bytes of a character that the last block began
@@ -99,6 +140,12 @@ def cut_pieces(
         rest = rest[start:]
     if rest:
         yield rest
+
+
+def first_cut(text: str) -> int:
+    """The first place in `text` where it can be cut and keep its tokens; 0 where there is none."""
+    match = _FIRST_WORD_END.search(text)
+    return match.end() if match else 0
 
 
 def find_files(inputs: Sequence[Path], endings: Sequence[str] = (".txt",)) -> list[Path]:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import flags
 from bench import data as bench_data
 from bench import machine, textbook
 from bench import quality as bench_quality
+from bench import reading as bench_reading
 from bench import reference as bench_reference
 from bench import sample as bench_sample
 from bench import train as bench_train
@@ -112,6 +114,24 @@ def test_loading_is_measured_beside_a_loop(monkeypatch):
     monkeypatch.setattr(bench_data, "BATCHES", 2)
     rates = bench_data.measure_loading(rounds=1)
     assert rates["ratio"] == pytest.approx(rates["mtokens_s"] / rates["loop_mtokens_s"])
+
+
+def test_reading_is_measured_from_memory_and_from_the_disk(capsys, monkeypatch):
+    for name, value in (("SHARDS", ()), ("SHAPES", ((8, 2),)), ("HELD_TOKENS", 1000)):
+        monkeypatch.setattr(bench_reading, name, value)
+    bench_reading.main(["--rounds=1", "--processes=1"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    rates = json.loads(last)["rates"]
+    assert [(rate["from"], rate["shards"]) for rate in rates] == [("memory", 1)]  # a process takes seconds
+    assert len(lines) == 2 and all(rate["best_mb_s"] >= rate["mb_s"] > 0 for rate in rates)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
+def test_the_memory_of_training_is_told_beside_sparse_shards(capsys):
+    bench_reading.main(["--sparse=0.1", "--steps=2"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("small", "large"):
+        assert result[name]["VmHWM"] > result[name]["RssAnon"] > 20
 
 
 # bench.quality

@@ -5,6 +5,7 @@ Face hub, and become about 9 billion tokens (18 GB on the disk) in some hours.
 
     python data/openwebtext/prepare.py
     python data/openwebtext/prepare.py --max_documents 20000 --val_fraction 0.01   # a trial
+    python data/openwebtext/prepare.py --shards 64 --worker 3/16   # the fourth of 16 machines
     python data/openwebtext/prepare.py --input FOLDER   # with .parquet, .jsonl, .jsonl.gz or .txt files
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a fresh clone, without an installation
 
-from fradique.documents import hub_documents  # noqa: E402
+from fradique.documents import hub_documents, hub_files  # noqa: E402
 from fradique.prepare import Recipe, main  # noqa: E402
 from fradique.sources import OPENWEBTEXT  # noqa: E402
 
@@ -23,6 +24,7 @@ RECIPE = Recipe(
     about=__doc__,
     tokenizer="gpt2",
     documents=lambda: hub_documents(OPENWEBTEXT),
+    document_files=lambda: hub_files(OPENWEBTEXT),
     then="torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py",
 )
 

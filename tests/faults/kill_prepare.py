@@ -1,0 +1,162 @@
+"""Kill workers of prepare.py with -9 at random moments, start them again, and compare every file.
+
+    python tests/faults/kill_prepare.py [--kills 120] [--kinds char,bpe:300,documents] [--workers 1,2,3,5]
+
+Workers run at the same time, the first of them twice. The corpus must be, file by file, the one that one
+undisturbed worker makes. Processes are forked from this one, so that a kill comes within the work and not
+within the imports. The last line is JSON; the exit status is 1 where a corpus differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fradique import prepare
+from fradique.documents import read_documents
+
+SHARDS = 12
+MOST_KILLS = 6  # of one worker, in a corpus
+
+
+def write_source(kind: str, folder: Path, rng: random.Random) -> Path:
+    """A text of two files, or documents in three kinds of files."""
+    folder.mkdir()
+    words = ["".join(rng.choices("abcdefghiéã—", k=rng.randint(1, 9))) for _ in range(2000)]
+
+    def text(n: int) -> str:
+        return " ".join(rng.choices(words, k=n)) + "\n"
+
+    if kind != "documents":
+        for name in ("a.txt", "b.txt"):
+            (folder / name).write_text("".join(text(20) for _ in range(4000)), encoding="utf-8")
+        return folder
+    for name in ("a.jsonl", "b.jsonl"):
+        lines = [json.dumps({"text": text(rng.randint(0, 200))}) + "\n" for _ in range(700)]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    for i in range(20):
+        (folder / f"c{i:02}.txt").write_text(text(500), encoding="utf-8")
+    assert len(list(read_documents(folder / "a.jsonl"))) == 700
+    return folder
+
+
+def recipe(kind: str, folder: Path) -> prepare.Recipe:
+    """A corpus of documents, or of a text of one's own."""
+    if kind == "documents":
+        return prepare.Recipe(folder, "", "gpt2", "", documents=lambda: iter([]))
+    return prepare.Recipe(folder, "", kind, "")
+
+
+def start(kind: str, source: Path, out: Path, worker: str) -> int:
+    """A process of its own that prepares; its number."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        words = ["--input", str(source), "--out_dir", str(out), "--val_fraction=0.1", f"--shards={SHARDS}"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = prepare.main(recipe(kind, out), [*words, "--worker", worker])
+    finally:
+        os._exit(status)
+
+
+@dataclass
+class Started:
+    """A worker, what is left to do to it, and when."""
+
+    name: str
+    process: int
+    kills: int
+    deadline: float
+
+
+def disturbed(kind: str, source: Path, out: Path, workers: int, longest: float, rng: random.Random) -> int:
+    """Make a corpus with `workers` workers that are killed now and then; how many kills there were."""
+    killed = 0
+
+    def begin(name: str, kills: int) -> Started:
+        return Started(name, start(kind, source, out, name), kills, time.monotonic() + rng.random() * longest)
+
+    names = [f"{i}/{workers}" for i in range(workers)] + [f"0/{workers}"] * (workers > 1)
+    running = [begin(name, rng.randint(1, MOST_KILLS)) for name in names]
+    while running:
+        time.sleep(0.001)
+        for worker in list(running):
+            if worker.kills and time.monotonic() > worker.deadline:
+                os.kill(worker.process, signal.SIGKILL)
+            elif os.waitid(os.P_PID, worker.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                continue
+            running.remove(worker)
+            _, status = os.waitpid(worker.process, 0)
+            code = os.waitstatus_to_exitcode(status)
+            if code == -signal.SIGKILL:
+                killed += 1
+                running.append(begin(worker.name, worker.kills - 1))
+            elif code:
+                raise SystemExit(f"worker {worker.name} of {kind} ended with {code}")
+    return killed
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file in a folder, at any depth."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Kill as often as is asked, spread over all kinds and numbers of workers."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--kills", type=int, default=120, help="at least so many (default: %(default)s)")
+    add("--kinds", default="char,bpe:300,documents", help="default: %(default)s")
+    add("--workers", default="1,2,3,5", help="default: %(default)s")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    rng = random.Random(args.seed)
+    cases = [(kind, int(n)) for kind in args.kinds.split(",") for n in args.workers.split(",")]
+    kills = corpora = different = 0
+    with tempfile.TemporaryDirectory() as place:
+        for kind in args.kinds.split(","):
+            source = write_source(kind, Path(place) / f"source-{kind}", rng)
+            whole = Path(place) / f"whole-{kind}"
+            began = time.monotonic()
+            process = start(kind, source, whole, "0/1")
+            if os.waitpid(process, 0)[1]:
+                return 1
+            longest, expected = 1.2 * (time.monotonic() - began), sums(whole)
+            for _, workers in (case for case in cases if case[0] == kind):
+                here = 0
+                while here < args.kills / len(cases):
+                    out = Path(place) / f"out-{corpora}"
+                    here += disturbed(kind, source, out, workers, longest, rng)
+                    corpora += 1
+                    different += sums(out) != expected
+                kills += here
+                print(
+                    f"{kind:10} {workers} workers: {here} kills, {different} corpora that differ", flush=True
+                )
+    result = {"fault": "kill_prepare", "kills": kills, "corpora": corpora, "different": different}
+    print(json.dumps(result))
+    return different > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
