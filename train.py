@@ -34,6 +34,8 @@ from fradique import (
     dataset,
     evaluation,
     finetune,
+    limits,
+    memory,
     metrics,
     optimizer,
     pretrained,
@@ -194,6 +196,7 @@ class Training:
     saved_step: int = -1  # of the last checkpoint that this process wrote
 
 
+@limits.explained
 def main(resolved: Resolved[TrainSettings]) -> int:
     settings, notes = resolved.settings, ()
     if settings.auto and settings.init_from == "scratch" and not settings.eval_only:
@@ -449,7 +452,9 @@ def make_model(
     """The model by init_from, the settings with its true shape, and the checkpoint where a run is resumed."""
     tokenizer = corpus.tokenizer
     if settings.init_from == "scratch":
-        model = GPT(model_config(settings, padded(tokenizer)))
+        shape = model_config(settings, padded(tokenizer))
+        expect_memory(settings, shape)
+        model = GPT(shape)
         choose_trained(model, settings)
         return model, settings, None
     if settings.init_from == "resume":
@@ -461,6 +466,7 @@ def make_model(
         with torch.device("meta"):  # no memory yet: the tensors that were loaded become its own
             model = GPT(shape)
             choose_trained(model, settings)
+        expect_memory(settings, shape, finetune.trained(model))
         checkpoint.adopt(model, held.model, str(latest))
         check_same_shape(shape, held.config, folder)
         return model, settings, held
@@ -483,8 +489,35 @@ def make_model(
             f"{weights.source}: choose --block_size={model.config.block_size} or less"
         )
     choose_trained(model, settings)
+    expect_memory(settings, model.config, finetune.trained(model))
     shape = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
     return model, replace(settings, **shape), None
+
+
+def expect_memory(settings: TrainSettings, shape: GPTConfig, trained: int | None = None) -> None:
+    """Warn where the run will take more memory than there is; and let the message know, should it run out."""
+    plan = memory_plan(settings, shape, trained)
+    place = runtime.choose_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)), plan.world)
+    if (warning := limits.expect(plan, place)) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def memory_plan(settings: TrainSettings, shape: GPTConfig, trained: int | None) -> memory.Plan:
+    """What the memory of a run depends on. `trained`: how many parameters are; None: all."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    place = runtime.choose_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)), world)
+    return memory.Plan(
+        shape=shape,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        device=place.type,
+        dtype=runtime.choose_dtype(settings.dtype, place, shape.n_embd, shape.vocab_size)[0],
+        optimizer=settings.optimizer,
+        parallel=getattr(settings, "parallel", "ddp"),
+        world=world,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        trained=trained,
+    )
 
 
 def check_same_shape(asked: GPTConfig, held: dict[str, Any], folder: Path) -> None:
