@@ -1,14 +1,14 @@
-"""How much memory training takes on each device: a table of GPT-2's sizes, computed; and estimates beside peaks.
+"""How much memory training takes: a table of GPT-2's sizes, computed; and estimates beside measured peaks.
 
     python -m bench.memory
     python -m bench.memory --measure config/train_shakespeare_char_cpu.py config/train_eca_char.py
-    python -m bench.memory --measure --gpt2 gpt2 --batch_size=4 --block_size=512 --gradient_accumulation_steps=2
+    python -m bench.memory --measure --gpt2 gpt2 --batch_size=4 --gradient_accumulation_steps=2
     python -m bench.memory --measure --processes 2 config/train_eca_char.py --n_layer=4
 
 Flags of this bench are written with a space and settings with an equals sign. `--measure` runs an evaluation,
-three steps and a checkpoint of each config in a process of its own (`--processes N`: under torchrun), and tells
-the highest memory it had beyond that of its imports beside the estimate of `fradique.memory`. On CUDA both are of
-tensors alone (`torch.cuda.max_memory_allocated`). The last line is JSON.
+three steps and a checkpoint of each config in a process of its own (`--processes N`: under torchrun), not
+compiled, and tells the highest memory it had beyond that of its imports beside the estimate of `fradique.memory`.
+On CUDA both are of tensors alone (`torch.cuda.max_memory_allocated`). The last line is JSON.
 """
 
 import argparse
@@ -152,14 +152,16 @@ def _results(output: str) -> Iterator[dict[str, Any]]:
 
 
 def report(result: dict[str, Any]) -> str:
+    """A result as people read it."""
     plan, shape = result["plan"], result["shape"]
-    again = ", checkpointing" if plan["gradient_checkpointing"] else ""
+    mib = {name: result[f"{name}_bytes"] / 2**20 for name in ("estimated", "measured", "with_checkpoint")}
     return (
         f"{result['config']}: {human(result['parameters'])} parameters, {shape['n_layer']} layers, "
-        f"{shape['n_embd']} wide, {plan['batch_size']} x {shape['block_size']}, vocabulary {shape['vocab_size']}, "
-        f"{plan['dtype']}, {plan['optimizer']}, {plan['world']} x {plan['parallel']}{again}: "
-        f"estimate {result['estimated_bytes'] / 2**20:.0f} MiB, measured {result['measured_bytes'] / 2**20:.0f} "
-        f"MiB, ratio {result['ratio']:.2f}; with a checkpoint {result['with_checkpoint_bytes'] / 2**20:.0f} MiB"
+        f"{shape['n_embd']} wide, {plan['batch_size']} x {shape['block_size']} tokens, "
+        f"vocabulary {shape['vocab_size']}, {plan['dtype']}, {plan['optimizer']}, {plan['world']} processes"
+        f"{', gradient checkpointing' if plan['gradient_checkpointing'] else ''}: "
+        f"estimate {mib['estimated']:.0f} MiB, measured {mib['measured']:.0f} MiB, ratio {result['ratio']:.2f}; "
+        f"with a checkpoint {mib['with_checkpoint']:.0f} MiB"
     )
 
 

@@ -60,7 +60,7 @@ def _rooms() -> Iterator[Room]:
     machine = _numbers(Path("/proc/meminfo"))
     if "MemAvailable" in machine:
         yield Room(machine["MemAvailable"] * 1024 // here, "the free memory of this machine")
-    for left in _cgroups():
+    for left in control_groups(_text(Path("/proc/self/cgroup"))):
         yield Room(left // here, "the memory limit of this container (cgroup)")
     own = _numbers(Path("/proc/self/status"))
     try:
@@ -76,13 +76,12 @@ def _rooms() -> Iterator[Room]:
             yield Room(max(0, soft - own[used] * 1024), name)
 
 
-def _cgroups() -> Iterator[int]:
-    """What the limits of this process's control groups, versions 2 and 1, and of those above them, leave."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
+def control_groups(membership: str) -> Iterator[int]:
+    """Bytes that the limits of control groups, versions 2 and 1, and of those above them, leave.
+
+    `membership`: the lines of /proc/self/cgroup.
+    """
+    for line in membership.splitlines():
         _, kinds, place = line.split(":", 2)
         if kinds in ("", "memory"):
             names = ("memory.max", "memory.current", "inactive_file")
@@ -111,11 +110,14 @@ def _left(folder: Path, limit: str, used: str, cached: str) -> Iterator[int]:
 
 def _numbers(path: Path) -> dict[str, int]:
     """Lines such as `MemAvailable:  123 kB`; empty where the file cannot be read."""
+    return {name: int(value) for name, value in re.findall(r"^(\w+):?\s+(\d+)", _text(path), re.M)}
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text()
+        return path.read_text()
     except OSError:
-        return {}
-    return {name: int(value) for name, value in re.findall(r"^(\w+):?\s+(\d+)", text, re.M)}
+        return ""
 
 
 # What is said

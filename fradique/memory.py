@@ -1,8 +1,8 @@
 """How much memory a training run takes on each device, counted part by part; and what fits into so much.
 
-Weights, gradients and optimizer state stay; what the backward pass needs, and the loss, come and go. The peak
-is that of the fullest moment: the loss, the backward pass of the last block or of the embedding, the update, an
-evaluation. It is that of a step that is not compiled. Nothing is allocated and no device is asked.
+Weights, gradients and optimizer state stay; what the backward pass needs, and the loss, come and go. The
+peak is that of the fullest moment: the loss, the backward pass of the last block or of the embedding, the
+update, an evaluation. It is that of a step that is not compiled. Nothing is allocated and no device is asked.
 
 Shapes: N tokens that pass through the model together, C width, V vocabulary, H heads, T block.
 """
@@ -19,9 +19,9 @@ from fradique.runtime import CPU_TOKENS_AT_ONCE
 FLOAT = 4  # bytes of a weight, a gradient, and a number of the stream between the blocks
 GATED = ("swiglu", "geglu")
 
-# Measured on Linux with PyTorch 2.13 on a CPU (python -m bench.memory --measure): what set-up and the first step
-# load beyond the imports; and what malloc holds and cannot use, since the places that others left are too small:
-# a share of what comes and goes, and some of the MLP's widest tensors.
+# Measured on Linux with PyTorch 2.13 on a CPU (python -m bench.memory --measure): what set-up and the first
+# step load beyond the imports; and what malloc holds and cannot use, since the places that others left are too
+# small: a share of what comes and goes, and some of the MLP's widest tensors.
 CPU_PROCESS = 105 << 20
 CPU_HOLES, CPU_WIDE_HOLES = {"float32": 0.37, "bfloat16": 0.22}, 3.5
 CUDA_PROCESS = 512 << 20  # a context with its kernels; not measured
@@ -105,8 +105,8 @@ class Estimate:
     activations: int  # kept for the backward pass
     passing: int  # what the moment itself takes: the logits, gradients on their way, an update
     exchange: int  # DDP's copies of the gradients; what FSDP gathers and sends
-    holes: int  # memory that malloc holds and cannot use
-    process: int  # the program itself, its tokens, a card's context
+    holes: int = 0  # memory that malloc holds and cannot use
+    process: int = 0  # the program itself, its tokens, a card's context
 
     @property
     def total(self) -> int:
@@ -166,25 +166,39 @@ def parameters(shape: Shape) -> Parameters:
 def estimate(plan: Plan) -> Estimate:
     """The peak in each process of a run."""
     tokens, slices = plan.slices()
+    fullest = max(moments(plan), key=lambda one: one.allocated)
+    if plan.device != "cpu":
+        return dataclasses.replace(fullest, process=CUDA_PROCESS if plan.device == "cuda" else 0)
+    passing = fullest.allocated - fullest.weights - fullest.optimizer
+    wide = CPU_WIDE_HOLES * FLOAT * tokens * plan.shape.inner
+    held_tokens = 16 * tokens * slices  # inputs and targets of a step, as int64
+    holes = int(CPU_HOLES.get(plan.dtype, 0.37) * passing + wide)
+    return dataclasses.replace(fullest, holes=holes, process=CPU_PROCESS + held_tokens)
+
+
+def moments(plan: Plan) -> list[Estimate]:
+    """The tensors of each process at the moments of a run that may be the fullest."""
+    tokens, slices = plan.slices()
     counted = parameters(plan.shape)
     trained = counted.total if plan.trained is None else plan.trained
     share = plan.world if plan.parallel == "fsdp" else 1
     weights, gradients = FLOAT * counted.total // share, FLOAT * trained // share
     state = _optimizer_state(plan, counted, trained) // share
-    always = _exchanged(plan, counted, trained)
+    exchange = _exchanged(plan, trained)
     casts = _casts(plan, counted, tokens)
-    found = [
-        Estimate(moment, weights, int(grown * gradients), state, casts, int(kept), int(passing), always, 0, 0)
-        for moment, kept, passing, grown in _moments(plan, counted, tokens, slices, trained)
+    return [
+        Estimate(
+            moment=name,
+            weights=weights,
+            gradients=int(there * gradients),
+            optimizer=state,
+            casts=casts if kept else 0,
+            activations=int(kept),
+            passing=int(passing),
+            exchange=exchange,
+        )
+        for name, kept, passing, there in _moments(plan, counted, tokens, slices, trained)
     ]
-    fullest = max(found, key=lambda one: one.total)
-    if plan.device != "cpu":
-        return dataclasses.replace(fullest, process=CUDA_PROCESS if plan.device == "cuda" else 0)
-    passing = fullest.allocated - weights - state
-    wide = CPU_WIDE_HOLES * FLOAT * tokens * plan.shape.inner
-    held_tokens = 16 * tokens * slices  # inputs and targets of a step, as int64
-    holes = int(CPU_HOLES.get(plan.dtype, 0.37) * passing + wide)
-    return dataclasses.replace(fullest, holes=holes, process=CPU_PROCESS + held_tokens)
 
 
 def _moments(
@@ -210,12 +224,13 @@ def _moments(
         loss, within, last = root + 2 * one, root + 5 * one, 3 * root + 2 * one
     else:
         loss = within = last = 0
-    tied = table + FLOAT * counted.embedding  # the output layer's gradient waits for the embedding's
+    # the gradients of the embedding and, where the two are tied, of the output layer wait for one another
+    tied = table * (shape.tie_weights + grown)
     return [
         ("loss", kept + end, _loss(plan, tokens, table) + loss, grown),
         ("backward pass", kept, backward + within, grown),
         ("end of the backward pass", stream + block, tied + stream + last, 1.0),
-        ("update", 0, _update(plan, counted), 1.0),
+        ("update", 0, _update(plan), 1.0),
         ("evaluation", 0, _evaluation(plan) + loss, 0.0),
     ]
 
@@ -248,7 +263,8 @@ def _attention(plan: Plan) -> float:
     shape, low = plan.shape, plan.low
     C, T, p = shape.n_embd, shape.block_size, shape.dropout
     turned = low * (C + shape.kv_heads * shape.head_dim)  # queries and keys that are made anew
-    normed = turned * (FLOAT / low if shape.norm == "rmsnorm" else 1) if shape.qk_norm else 0
+    widened = shape.qk_norm and shape.norm == "rmsnorm" and low < FLOAT  # RMSNorm reads float32
+    normed = turned * FLOAT // low if widened else 0
     scores = shape.n_head * T
     if not shape.flash:
         return low * (_qkv(shape) + 2 * C) + scores * (FLOAT + low + (low if p else 0)) + normed
@@ -276,7 +292,8 @@ def _widest(plan: Plan) -> float:
     shape, low = plan.shape, plan.low
     C = shape.n_embd
     into = shape.inner * (2 if shape.activation in GATED else 1)
-    return (FLOAT - low) * C + max(low * (C + shape.inner), low * into)
+    bent = 2 * into if shape.activation == "relu2" else into  # the square's gradient is made in two steps
+    return (FLOAT - low) * C + max(low * (C + shape.inner), low * bent)
 
 
 def _casts(plan: Plan, counted: Parameters, tokens: int) -> int:
@@ -311,8 +328,9 @@ def _evaluation(plan: Plan) -> int:
     if plan.device == "cpu":
         tokens = max(CPU_TOKENS_AT_ONCE, shape.block_size)
     logits = min(tokens * shape.vocab_size, LOGITS_AT_ONCE[plan.device])
+    floats = min(logits, FLOATS_AT_ONCE[plan.device])
     widest = 2 * FLOAT * shape.n_embd + 2 * low * max(shape.inner, _qkv(shape))
-    return tokens * widest + logits * (low + FLOAT)
+    return tokens * max(widest, FLOAT * shape.n_embd) + logits * low + floats * FLOAT
 
 
 def _optimizer_state(plan: Plan, counted: Parameters, trained: int) -> int:
@@ -323,16 +341,16 @@ def _optimizer_state(plan: Plan, counted: Parameters, trained: int) -> int:
     return int(part * 2 * FLOAT * counted.total)
 
 
-def _update(plan: Plan, counted: Parameters) -> int:
+def _update(plan: Plan) -> int:
     """Bytes that an update takes beside what stays. AdamW is fused: none."""
     if plan.optimizer != "muon":
         return 0
-    widest = plan.shape.n_embd * plan.shape.inner
-    together = min(max(TOGETHER, widest), counted.matrices)
-    return (FLOAT + 5 * 2) * together  # Nesterov's gradient; and, in bfloat16, the iteration's matrices
+    widest = plan.shape.n_embd * plan.shape.inner  # those of one shape are taken together: the MLP's are most
+    together = min(max(TOGETHER, widest), 2 * plan.shape.n_layer * widest)
+    return (FLOAT + 7) * together  # Nesterov's gradient; and the iteration's three and a half in bfloat16
 
 
-def _exchanged(plan: Plan, counted: Parameters, trained: int) -> int:
+def _exchanged(plan: Plan, trained: int) -> int:
     """Bytes that sharing takes throughout."""
     return FLOAT * trained if plan.parallel == "ddp" and plan.world > 1 else 0
 
@@ -341,11 +359,10 @@ def _exchanged(plan: Plan, counted: Parameters, trained: int) -> int:
 
 
 def fitting(plan: Plan, budget: int) -> list[dict[str, int | bool]]:
-    """Settings that make `plan` fit into `budget` bytes a process: each of them enough by itself, what changes
-    least first.
+    """Settings that make `plan` fit into `budget` bytes a process: each enough by itself, the mildest first.
 
-    Batches become smaller and more of them make a step, so a step has as many tokens as before. Where no batch
-    is small enough, a shorter block or a model of fewer layers is told. Empty: nothing helps.
+    Batches become smaller and more of them make a step, so a step has as many tokens as before. Where no
+    batch is small enough, a shorter block or a model of fewer layers is told. Empty: nothing helps.
     """
     found = []
     if smaller := _largest_batch(plan, budget):
@@ -354,7 +371,7 @@ def fitting(plan: Plan, budget: int) -> list[dict[str, int | bool]]:
         again = dataclasses.replace(plan, gradient_checkpointing=True)
         if smaller := _largest_batch(again, budget):
             found.append({"gradient_checkpointing": True} | smaller)
-    if plan.parallel == "ddp" and plan.world > 1:
+    if plan.parallel == "ddp" and plan.world > 1 and plan.optimizer != "muon":
         parted = dataclasses.replace(plan, parallel="fsdp")
         if smaller := _largest_batch(parted, budget):
             found.append({"parallel": "fsdp"} | smaller)
