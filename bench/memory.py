@@ -7,7 +7,7 @@
 
 Flags of this bench are written with a space and settings with an equals sign. `--measure` runs an evaluation,
 three steps and a checkpoint of each config in a process of its own (`--processes N`: under torchrun), not
-compiled, and tells the highest memory it had beyond that of its imports beside the estimate of `fradique.memory`.
+compiled, and tells the highest memory it had beyond that of its imports, beside `fradique.memory`'s estimate.
 On CUDA both are of tensors alone (`torch.cuda.max_memory_allocated`). The last line is JSON.
 """
 
@@ -160,7 +160,8 @@ def report(result: dict[str, Any]) -> str:
         f"{shape['n_embd']} wide, {plan['batch_size']} x {shape['block_size']} tokens, "
         f"vocabulary {shape['vocab_size']}, {plan['dtype']}, {plan['optimizer']}, {plan['world']} processes"
         f"{', gradient checkpointing' if plan['gradient_checkpointing'] else ''}: "
-        f"estimate {mib['estimated']:.0f} MiB, measured {mib['measured']:.0f} MiB, ratio {result['ratio']:.2f}; "
+        f"estimate {mib['estimated']:.0f} MiB, measured {mib['measured']:.0f} MiB, "
+        f"ratio {result['ratio']:.2f}; "
         f"with a checkpoint {mib['with_checkpoint']:.0f} MiB"
     )
 

@@ -20,10 +20,11 @@ FLOAT = 4  # bytes of a weight, a gradient, and a number of the stream between t
 GATED = ("swiglu", "geglu")
 
 # Measured on Linux with PyTorch 2.13 on a CPU (python -m bench.memory --measure): what set-up and the first
-# step load beyond the imports; and what malloc holds and cannot use, since the places that others left are too
-# small: a share of what comes and goes, and some of the MLP's widest tensors.
+# step load beyond the imports; and what malloc holds and cannot use, since the places that others left are
+# too small: a share of what comes and goes, and some of the MLP's widest tensors; more of them where blocks run
+# a second time among what is kept.
 CPU_PROCESS = 105 << 20
-CPU_HOLES, CPU_WIDE_HOLES = {"float32": 0.37, "bfloat16": 0.22}, 3.5
+CPU_HOLES, CPU_WIDE_HOLES = {"float32": 0.37, "bfloat16": 0.22}, (3.5, 10)
 CUDA_PROCESS = 512 << 20  # a context with its kernels; not measured
 
 
@@ -170,7 +171,7 @@ def estimate(plan: Plan) -> Estimate:
     if plan.device != "cpu":
         return dataclasses.replace(fullest, process=CUDA_PROCESS if plan.device == "cuda" else 0)
     passing = fullest.allocated - fullest.weights - fullest.optimizer
-    wide = CPU_WIDE_HOLES * FLOAT * tokens * plan.shape.inner
+    wide = CPU_WIDE_HOLES[plan.gradient_checkpointing] * FLOAT * tokens * plan.shape.inner
     held_tokens = 16 * tokens * slices  # inputs and targets of a step, as int64
     holes = int(CPU_HOLES.get(plan.dtype, 0.37) * passing + wide)
     return dataclasses.replace(fullest, holes=holes, process=CPU_PROCESS + held_tokens)

@@ -182,6 +182,7 @@ def test_where_nothing_fits_nothing_is_advised():
 
 LIMITED = """
 import re, resource, sys
+import train
 from configurator import command
 from pathlib import Path
 size = int(re.search(r"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 + {room}
