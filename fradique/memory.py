@@ -21,8 +21,8 @@ GATED = ("swiglu", "geglu")
 
 # Measured on Linux with PyTorch 2.13 on a CPU (python -m bench.memory --measure): what set-up and the first
 # step load beyond the imports; and what malloc holds and cannot use, since the places that others left are
-# too small: a share of what comes and goes, and some of the MLP's widest tensors; more of them where blocks run
-# a second time among what is kept.
+# too small: a share of what comes and goes, and some of the MLP's widest tensors, more of them where blocks
+# run a second time among what is kept.
 CPU_PROCESS = 105 << 20
 CPU_HOLES, CPU_WIDE_HOLES = {"float32": 0.37, "bfloat16": 0.22}, (3.5, 10)
 CUDA_PROCESS = 512 << 20  # a context with its kernels; not measured
