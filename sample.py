@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from configurator import Resolved, command, setting
-from fradique import checkpoint, decoding, pretrained, run, runtime
+from fradique import checkpoint, decoding, limits, pretrained, run, runtime
 from fradique import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
@@ -170,6 +170,7 @@ def write(writer: Writer, prompt: str, settings: SampleSettings) -> Iterator[lis
     yield [row.flush() for row in rows]
 
 
+@limits.explained
 def main(resolved: Resolved[SampleSettings]) -> int:
     settings = resolved.settings
     source = settings.init_from

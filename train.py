@@ -34,6 +34,8 @@ from fradique import (
     dataset,
     evaluation,
     finetune,
+    limits,
+    memory,
     metrics,
     optimizer,
     pretrained,
@@ -210,6 +212,7 @@ class Training:
             self.held.lock.release()
 
 
+@limits.explained
 def main(resolved: Resolved[TrainSettings]) -> int:
     settings, notes = resolved.settings, ()
     with ranks.named_if_lost():
@@ -525,7 +528,9 @@ def make_model(
     """The model by init_from, the settings with its true shape, and the checkpoint where a run is resumed."""
     tokenizer = corpus.tokenizer
     if settings.init_from == "scratch":
-        model = GPT(model_config(settings, padded(tokenizer)))
+        shape = model_config(settings, padded(tokenizer))
+        expect_memory(settings, shape)
+        model = GPT(shape)
         choose_trained(model, settings)
         return model, settings, None
     if settings.init_from == "resume":
@@ -542,6 +547,7 @@ def make_model(
         with torch.device("cpu" if in_parts else "meta"):  # no memory yet: it adopts what was loaded
             model = GPT(shape)
             choose_trained(model, settings)
+        expect_memory(settings, shape, finetune.trained(model))
         if not in_parts:
             checkpoint.adopt(model, held.model, str(latest))
         check_same_shape(shape, held.config, folder)
@@ -565,6 +571,7 @@ def make_model(
             f"{weights.source}: choose --block_size={model.config.block_size} or less"
         )
     choose_trained(model, settings)
+    expect_memory(settings, model.config, finetune.trained(model))
     shape = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
     return model, replace(settings, **shape), None
 
@@ -581,6 +588,33 @@ def read_parts(
     state = optimizer.empty_state(optimizers, checkpoint.shapes(held.folder / "optimizer.safetensors"))
     sharding.read(held.folder, weights | state)
     return replace(held, optimizer=state)
+
+
+def expect_memory(settings: TrainSettings, shape: GPTConfig, trained: int | None = None) -> None:
+    """Warn where the run will take more memory than there is; and let the message know, should it run out."""
+    rank, local_rank, world = ranks.here()
+    place = runtime.choose_device(settings.device, local_rank, world)
+    warning = limits.expect(memory_plan(settings, shape, trained, place, world), place)
+    if warning and rank == 0:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def memory_plan(
+    settings: TrainSettings, shape: GPTConfig, trained: int | None, place: torch.device, world: int
+) -> memory.Plan:
+    """What the memory of a run depends on. `trained`: how many parameters are; None: all."""
+    return memory.Plan(
+        shape=shape,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        device=place.type,
+        dtype=runtime.choose_dtype(settings.dtype, place, shape.n_embd, shape.vocab_size)[0],
+        optimizer=settings.optimizer,
+        parallel=settings.parallel,
+        world=world,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        trained=trained,
+    )
 
 
 def check_same_shape(asked: GPTConfig, held: dict[str, Any], folder: Path) -> None:

@@ -1,10 +1,13 @@
 """What this machine can do at most: matrix products, memory bandwidth; and how much memory a process took."""
 
+import contextlib
+import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -51,6 +54,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the card where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # of this program; the other is its parent's, if higher
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -259,7 +259,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 def save(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
     """Write tokenizer.json: the same tokenizer gives the same bytes, and `path` is never half-written."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps(tokenizer.to_json(), ensure_ascii=False, indent=None if tokenizer.kind == "bpe" else 1)
     try:
         with beside.open("w", encoding="utf-8", newline="\n") as file:

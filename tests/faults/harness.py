@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: a small run, ways to start it, to watch it and to compare its end."""
+"""What the scripts of this folder share: a small run, ways to start it, to watch it, to compare its end."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def start(flags: Sequence[str], ranks: int = 1, restarts: int = 0, **options: ob
 
 
 def fork(flags: Sequence[str], said: Path, before: Callable[[], None] = lambda: None) -> int:
-    """train.py in a copy of this process, which need not import torch again: its pid. What it says goes to the
-    end of the file `said`. `before` runs in it first."""
+    """train.py in a copy of this process, which need not import torch again: its pid. What it says goes to
+    the end of the file `said`. `before` runs in it first."""
     import train  # once, before the first fork
 
     pid = os.fork()

@@ -2,9 +2,9 @@
 
     python tests/faults/kill_run.py [--kills 200] [--seed 0]
 
-A run of 40 steps is killed and resumed until it ends, then another begins, until there were so many kills. Half of
-the moments are drawn from the time that the run takes, half lie within a save. Prints what happened and ends with
-1 where any run came to other weights, or could not go on.
+A run of 40 steps is killed and resumed until it ends, then another begins, until there were so many kills.
+Half of the moments are drawn from the time that the run takes, half lie within a save. Prints what happened;
+ends with 1 where any run came to other weights, or could not go on.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ def wait(out: Path, inside: bool, rng: random.Random, length: float) -> None:
 def moment(out: Path) -> str:
     """What a run is doing, by what lies in its folder."""
     try:
-        names = os.listdir(out)
+        names = [path.name for path in out.iterdir()]
     except OSError:
         return "between saves"
     return (
         "within saves"
-        if any(n.endswith((".tmp", ".old")) and n.startswith(".") for n in names)
+        if any(n.startswith(".") and n.endswith((".tmp", ".old")) for n in names)
         else "between saves"
     )
 

@@ -1,0 +1,199 @@
+"""How much memory training takes: a table of GPT-2's sizes, computed; and estimates beside measured peaks.
+
+    python -m bench.memory
+    python -m bench.memory --measure config/train_shakespeare_char_cpu.py config/train_eca_char.py
+    python -m bench.memory --measure --gpt2 gpt2 --batch_size=4 --gradient_accumulation_steps=2
+    python -m bench.memory --measure --processes 2 config/train_eca_char.py --n_layer=4
+
+Flags of this bench are written with a space and settings with an equals sign. `--measure` runs an evaluation,
+three steps and a checkpoint of each config in a process of its own (`--processes N`: under torchrun), not
+compiled, and tells the highest memory it had beyond that of its imports, beside `fradique.memory`'s estimate.
+On CUDA both are of tensors alone (`torch.cuda.max_memory_allocated`). The last line is JSON.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from bench import machine
+from bench.train import ROOT, each_config, name_of, one_step, settings_for
+from fradique import memory
+from fradique.metrics import human
+from model import GPTConfig
+
+# GPT-2's sizes (Radford et al. 2019): layers, heads, width. The vocabulary is padded as train.py pads it.
+FAMILY = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+SHARING = (("none", 1), ("ddp", 8), ("fsdp", 8), ("fsdp", 16))
+BATCHES = (1, 4, 12)
+STEPS = 3
+
+
+def table() -> list[dict[str, Any]]:
+    """What each of GPT-2's sizes takes on each card, in bytes, in bfloat16 with blocks of 1,024 tokens."""
+    return [
+        {
+            "model": name,
+            "parameters": memory.parameters(shape).total,
+            "parallel": parallel,
+            "cards": world,
+            "gradient_checkpointing": again,
+            "batch_size": batch,
+            "bytes": estimated.total,
+            "staying_bytes": estimated.staying,
+        }
+        for name, (layers, heads, width) in FAMILY.items()
+        for shape in [GPTConfig(n_layer=layers, n_head=heads, n_embd=width, bias=False)]
+        for parallel, world in SHARING
+        for again in (False, True)
+        for batch in BATCHES
+        for estimated in [
+            memory.estimate(
+                memory.Plan(
+                    shape, batch, 5 * world, parallel=parallel, world=world, gradient_checkpointing=again
+                )
+            )
+        ]
+    ]
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table as the README has it: GiB on each card, without and with gradient checkpointing."""
+    heads = ["model", "cards", "what stays", *(f"batch_size={batch}" for batch in BATCHES)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name in FAMILY:
+        for parallel, world in SHARING:
+            mine = [r for r in rows if (r["model"], r["parallel"], r["cards"]) == (name, parallel, world)]
+            each = {(r["batch_size"], r["gradient_checkpointing"]): r["bytes"] / 2**30 for r in mine}
+            size = f"{name}, {human(mine[0]['parameters'])}"
+            cards = "1" if world == 1 else f"{world}, {parallel}"
+            cells = [f"{each[batch, False]:.1f} ({each[batch, True]:.1f})" for batch in BATCHES]
+            lines.append(
+                f"| {size} | {cards} | {mine[0]['staying_bytes'] / 2**30:.1f} | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines)
+
+
+# Measured
+
+
+def run_once(argv: Sequence[str]) -> dict[str, Any]:
+    """An evaluation, some steps and a checkpoint in this process: its peak and the estimate, in bytes."""
+    before = machine.peak_memory(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        asked = settings_for(argv, Path(scratch))
+        t = train.set_up(dataclasses.replace(asked, eval_iters=1, compile=False))
+        device = t.runtime.device
+        train.evaluate_and_save(t)
+        for _ in range(STEPS):
+            one_step(t)
+        machine.wait(device)
+        peak = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
+        train.save(t)
+        with_checkpoint = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
+        plan = train.memory_plan(t.settings, t.model.config, None, device, t.runtime.world)
+        estimated = memory.estimate(plan)
+        t.close()
+        t.forward = t.model
+        t.runtime.wait()
+        t.runtime.close()
+    told = estimated.total if device.type == "cpu" else estimated.allocated
+    return {
+        "config": name_of(argv),
+        "machine": machine.describe(device),
+        "torch": torch.__version__,
+        "plan": {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "shape"},
+        "shape": dataclasses.asdict(plan.shape),
+        "parameters": memory.parameters(plan.shape).total,
+        "imports_bytes": before,
+        "measured_bytes": peak,
+        "with_checkpoint_bytes": with_checkpoint,
+        "estimated_bytes": told,
+        "ratio": told / peak,
+        "estimate": dataclasses.asdict(estimated),
+    }
+
+
+def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
+    """`run_once` in a new process, or in several under torchrun, of which the fullest is told."""
+    start = [sys.executable, "-m", "bench.memory", "--once", *argv]
+    if processes > 1:
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        start = [sys.executable, "-m", *torchrun, *start[2:]]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, check=False)
+    results = list(_results(done.stdout))
+    if done.returncode or len(results) != processes:
+        raise RuntimeError(f"{' '.join(start)} failed:\n{done.stderr[-2000:]}")
+    return max(results, key=lambda one: one["measured_bytes"])
+
+
+def _results(output: str) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a process, or of several that wrote into one stream."""
+    decoder, place = json.JSONDecoder(), output.find('{"config"')
+    while place >= 0:
+        found, place = decoder.raw_decode(output, place)
+        yield found
+        place = output.find('{"config"', place)
+
+
+def report(result: dict[str, Any]) -> str:
+    """A result as people read it."""
+    plan, shape = result["plan"], result["shape"]
+    mib = {name: result[f"{name}_bytes"] / 2**20 for name in ("estimated", "measured", "with_checkpoint")}
+    return (
+        f"{result['config']}: {human(result['parameters'])} parameters, {shape['n_layer']} layers, "
+        f"{shape['n_embd']} wide, {plan['batch_size']} x {shape['block_size']} tokens, "
+        f"vocabulary {shape['vocab_size']}, {plan['dtype']}, {plan['optimizer']}, {plan['world']} processes"
+        f"{', gradient checkpointing' if plan['gradient_checkpointing'] else ''}: "
+        f"estimate {mib['estimated']:.0f} MiB, measured {mib['measured']:.0f} MiB, "
+        f"ratio {result['ratio']:.2f}; "
+        f"with a checkpoint {mib['with_checkpoint']:.0f} MiB"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table, or what was measured, and one line of JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--measure", action="store_true", help="run each config, and put the estimate beside its peak")
+    add("--gpt2", choices=tuple(FAMILY), help="the shape of one of GPT-2's sizes, for --measure")
+    add("--processes", type=int, default=1, help="of torchrun (default: %(default)s)")
+    add("--once", action="store_true", help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args(argv)
+    if args.gpt2:
+        layers, heads, width = FAMILY[args.gpt2]
+        rest = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", *rest]
+    if args.once:
+        sys.stdout.write(json.dumps(run_once(rest)) + "\n")
+        return
+    if not args.measure:
+        rows = table()
+        print(as_markdown(rows))
+        print(json.dumps({"bench": "memory", "rows": rows}))
+        return
+    results = []
+    for arguments in each_config(rest):
+        results.append(measure(arguments, args.processes))
+        print(report(results[-1]), flush=True)
+    print(json.dumps({"bench": "memory", "results": results}))
+
+
+if __name__ == "__main__":
+    main()

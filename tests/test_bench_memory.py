@@ -1,0 +1,49 @@
+"""The table of memory, and the measuring of a small run."""
+
+import json
+
+import pytest
+
+from bench import memory as bench_memory
+
+
+def test_the_table_has_a_row_for_each_of_gpt2_s_sizes_and_ways_to_share(capsys):
+    bench_memory.main([])
+    *table, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert len(table) == 2 + 4 * 4 and len(rows) == 4 * 4 * 2 * 3
+    sizes = {row["model"]: row["parameters"] for row in rows}
+    assert {name: round(count / 1e6) for name, count in sizes.items()} == {
+        "gpt2": 124,  # with the padded vocabulary and no biases
+        "gpt2-medium": 355,
+        "gpt2-large": 774,
+        "gpt2-xl": 1557,
+    }
+    (alone,) = (
+        row
+        for row in rows
+        if (row["model"], row["cards"], row["batch_size"], row["gradient_checkpointing"])
+        == ("gpt2", 1, 12, False)
+    )
+    # weights, gradients and two averages of AdamW in float32, and 16-bit copies of the linear layers
+    assert alone["staying_bytes"] == pytest.approx(16 * 124.4e6 + 2 * 85e6, rel=0.01)
+
+
+def test_an_estimate_is_put_beside_the_peak_of_a_process(capsys):
+    words = [
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=128",
+        "--block_size=64",
+        "--batch_size=32",
+        "--dtype=float32",
+    ]
+    words += ["--gradient_accumulation_steps=2", "--dataset=none_char", "--device=cpu"]
+    bench_memory.main(["--measure", *words])
+    told, last = capsys.readouterr().out.splitlines()
+    (found,) = json.loads(last)["results"]
+    assert found["ratio"] == found["estimated_bytes"] / found["measured_bytes"]
+    assert found["ratio"] == pytest.approx(
+        1, abs=0.35
+    )  # so small a run is mostly what the process itself takes
+    assert f"ratio {found['ratio']:.2f}" in told
