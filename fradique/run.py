@@ -1,5 +1,6 @@
 """The run folder: who may write in it, and what it says of how the run was made."""
 
+import contextlib
 import platform
 import shutil
 import subprocess
@@ -103,28 +104,32 @@ def take(
     writes to it.
     """
     name = uuid.uuid4().hex
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        own = lock.Lock(run)
-        checkpoint.recover(run)
-        if go_on_from is not None:
-            began = saved_settings(run).get("init_from", "scratch")
-            settings = settings | {"init_from": began}
-            name = name_of(run) or name
-            checkpoint.set_aside_after(run, go_on_from)
-            metrics.rewind(run, go_on_from)
-            snapshots.rewind(run, go_on_from)
-        elif overwrite:
-            clear(run)
-        about = {"settings": settings, "decided": decided, "versions": versions(), "git_commit": git_commit()}
-        held = Held(name, own, {"run": name} | about, tokenizer)
-        held.describe()
-        return held
-    except OSError as error:
-        raise ValueError(
-            f"out_dir={run} cannot be written to: {error.strerror or error}. Make room or the folder "
-            "writable, or choose another --out_dir"
-        ) from error
+    with contextlib.ExitStack() as undo:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            own = lock.Lock(run)
+            undo.callback(own.release)
+            checkpoint.recover(run)
+            if go_on_from is not None:
+                began = saved_settings(run).get("init_from", "scratch")
+                settings = settings | {"init_from": began}
+                name = name_of(run) or name
+                checkpoint.set_aside_after(run, go_on_from)
+                metrics.rewind(run, go_on_from)
+                snapshots.rewind(run, go_on_from)
+            elif overwrite:
+                clear(run)
+            about = {"run": name, "settings": settings, "decided": decided}
+            about |= {"versions": versions(), "git_commit": git_commit()}
+            held = Held(name, own, about, tokenizer)
+            held.describe()
+            undo.pop_all()
+            return held
+        except OSError as error:
+            raise ValueError(
+                f"out_dir={run} cannot be written to: {error.strerror or error}. Make room or the folder "
+                "writable, or choose another --out_dir"
+            ) from error
 
 
 def saved_settings(run: Path) -> dict[str, Any]:

@@ -202,7 +202,9 @@ def test_an_out_dir_that_is_read_only_is_told_and_left_as_it_was(settings, words
         run_training(replace(settings, max_iters=2))
 
     def content():
-        return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in folder.rglob("*")}
+        return {
+            p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in folder.rglob("[!.]*")
+        }
 
     before = content()
     folder.chmod(0o555)
