@@ -1,11 +1,11 @@
-"""A disk that is full, over quota, read-only or broken, at each call that changes a file of a run; a slow one.
+"""A disk that is full, over quota, read-only or broken, at each call that changes a file of a run; and slow.
 
     python tests/faults/disk.py [--errors ENOSPC,EDQUOT,EROFS,EIO] [--every 1] [--for_good]
 
-`disk.c`, which is preloaded, counts the calls that a run makes to write, sync, create and rename. Then the run
-is made once for each of them, which fails; and, `--for_good`, with all that come after it. Each run must end with
-a message and status 2, or go on and warn; whatever happens, no checkpoint under its own name is damaged, and the
-run is resumed (or begun again) to the weights of the undisturbed one. Needs a C compiler and Linux.
+`disk.c`, which is preloaded, counts the calls that a run makes to write, sync, create and rename. Then the
+run is made once for each of them, which fails; and, `--for_good`, with all that come after it. Each run must
+end with a message and status 2, or go on and warn; whatever happens, no checkpoint under its own name is
+damaged, and the run is resumed (or begun again) to the weights of the undisturbed one. Needs a C compiler.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Lose a rank of four: one that is killed, and one that is stopped and answers no more. torchrun starts all of
-them again, and the run ends with the weights and losses of an undisturbed one, bit for bit.
+"""Lose a rank of four: one that is killed, and one that is stopped and answers no more. torchrun starts all
+of them again, and the run ends with the weights and losses of an undisturbed one, bit for bit.
 
     python tests/faults/ranks.py [--rounds 3] [--seed 0]
 """
