@@ -18,6 +18,8 @@ from fradique import checkpoint, decoding, pretrained, run, runtime
 from fradique import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
+LONGEST_PROMPT = 4 << 20  # bytes; the model reads the end of it
+
 
 # fmt: off
 @dataclass(frozen=True)
@@ -102,16 +104,18 @@ def quicken(writer: Writer, dtype: str) -> Writer:
 
 
 def read_prompt(start: str) -> str:
-    """The prompt that `--start` means. Raises ValueError where the file cannot be read as UTF-8."""
-    if start == "-":
-        return sys.stdin.buffer.read().decode("utf-8")
-    if not start.startswith("FILE:"):
+    """The prompt that `--start` means. Raises ValueError for a file that is longer than any prompt, or no UTF-8."""
+    if start != "-" and not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
+    name = "standard input" if start == "-" else start.removeprefix("FILE:")
+    with nullcontext(sys.stdin.buffer) if start == "-" else Path(name).open("rb") as file:
+        data = file.read(LONGEST_PROMPT + 1)
+    if len(data) > LONGEST_PROMPT:
+        raise ValueError(f"{name} is longer than {LONGEST_PROMPT >> 20} MB: give the end of it as the prompt")
     try:
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
+        raise ValueError(f"{name} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
 
 
 class Row:
@@ -138,7 +142,8 @@ class Row:
         if (at := text.find(self.stop)) >= 0:
             self.done, self.held = True, ""
             return text[:at]
-        keep = next(n for n in range(len(self.stop) - 1, -1, -1) if text.endswith(self.stop[:n]))
+        longest = min(len(self.stop) - 1, len(text))
+        keep = next(n for n in range(longest, -1, -1) if text.endswith(self.stop[:n]))
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

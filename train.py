@@ -17,10 +17,11 @@ import gc
 import io
 import math
 import os
+import reprlib
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fradique import (
     dataset,
     evaluation,
     finetune,
+    layouts,
     metrics,
     optimizer,
     pretrained,
@@ -173,7 +175,24 @@ class TrainState:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "TrainState":
+        """From what state.json holds. Raises ValueError, naming each field that is missing or can not be so."""
+        wrong = [f"{f.name} = {reprlib.repr(values[f.name])}" for f in fields(cls) if not sound(f, values)]
+        if wrong or "step" not in values:
+            raise ValueError(f"state.json is damaged ({'; '.join(wrong) or 'no step'}): use an earlier checkpoint")
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+def sound(one: Field, values: dict[str, Any]) -> bool:
+    """Whether a field of TrainState, where `values` have it, is what such a field may be."""
+    value = values.get(one.name, one.default)
+    if one.name == "scaler":  # torch's own, whose numbers have names
+        there = values.get("scaler", {})
+        return isinstance(there, dict) and all(type(v) in (int, float) and math.isfinite(v) for v in there.values())
+    if one.name in ("best_val_loss", "best_step") and value is None:
+        return True
+    if type(one.default) is float or one.name == "best_val_loss":
+        return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) is int and -1 <= value < 1 << 62 and (value >= 0 or one.name == "last_eval_step")
 
 
 @dataclass
@@ -457,12 +476,14 @@ def make_model(
         run.check_tokenizer(folder, tokenizer, corpus.folder)
         latest = checkpoint.newest(folder, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         held = checkpoint.load(latest)
-        shape = model_config(settings, held.config.get("vocab_size", 0))
+        described = {name: value for name, value in held.config.items() if name != finetune.ALPHA}
+        layouts.check_ours(described, held.model, str(latest / "model.json"))
+        shape = model_config(settings, held.config["vocab_size"])
+        check_same_shape(shape, held.config, folder)
         with torch.device("meta"):  # no memory yet: the tensors that were loaded become its own
             model = GPT(shape)
             choose_trained(model, settings)
         checkpoint.adopt(model, held.model, str(latest))
-        check_same_shape(shape, held.config, folder)
         return model, settings, held
     weights = pretrained.load(settings.init_from)
     with torch.device("meta"):

@@ -6,7 +6,6 @@ an epoch in an order that a keyed permutation gives for any index alone, so noth
 go on at any step, on any number of ranks.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fradique import reading
 from fradique import tokenizer as tokenizers
 
 SCAN_LIMIT = (
@@ -290,16 +290,15 @@ def _open_split(folder: Path, name: str, meta: dict | None, vocab_size: int) -> 
 def _read_meta(path: Path) -> dict:
     """meta.json, checked: its format, its dtype, and that its shards are plain names in the folder."""
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = reading.json_value(path)
         sound = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32")
         for name in ("train", "val"):
             split = meta["splits"][name]
-            sound &= isinstance(split["bytes"], int) and split["bytes"] >= 0
+            sound &= reading.is_count(split["bytes"]) and len(split["shards"]) > 0
             for shard in split["shards"]:
-                sound &= isinstance(shard["tokens"], int) and shard["tokens"] >= 0
-                sound &= shard["file"] == Path(shard["file"]).name != ""
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); prepare the corpus again") from error
+                sound &= reading.is_count(shard["tokens"]) and reading.is_plain_name(shard["file"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged (no {error}); prepare the corpus again") from error
     if not sound:
         raise ValueError(f"{path} is damaged or of another version; prepare the corpus again")
     return meta

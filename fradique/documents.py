@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -70,8 +71,8 @@ def _parquet(path: Path) -> Iterator[str]:
                         raise ValueError(f"{path}, row {row}: {FIELD!r} is {type(text).__name__}, not text")
                     yield text
                     row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {str(error)[:300]}") from error
 
 
 def _json_lines(path: Path) -> Iterator[str]:
@@ -85,7 +86,7 @@ def _json_lines(path: Path) -> Iterator[str]:
                 if not line.isspace():
                     yield _text_of_line(line, path, number, offset)
                 offset += len(line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
         raise ValueError(f"{path} cannot be unpacked after line {number}: {error}") from error
 
 

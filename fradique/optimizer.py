@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +215,19 @@ def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def check_state(entry: dict[str, Tensor], name: str, parameter: Tensor) -> None:
+    """Raise ValueError where what is kept of a parameter has not its shape, or holds no finite numbers."""
+    for field, value in entry.items():
+        shape = () if field == "step" else parameter.shape
+        if value.shape != shape or not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"the optimizer state is damaged: {field}/{name}; use an earlier checkpoint")
+
+
 def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     """The inverse of `state_by_name`. Raises ValueError naming the parameters whose state is not there."""
     entries: dict[str, dict[str, Tensor]] = {}
@@ -236,6 +250,8 @@ def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[st
             "--init_from=<its folder>"
         )
     for one in optimizers:
+        for name, parameter in _parameters(one):
+            check_state(entries.get(name, {}), name, parameter)
         saved, names = one.state_dict(), _names(one)
         saved["state"] = {i: entries[name] for i, name in enumerate(names) if name in entries}
         one.load_state_dict(saved)

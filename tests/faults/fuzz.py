@@ -3,10 +3,9 @@
     python tests/faults/fuzz.py meta_json -max_total_time=600
 
 The targets are listed by `python tests/faults/fuzz.py`; what follows the name goes to libFuzzer. Input begins
-with valid files (seeds.py) and is damaged by its structure half of the time (mutations.py), by libFuzzer else.
-A finding ends the run with its traceback, and leaves the input in crash-<sum>: give that file as the last
-argument to see it again. More than 4 GB of memory, or 30 s for one input, is a finding too. It ends with a
-line that says how many inputs were tried.
+with valid files (seeds.py), and is damaged by its structure half of the time (mutations.py), by libFuzzer the
+other half. A finding ends the run with its traceback and leaves the input in crash-<sum>: give that file as
+the last argument to see it again. More than 4 GB of memory, or 30 s for one input, is a finding too.
 """
 
 import random
@@ -30,7 +29,9 @@ def main() -> None:
         sys.exit(f"which target? {', '.join(targets.TARGETS)}")
     target, flags = targets.TARGETS[sys.argv[1]], sys.argv[2:]
     limits = {"-rss_limit_mb": 4096, "-timeout": 30, "-max_len": 1 << 16, "-print_final_stats": 1}
-    flags = [f"{flag}={value}" for flag, value in limits.items() if not any(flag in one for one in flags)] + flags
+    flags = [
+        f"{flag}={value}" for flag, value in limits.items() if not any(flag in one for one in flags)
+    ] + flags
     tried, began = [0], time.monotonic()
 
     def once(data: bytes) -> None:

@@ -10,9 +10,40 @@ from typing import Any
 
 PLACES = ("../x", "..", "/etc/passwd", "a/../../b", "train.bin\0", "", ".", "C:\\x", "\ud800", "\x1b[2J")
 ODD = (None, True, False, 0, -1, 1, 2**31, 2**63, 2**64 - 1, 10**9, 10**30, 10**400, 0.5, -0.0, 1e30, 1e308)
-ODD += (float("nan"), float("inf"), float("-inf"), "x", "9" * 5000, "é\U0001f984", [], {}, [[]], [None], *PLACES)
-TOKENS = (b"\0", b"\r\n", b"\xef\xbb\xbf", b"\xff", b"\xed\xa0\x80", b"\xf0\x9f\xa6\x84", b"NaN", b"1e999999999")
-TOKENS += (b"[" * 3000, b"9" * 5000, b"\x80\x02", b"(", b"c__builtin__\neval\n", b"\x86", b"2", b"q\x7f", b".")
+ODD += (
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    "x",
+    "9" * 5000,
+    "é\U0001f984",
+    [],
+    {},
+    [[]],
+    [None],
+    *PLACES,
+)
+TOKENS = (
+    b"\0",
+    b"\r\n",
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\xf0\x9f\xa6\x84",
+    b"NaN",
+    b"1e999999999",
+)
+TOKENS += (
+    b"[" * 3000,
+    b"9" * 5000,
+    b"\x80\x02",
+    b"(",
+    b"c__builtin__\neval\n",
+    b"\x86",
+    b"2",
+    b"q\x7f",
+    b".",
+)
 
 
 def odd_value(rng: random.Random) -> Any:
@@ -78,9 +109,13 @@ def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
     header, body = data[8 : 8 + size], data[8 + size :]
     kind = rng.random()
     if kind < 0.1:
-        return struct.pack("<Q", rng.choice((0, 1, size - 1, size + 8, 2**31, 2**63, 2**64 - 1))) + header + body
+        return (
+            struct.pack("<Q", rng.choice((0, 1, size - 1, size + 8, 2**31, 2**63, 2**64 - 1))) + header + body
+        )
     if kind < 0.25 and b'"F32"' in header:
-        name = rng.choice((b"I64", b"F8_E4M3", b"F8_E8M0", b"F64", b"F16", b"BF16", b"BOOL", b"U16", b"C64", b"F4"))
+        name = rng.choice(
+            (b"I64", b"F8_E4M3", b"F8_E8M0", b"F64", b"F16", b"BF16", b"BOOL", b"U16", b"C64", b"F4")
+        )
         header = header.replace(b'"F32"', b'"' + name + b'"', rng.choice((1, -1)))
     elif kind < 0.35:
         body = damaged_bytes(body, rng)

@@ -17,7 +17,14 @@ import torch
 
 CHARS = "\n abcdefghé"
 SIZES = {"block_size": 8, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 8}
-HF_CONFIG = {"model_type": "gpt2", "n_positions": 8, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 8}
+HF_CONFIG = {
+    "model_type": "gpt2",
+    "n_positions": 8,
+    "vocab_size": len(CHARS),
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 8,
+}
 HF_CONFIG |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -45,7 +52,12 @@ def in_safetensors(tensors: dict[str, np.ndarray]) -> bytes:
 def gpt_weights(vocab: int, linear_as_in_out: bool) -> dict[str, np.ndarray]:
     """A GPT-2 of one layer of width 8 under Hugging Face's names; nanoGPT keeps (out, in)."""
     C = SIZES["n_embd"]
-    layer = {"ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,)}
+    layer = {
+        "ln_1.weight": (C,),
+        "ln_1.bias": (C,),
+        "attn.c_attn.weight": (C, 3 * C),
+        "attn.c_attn.bias": (3 * C,),
+    }
     layer |= {"attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,)}
     layer |= {"mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,)}
     layer |= {"mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}
@@ -57,7 +69,9 @@ def gpt_weights(vocab: int, linear_as_in_out: bool) -> dict[str, np.ndarray]:
 
 
 HF_WEIGHTS = in_safetensors(gpt_weights(len(CHARS), linear_as_in_out=True))
-OURS = {f"transformer.{name}": array for name, array in gpt_weights(len(CHARS), linear_as_in_out=False).items()}
+OURS = {
+    f"transformer.{name}": array for name, array in gpt_weights(len(CHARS), linear_as_in_out=False).items()
+}
 
 
 # Settings
@@ -69,7 +83,9 @@ def settings() -> list[bytes]:
         b"--max_iters=1e5\n--bias=True\n--dtype=float32\n--top_p=0.9\n--start=Era uma vez",
         b"--n_layr=4\n--n_head=x\n--out_dir=\xff\xfe\n--seed=99999999999999999999\n--dropout=nan",
     ]
-    return lines + as_bytes({"n_layer": 2, "learning_rate": 0.1, "dataset": "x", "compile": "auto", "gone": 1})
+    return lines + as_bytes(
+        {"n_layer": 2, "learning_rate": 0.1, "dataset": "x", "compile": "auto", "gone": 1}
+    )
 
 
 def config_text() -> list[bytes]:
@@ -125,7 +141,11 @@ def tokenizer_json() -> list[bytes]:
 
 def safetensors_file() -> list[bytes]:
     tables = {"tokens": floats(4, 8).astype(np.float16), "positions": floats(3, 8).astype(np.float16)}
-    without_config = {"wte.weight": floats(11, 64), "wpe.weight": floats(2, 64), "h.0.ln_1.weight": floats(64)}
+    without_config = {
+        "wte.weight": floats(11, 64),
+        "wpe.weight": floats(2, 64),
+        "h.0.ln_1.weight": floats(64),
+    }
     return [HF_WEIGHTS, in_safetensors(tables), in_safetensors(without_config)]
 
 
@@ -133,7 +153,12 @@ def hf_json() -> list[bytes]:
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(gpt_weights(1, True), SHARD)}
     llama = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
     llama |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 12, "rms_norm_eps": 1e-5}
-    llama |= {"max_position_embeddings": 8, "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False}
+    llama |= {
+        "max_position_embeddings": 8,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
     vocab = {"model": {"vocab": {"a": 0, "b": 1}}}
     return as_bytes(
         {"config.json": HF_CONFIG, "model.safetensors.index.json": index},
@@ -184,9 +209,20 @@ def write_archive(path: Path, pickled: bytes, deflated: bool) -> None:
 
 STATE = {"step": 5, "best_val_loss": 2.5, "best_step": 5, "evals_since_best": 0, "last_eval_step": 5}
 STATE |= {"seconds": 1.5, "closing_seconds": 0.1, "writing_seconds": 0.1, "scaler": {}}
-MODEL = SIZES | {"n_kv_head": 0, "n_inner": 0, "dropout": 0.0, "bias": True, "norm": "layernorm", "flash": True}
+MODEL = SIZES | {
+    "n_kv_head": 0,
+    "n_inner": 0,
+    "dropout": 0.0,
+    "bias": True,
+    "norm": "layernorm",
+    "flash": True,
+}
 SETTINGS = {"settings": SIZES | {"bias": True, "dataset": "x", "optimizer": "adamw", "init_from": "scratch"}}
-SETTINGS |= {"decided": {"device": "cpu", "notes": ["a note"]}, "versions": {"torch": "2"}, "git_commit": None}
+SETTINGS |= {
+    "decided": {"device": "cpu", "notes": ["a note"]},
+    "versions": {"torch": "2"},
+    "git_commit": None,
+}
 del SETTINGS["settings"]["vocab_size"]
 
 
@@ -253,7 +289,11 @@ def run_json() -> list[bytes]:
 
 def prompt() -> list[bytes]:
     words = "Era uma vez <|endoftext|> l'été \U0001f984\n\nfim".encode()
-    return [bytes([kind]) + words for kind in range(3)] + [b"\0\n\n\xed\xa0\x80", b"\x02\n\n\xff", b"\x011h30m"]
+    return [bytes([kind]) + words for kind in range(3)] + [
+        b"\0\n\n\xed\xa0\x80",
+        b"\x02\n\n\xff",
+        b"\x011h30m",
+    ]
 
 
 def corpus_text() -> list[bytes]:
@@ -265,7 +305,7 @@ def document_files() -> list[bytes]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lines = '{"text": "um"}\n\n{"text": "dois \\ud83e\\udd84", "x": [1]}\n'.encode()
+    lines = b'{"text": "um"}\n\n{"text": "dois \\ud83e\\udd84", "x": [1]}\n'
     table = io.BytesIO()
     pq.write_table(pa.table({"text": ["um", "dois"], "n": [1, 2]}), table, compression="none")
     return [b"\0" + lines, b"\x01" + lines, b"\x02" + gzip.compress(lines), b"\x03" + table.getvalue()]

@@ -1,7 +1,7 @@
 """What is read from outside, as functions of bytes: each gives them to the real entry, from a file or a flag.
 
-A target passes where the entry works, or refuses with a message: an OSError, or a plain ValueError (not one of
-Python's own, such as UnicodeDecodeError, which tell a user nothing) that is not endless. Anything else that
+A target passes where the entry works, or refuses with a message: an OSError, or a plain ValueError that is not
+endless (and none of Python's own, such as UnicodeDecodeError, which tell a user nothing). Anything else that
 comes out is a finding. `fuzz.py` drives the targets with atheris, tests/test_hostile.py with hypothesis.
 """
 
@@ -11,12 +11,10 @@ import gzip
 import io
 import json
 import os
-import pickle
 import shutil
 import sys
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -156,7 +154,10 @@ def open_and_read(here: Path, block_size: int = 8) -> None:
         sampler = dataset.Sampler(opened.train, max(1, block_size), 2, 1, seed=1)
         x, _ = next(sampler.micro_batches(3))
         expect(int(x.max()) < opened.tokenizer.vocab_size, "a token beyond the vocabulary")
-        expect(all(p.resolve().parent == here.resolve() for p in opened.train.paths + opened.val.paths), "outside")
+        expect(
+            all(p.resolve().parent == here.resolve() for p in opened.train.paths + opened.val.paths),
+            "outside",
+        )
         opened.val.count_text_bytes(opened.tokenizer)
 
 
@@ -237,7 +238,9 @@ def ckpt_pt(data: bytes) -> None:
 def load_weights(source: Path) -> None:
     with told():
         writer = sample.open_writer(str(source), device="cpu", dtype="float32")
-        expect(all(bool(p.isfinite().all()) for p in writer.model.parameters()), "weights that are not finite")
+        expect(
+            all(bool(p.isfinite().all()) for p in writer.model.parameters()), "weights that are not finite"
+        )
         writer.model(torch.zeros(1, 1, dtype=torch.int64))
 
 
@@ -271,7 +274,9 @@ def continue_run(here: Path) -> None:
     import train
 
     opened = dataset.Corpus(here, None, None, tokenizers.CharTokenizer(seeds.CHARS))
-    model, found, held = train.make_model(replace(resolved.settings, out_dir=str(here), init_from="resume"), opened)
+    model, found, held = train.make_model(
+        replace(resolved.settings, out_dir=str(here), init_from="resume"), opened
+    )
     built = optimizer.build(
         model,
         name=found.optimizer,
@@ -416,7 +421,11 @@ def _archive_damage(data: bytes, rng: Any) -> bytes:
 
 json_damage = mutations.damaged_json
 TARGETS = {
-    "settings": Target(settings, seeds.settings, lambda d, r: (json_damage if d[:1] == b"{" else mutations.damaged_bytes)(d, r)),
+    "settings": Target(
+        settings,
+        seeds.settings,
+        lambda d, r: (json_damage if d[:1] == b"{" else mutations.damaged_bytes)(d, r),
+    ),
     "config_text": Target(config_text, seeds.config_text),
     "meta_json": Target(meta_json, seeds.meta_json, json_damage),
     "token_file": Target(token_file, seeds.token_file),
