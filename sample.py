@@ -76,8 +76,11 @@ def open_writer(
             "own): of nanoGPT's ckpt.pt, put the corpus it was trained on into data/, or the tokenizer.json of "
             "that corpus beside it; of a run folder, copy its tokenizer.json back"
         )
+    config = GPTConfig(**weights.config)
+    if problems := config.problems():
+        raise ValueError(f"{source} holds no model: {'; '.join(problems)}")
     with torch.device("meta"):  # no memory, no initial weights: those that were loaded become its own
-        model = GPT(GPTConfig(**weights.config))
+        model = GPT(config)
     checkpoint.adopt(model, weights.tensors, weights.source)
     if weights.tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(

@@ -250,7 +250,8 @@ def open_corpus(folder: Path, block_size: int) -> Corpus:
     """
     if not _shards(folder, "train") or not _shards(folder, "val"):
         raise ValueError(_no_corpus(folder))
-    meta = _read_meta(folder / "meta.json") if (folder / "meta.json").exists() else None
+    described = folder / "meta.json"
+    meta = _read_meta(described) if described.exists() or described.is_symlink() else None
     tokenizer = _tokenizer(folder, meta)
     train, val = (_open_split(folder, name, meta, tokenizer.vocab_size) for name in ("train", "val"))
     name, small = min(("train", train), ("val", val), key=lambda pair: max(map(len, pair[1].shards)))

@@ -428,6 +428,7 @@ DEFAULTS = {  # of GPTConfig: what runs older than a setting do not say
 }
 
 
+WIDTHS = ("vocab_size", "n_head", "n_embd", "n_kv_head", "n_inner")
 RANGES = {  # what a number of GPTConfig's may be, beside a size
     "dropout": (0.0, 1.0),
     "rope_theta": (0.0, float(LARGEST)),
@@ -453,10 +454,24 @@ def check_ours(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source:
                 problems.append(f"{name} = {reprlib.repr(value)} is no number between {low:g} and {high:g}")
         elif type(value) is not type(default) or (type(value) is int and not 0 <= value <= LARGEST):
             problems.append(f"{name} = {reprlib.repr(value)} is not what it may be: such as {default!r}")
-    if not problems and config.get("n_layer", 0) > len(tensors):
-        problems.append(f"n_layer = {config['n_layer']}, and there are {len(tensors)} tensors beside it")
+    problems = problems or _beyond(config, tensors)
     if problems:
         raise ValueError(f"{source} is damaged, or of another version:\n  - " + "\n  - ".join(problems))
+
+
+def _beyond(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Which sizes are beyond what `tensors` (ours) can be of, a sentence each."""
+    most = {"n_layer": len(tensors)} | dict.fromkeys(WIDTHS, sum(t.numel() for t in tensors.values()))
+    found = [
+        f"{name} = {config[name]}, which the tensors beside it are too few or too small for"
+        for name, limit in most.items()
+        if config.get(name, 0) > limit
+    ]
+    table = tensors.get("transformer.wte.weight")
+    there = (config.get("vocab_size"), config.get("n_embd"))
+    if not found and table is not None and None not in there and tuple(table.shape) != there:
+        found.append(f"the embedding is {tuple(table.shape)}, and (vocab_size, n_embd) = {there}")
+    return found
 
 
 def obstacles(config: Mapping[str, Any], layout: Layout) -> list[str]:

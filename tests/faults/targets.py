@@ -1,6 +1,6 @@
 """What is read from outside, as functions of bytes: each gives them to the real entry, from a file or a flag.
 
-A target passes where the entry works, or refuses with a message: an OSError, or a plain ValueError that is not
+A target passes where the entry works, or refuses with a message: an OSError, or a ValueError that is not
 endless (and none of Python's own, such as UnicodeDecodeError, which tell a user nothing). Anything else that
 comes out is a finding. `fuzz.py` drives the targets with atheris, tests/test_hostile.py with hypothesis.
 """
