@@ -441,7 +441,7 @@ def check_ours(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source:
 
     What it says of sizes is held to the tensors before any model of that size is built.
     """
-    problems = no_sizes(config, [name for name in SIZES if name in config])
+    problems = no_sizes(config, ["vocab_size", *(name for name in SIZES if name in config)])
     for name, value in config.items():
         default = {"flash": True, **DEFAULTS}.get(name)
         if name in SIZES:

@@ -7,6 +7,7 @@ costs time or memory without end: a tuple of itself twice, forty times over, tak
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Iterator
 from typing import IO
 
 CALLS = ("GLOBAL", "INST", "STACK_GLOBAL")
@@ -31,13 +32,12 @@ def check_plain(data: bytes) -> None:
             raise ValueError("it holds a number that is no token's id")
 
 
-def check_bounded(file: IO[bytes], pickles: int = 1) -> list[str]:
-    """The "module name" of every class and function that the `pickles` at the start of `file` ask for.
+def asked_of(file: IO[bytes], pickles: int = 1) -> Iterator[str]:
+    """The "module name" of each class and function that the `pickles` at the start of `file` ask for.
 
     Raises ValueError for a tuple of more than MOST_SHARED values, or a number of more than 64 bits but for
     the magic one of a legacy file.
     """
-    asked: list[str] = []
     for number in range(pickles):
         stack: list[
             int | None
@@ -47,9 +47,8 @@ def check_bounded(file: IO[bytes], pickles: int = 1) -> list[str]:
             if type(argument) is int and argument.bit_length() > 64 and (number or pickles == 1):
                 raise ValueError("it holds a number of more than 64 bits")
             if opcode.name in ("GLOBAL", "INST"):
-                asked.append(argument)
+                yield argument
             _follow(opcode, argument, stack, memo)
-    return asked
 
 
 def _follow(opcode: pickletools.OpcodeInfo, argument: object, stack: list, memo: dict) -> None:

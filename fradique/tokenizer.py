@@ -43,7 +43,9 @@ def parse(spec: str) -> str | tuple[str, int]:
         return spec
     match = re.fullmatch(r"bpe:([0-9]{1,9})", spec)
     if not match:
-        raise ValueError(f"unknown tokenizer {spec!r}: choose char, gpt2, or bpe:SIZE (for example bpe:4096)")
+        raise ValueError(
+            f"unknown tokenizer {reprlib.repr(spec)}: choose char, gpt2, or bpe:SIZE (for example bpe:4096)"
+        )
     return "bpe", bpe.checked_vocab_size(int(match[1]))
 
 

@@ -128,21 +128,20 @@ def _check_pickles(path: Path, zipped: bool) -> None:
     """Raise ValueError for what would take memory or time without end, or asks for more than tensors need."""
     if not zipped:
         with path.open("rb") as file:
-            asked = pickles.check_bounded(file, pickles.LEGACY_PICKLES)
-    else:
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                raise ValueError(
-                    "it is a packed archive, and torch packs none"
-                )  # a small file, a large content
-            asked = []
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    with archive.open(name) as file:
-                        asked += pickles.check_bounded(file)
-    for one in asked:
-        if not TENSORS.fullmatch(one):
-            raise ValueError(f"GLOBAL {one.replace(' ', '.')}")
+            _check_asked(pickles.asked_of(file, pickles.LEGACY_PICKLES))
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is a packed archive, and torch packs none")  # a small file, a large content
+        for name in [name for name in archive.namelist() if name.endswith("data.pkl")]:
+            with archive.open(name) as file:
+                _check_asked(pickles.asked_of(file))
+
+
+def _check_asked(names: Iterable[str]) -> None:
+    for name in names:
+        if not TENSORS.fullmatch(name):
+            raise ValueError(f"GLOBAL {name.replace(' ', '.')}")
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -190,24 +190,29 @@ def test_an_index_names_no_file_outside_its_folder(gpt2, name):
 HUGE = 2**63
 
 
+def part(shape: list, start: int, end: int, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
 @pytest.mark.parametrize(
     "header",
     [
-        {"wte.weight": {"dtype": "F32", "shape": [HUGE, HUGE], "data_offsets": [0, 8]}},
-        {"wte.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, HUGE]}},
-        {"wte.weight": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
-        {"wte.weight": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
-        {"wte.weight": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 8]}},
-        {"wte.weight": {"dtype": "X99", "shape": [2], "data_offsets": [0, 8]}},
-        {"wte.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
-        {"wte.weight": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}},
-        {"wte.weight": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}},
-        {"wte.weight": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}},
-        {"wte.weight": {"dtype": "F32", "shape": [0, 64], "data_offsets": [0, 0]}, "wpe.weight": {"dtype": "F32", "shape": [8, 0], "data_offsets": [0, 0]}, "h.0.x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+        {"wte.weight": part([HUGE, HUGE], 0, 8)},
+        {"wte.weight": part([2], 0, HUGE)},
+        {"wte.weight": part([2], 8, 0)},
+        {"wte.weight": part([-2], 0, 8)},
+        {"wte.weight": part([1.5], 0, 8)},
+        {"wte.weight": part([2], 0, 8, "X99")},
+        {"wte.weight": part([2], 0, 8), "overlapping": part([2], 4, 12)},
+        {"wte.weight": part([2], 0, 8), "outside": part([2], 8, 16)},
+        {"wte.weight": part([1], 0, 8, "I64")},
+        {"wte.weight": part([8], 0, 8, "F8_E4M3")},
+        {"wte.weight": part([16], 0, 8, "F4")},
+        {"wte.weight": part([0, 64], 0, 0), "wpe.weight": part([8, 0], 0, 0), "h.0.x": part([2], 0, 8)},
         {},
         [],
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("described", [True, False])
 def test_a_safetensors_header_that_lies_is_refused(gpt2, header, described):
     text = json.dumps(header).encode()
@@ -467,9 +472,18 @@ def test_snapshots_of_different_tables_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "loop"])
 @pytest.mark.parametrize(
     "name",
-    ["corpus/meta.json", "corpus/tokenizer.json", "corpus/train.bin", "gpt2/config.json", "gpt2/model.safetensors",
-     "run/settings.json", "run/tokenizer.json", "run/step-00000005/manifest.json", "run/step-00000005/state.json"],
-)  # fmt: skip
+    [
+        "corpus/meta.json",
+        "corpus/tokenizer.json",
+        "corpus/train.bin",
+        "gpt2/config.json",
+        "gpt2/model.safetensors",
+        "run/settings.json",
+        "run/tokenizer.json",
+        "run/step-00000005/manifest.json",
+        "run/step-00000005/state.json",
+    ],
+)
 def test_a_pipe_a_folder_a_device_or_a_loop_of_links_in_place_of_a_file_is_refused(
     corpus, gpt2, a_run, kind, name
 ):

@@ -110,7 +110,9 @@ def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
     kind = rng.random()
     if kind < 0.1:
         return (
-            struct.pack("<Q", rng.choice((0, 1, size - 1, size + 8, 2**31, 2**63, -1)) % 2**64) + header + body
+            struct.pack("<Q", rng.choice((0, 1, size - 1, size + 8, 2**31, 2**63, -1)) % 2**64)
+            + header
+            + body
         )
     if kind < 0.25 and b'"F32"' in header:
         name = rng.choice(
