@@ -150,6 +150,13 @@ def _blocks(url: str, max_bytes: int, timeout: float, patience: float) -> Iterat
         deadline.timer.cancel()
 
 
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(_BLOCK)
+    except ValueError as error:  # a chunk of less than nothing
+        raise http.client.HTTPException(str(error)) from error
+
+
 def _unhurried_blocks(url: str, max_bytes: int, timeout: float, deadline: _Deadline) -> Iterator[bytes]:
     request = urllib.request.Request(url, headers={"User-Agent": "fradique"})
     received = 0
@@ -158,7 +165,7 @@ def _unhurried_blocks(url: str, max_bytes: int, timeout: float, deadline: _Deadl
         with opener.open(request, timeout=timeout) as response:
             length = response.headers.get("Content-Length", "")
             expected = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-            while block := response.read(_BLOCK):
+            while block := _read(response):
                 received += len(block)
                 if max(received, expected or 0) > max_bytes:
                     raise ValueError(f"{url} is not the file that was expected: too large. {_WAY_OUT}")

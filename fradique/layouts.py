@@ -461,7 +461,8 @@ def check_ours(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source:
 
 def _beyond(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """Which sizes are beyond what `tensors` (ours) can be of, a sentence each."""
-    most = {"n_layer": len(tensors)} | dict.fromkeys(WIDTHS, sum(t.numel() for t in tensors.values()))
+    numbers = max(1024, sum(t.numel() for t in tensors.values()))  # so few cost nothing
+    most = {"n_layer": len(tensors)} | dict.fromkeys(WIDTHS, numbers)
     found = [
         f"{name} = {config[name]}, which the tensors beside it are too few or too small for"
         for name, limit in most.items()
