@@ -37,8 +37,10 @@ T = TypeVar("T")
 Flag = tuple[str, str | None, str]  # key, text (None after a bare --key), the flag as it was typed
 Base = tuple[Mapping[str, Any], str]  # the saved settings of a run that is resumed, and their name
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in text: what no file name and no UTF-8 file can hold
+HALVES = re.compile("[\ud800-\udfff]")  # of characters: what no UTF-8 file can hold
 MOST_BYTES = 1 << 20  # of a config file
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # in torch's RuntimeErrors
+TOO_LARGE = "there is not enough memory for this: make the model, batch_size or block_size smaller"
 SHOWN = 200  # characters of a flag in a message
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 
@@ -100,10 +102,8 @@ class _Spec:
         if not fits or (self.choices and fits[0] not in self.choices):
             near = _did_you_mean(str(value), {str(choice): repr(choice) for choice in self.choices or ()})
             raise ValueError(f"must be {self.expected()}{near}")
-        if isinstance(fits[0], str) and UNWRITABLE.search(fits[0]):
-            raise ValueError(
-                "must be text: it holds NUL, or half of a surrogate pair, or bytes that are not UTF-8"
-            )
+        if isinstance(fits[0], str) and HALVES.search(fits[0]):
+            raise ValueError("must be text: it holds half of a surrogate pair, or bytes that are not UTF-8")
         if isinstance(fits[0], int | float) and not self._in_range(fits[0]):
             raise ValueError(f"must be {self.range()}")
         return fits[0]
@@ -362,7 +362,8 @@ def command(
 ) -> int:
     """Runs `main` as a shell command and gives its exit status: sys.exit(command(main, Settings)).
 
-    ValueError and OSError are the user's to mend: one message, status 2. Others are our bugs and pass.
+    ValueError, OSError and a lack of memory are the user's to mend: one message, status 2. Others are our
+    bugs and pass.
     base: sees the settings, contradictions and all. Where they resume a run, it gives that run's settings and
     their name; the command line is then resolved again on top of those.
     """
@@ -389,6 +390,11 @@ def command(
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 141  # what a shell says of a program that SIGPIPE ended
         traceback.print_exception(error) if debug else print(_message(error), file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if debug or not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
+            raise
+        print(_message(ValueError(TOO_LARGE)), file=sys.stderr)
         return 2
     return status or 0
 

@@ -34,8 +34,8 @@ class SampleSettings:
     checkpoint: str = setting("best", "which of the run's: best | newest | the number of a step")
 
     start: str = setting("\n", "the prompt: text, FILE:path, or - for standard input", group="text")
-    num_samples: int = setting(1, "how many continuations, made as one batch", lo=1)
-    max_new_tokens: int = setting(500, "the length of each", lo=0)
+    num_samples: int = setting(1, "how many continuations, made as one batch", lo=1, hi=2**20)
+    max_new_tokens: int = setting(500, "the length of each", lo=0, hi=2**40)
     stop: str = setting("", "end a sample before this text; empty: go on to max_new_tokens")
 
     temperature: float = setting(0.8, "0: always the likeliest token; 1: as the model has learnt it", lo=0.0, group="drawing")

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from configurator import resolve
+from configurator import command, resolve
 from fradique import metrics
 from fradique import tokenizer as tokenizers
 from fradique.corpus import prepare_text
@@ -163,3 +163,26 @@ def test_one_line_of_64_megabytes_takes_no_more_memory_than_many(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] - peaks[0] < 64, peaks  # MB: less than the text
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")]
+)
+def test_a_lack_of_memory_gets_one_message_and_another_fault_does_not(error, capsys):
+    def fail(resolved):
+        raise error
+
+    assert command(fail, SampleSettings, []) == 2
+    told = capsys.readouterr().err
+    assert "not enough memory" in told and "Traceback" not in told
+    with pytest.raises(RuntimeError, match="a bug"):
+        error = RuntimeError("a bug")
+        command(fail, SampleSettings, [])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--n_layer=1e9", "--n_embd=1e308", "--batch_size=1e15", "--block_size=1e15", "--n_head=1e30"]
+)
+def test_a_size_beyond_all_machines_is_refused_before_it_is_made(flag):
+    with pytest.raises(ValueError, match="must be between"):
+        resolve(TrainSettings, [flag])
