@@ -19,15 +19,7 @@ from fradique import checkpoint, reading
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.txt", "wandb_id.txt"
 SAMPLE_HEADER = "=== step {step} ===\n"
 SAMPLE_START = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
-NUMBERS = (
-    "step",
-    "tokens",
-    "seconds",
-    "loss",
-    "eval_train_loss",
-    "eval_val_loss",
-    "final_loss",
-)  # in a record
+NUMBERS = ("tokens", "seconds", "loss", "eval_train_loss", "eval_val_loss", "final_loss")  # in a record
 
 
 class RunLog:
@@ -256,14 +248,7 @@ def _is_record(record: Any) -> bool:
     """Whether it is one of ours: an object with a step, and with finite numbers where there are numbers."""
     if not isinstance(record, dict) or not reading.is_count(record.get("step")):
         return False
-    there = {name for name in NUMBERS if name in record}
-    if there & {"loss", "eval_val_loss"} and not {"tokens", "seconds"} <= there:
-        return False
-    if len(there & {"eval_train_loss", "eval_val_loss"}) == 1 or (
-        "final_loss" in there and "seconds" not in there
-    ):
-        return False
-    return all(_is_number(record[name]) for name in there)
+    return all(_is_number(record[name]) for name in NUMBERS if name in record)
 
 
 def _is_number(value: Any) -> bool:

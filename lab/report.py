@@ -67,7 +67,7 @@ def summary(records: list[dict], config: GPTConfig, parameters: int) -> str:
     """What the run came to, in a line or two."""
     heads = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
     said = [f"{human(parameters)} parameters ({heads}, {config.block_size} tokens of context)"]
-    final = next((one for one in reversed(records) if "final_loss" in one), None)
+    final = next((one for one in reversed(records) if {"final_loss", "seconds"} <= one.keys()), None)
     if final:
         said.append(
             f"whole validation split: loss {final['final_loss']:.4f}, perplexity "
@@ -166,14 +166,14 @@ def anatomy_section(config: GPTConfig) -> Section:
 
 def speed_section(records: list[dict], about: dict[str, Any]) -> Section:
     """How fast it trained, and on what."""
-    steps = [one for one in records if "loss" in one]
+    steps = [one for one in records if {"loss", "tokens", "seconds"} <= one.keys()]
     rows = []
     paces = [
         (later["tokens"] - now["tokens"]) / (later["seconds"] - now["seconds"])
         for now, later in itertools.pairwise(steps)
         if later["seconds"] > now["seconds"] and later["tokens"] > now["tokens"]
     ]
-    if paces:
+    if paces and steps[-1]["step"] > steps[0]["step"]:
         rows.append(("tokens a second (median between log lines)", f"{statistics.median(paces):,.0f}"))
         per_step = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["step"] - steps[0]["step"])
         rows.append(("a step", f"{1000 * per_step / statistics.median(paces):.4g} ms"))

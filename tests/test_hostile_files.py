@@ -14,6 +14,7 @@ from safetensors.numpy import load as load_safetensors
 
 from fradique import checkpoint, dataset, documents, metrics, pretrained, run, snapshots
 from fradique import tokenizer as tokenizers
+from lab import curves, report
 from sample import open_writer, read_prompt
 from train import TrainState
 
@@ -410,13 +411,10 @@ def test_a_folder_whose_name_only_looks_like_a_step_is_no_checkpoint(a_run, name
         '"x"',
         "{}",
         '{"step": "x", "loss": 1}',
-        '{"step": 1, "loss": 1.0}',
         '{"step": 1, "loss": "x", "tokens": 1, "seconds": 1}',
         '{"step": 1, "loss": NaN, "tokens": 1, "seconds": 1}',
         '{"step": 1e999, "loss": 1, "tokens": 1, "seconds": 1}',
         '{"step": 1, "loss": 1e999999999, "tokens": 1, "seconds": 1}',
-        '{"step": 1, "eval_val_loss": 1, "tokens": 1, "seconds": 1}',
-        '{"step": 1, "final_loss": 1}',
         "[" * 100_000,
         "9" * 100_000,
         "\ud800",
@@ -431,6 +429,17 @@ def test_a_line_of_metrics_that_is_no_record_is_passed_over(tmp_path, line):
     assert metrics.read(tmp_path) == [sound]
     metrics.rewind(tmp_path, 2)
     assert metrics.read(tmp_path) == [sound]
+
+
+def test_records_that_lack_what_a_picture_needs_are_left_out_of_it(tmp_path):
+    whole = {"step": 2, "loss": 1.5, "tokens": 10, "seconds": 1.0}
+    halves = [{"step": 1, "loss": 1.0}, {"step": 1, "eval_val_loss": 1.0, "tokens": 1, "seconds": 1}]
+    halves += [{"step": 1, "final_loss": 1.0}, whole, whole | {"tokens": 20, "seconds": 2.0}]
+    (tmp_path / metrics.METRICS).write_text("".join(json.dumps(one) + "\n" for one in halves))
+    assert curves.read(tmp_path).batch["loss"].tolist() == [1.5, 1.5]
+    assert not curves.read(tmp_path).evaluated["val"].size
+    about = {"decided": {"notes": 7}, "versions": {}, "git_commit": None}
+    assert report.speed_section(metrics.read(tmp_path), about) and len(metrics.read(tmp_path)) == 5
 
 
 def test_samples_that_are_no_text_are_read_as_far_as_they_are(tmp_path):
