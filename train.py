@@ -479,11 +479,11 @@ def make_model(
         described = {name: value for name, value in held.config.items() if name != finetune.ALPHA}
         layouts.check_ours(described, held.model, str(latest / "model.json"))
         shape = model_config(settings, held.config["vocab_size"])
-        check_same_shape(shape, held.config, folder)
         with torch.device("meta"):  # no memory yet: the tensors that were loaded become its own
             model = GPT(shape)
             choose_trained(model, settings)
         checkpoint.adopt(model, held.model, str(latest))
+        check_same_shape(shape, held.config, folder)
         return model, settings, held
     weights = pretrained.load(settings.init_from)
     with torch.device("meta"):
