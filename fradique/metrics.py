@@ -248,7 +248,10 @@ def _is_record(record: Any) -> bool:
     """Whether it is one of ours: an object with a step, and with finite numbers where there are numbers."""
     if not isinstance(record, dict) or not reading.is_count(record.get("step")):
         return False
-    return all(_is_number(record[name]) for name in NUMBERS if name in record)
+    bits = record.get("final_bits_per_byte")  # null where the text's bytes are not known
+    return (bits is None or _is_number(bits)) and all(
+        _is_number(record[name]) for name in NUMBERS if name in record
+    )
 
 
 def _is_number(value: Any) -> bool:

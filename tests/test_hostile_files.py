@@ -413,6 +413,7 @@ def test_a_folder_whose_name_only_looks_like_a_step_is_no_checkpoint(a_run, name
         '{"step": "x", "loss": 1}',
         '{"step": 1, "loss": "x", "tokens": 1, "seconds": 1}',
         '{"step": 1, "loss": NaN, "tokens": 1, "seconds": 1}',
+        '{"step": 1, "final_loss": 1.0, "seconds": 1, "final_bits_per_byte": {}}',
         '{"step": 1e999, "loss": 1, "tokens": 1, "seconds": 1}',
         '{"step": 1, "loss": 1e999999999, "tokens": 1, "seconds": 1}',
         "[" * 100_000,

@@ -30,14 +30,13 @@ def told(folder: Path) -> list[str]:
 def test_no_secret_of_the_environment_is_written_or_printed(settings, tmp_path):
     pytest.importorskip("wandb")
     folder, home = Path(settings.out_dir), tmp_path / "home"
-    env = os.environ | SECRETS | {"WANDB_MODE": "offline", "HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    env = os.environ | SECRETS | {"WANDB_MODE": "offline", "HOME": str(home)}
     words = flags(replace(settings, max_iters=2, eval_interval=2, wandb_log=True))
     done = [
         run_script("train.py", *words, env=env),
         run_script("lab.report", f"--out_dir={folder}", env=env),
-        run_script("sample.py", "--init_from=owner/no-such-model", env=env),
     ]
-    assert [one.returncode for one in done] == [0, 0, 2], done
+    assert [one.returncode for one in done] == [0, 0], done
     assert list(folder.glob("wandb/offline-run-*/*.wandb")) and (folder / "report.html").exists()
     assert not [secret for secret in PARTS if any(secret in one.stdout + one.stderr for one in done)]
     assert told(folder) == []

@@ -20,6 +20,11 @@ from fradique import corpus, dataset, text
 LINE = "amor\0luz\U0001f984éç日本"  # no space: no place to cut it
 
 
+def resident() -> int:
+    """The most memory that this process has had so far, in MB (Linux counts it in KB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
 def main(size: int, tokenizer: str, folder: Path) -> None:
     folder.mkdir(parents=True)
     source = folder / "line.txt"
@@ -27,7 +32,7 @@ def main(size: int, tokenizer: str, folder: Path) -> None:
     with source.open("wb") as file:
         for _ in range(size // len(block)):
             file.write(block)
-    began = time.monotonic()
+    began, at_first = time.monotonic(), resident()
     meta = corpus.prepare_text(text.files_text([source], "a line"), folder / "made", tokenizer, 0.1)
     made = dataset.open_corpus(folder / "made", 256)
     there = made.train.count_text_bytes(made.tokenizer) + made.val.count_text_bytes(made.tokenizer)
@@ -36,8 +41,8 @@ def main(size: int, tokenizer: str, folder: Path) -> None:
     assert (LINE * (len(head) // len(LINE) + 1)).startswith(head.rstrip("\ufffd"))
     seconds, tokens = time.monotonic() - began, made.train.tokens + made.val.tokens
     shutil.rmtree(folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"{there:,} bytes, {tokens:,} tokens, {seconds:.1f} s, MB resident: {peak}")
+    print(f"{there:,} bytes, {tokens:,} tokens, {seconds:.1f} s")
+    print(f"MB resident: {at_first} before, {resident()} at most")
 
 
 if __name__ == "__main__":
