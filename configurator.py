@@ -410,7 +410,9 @@ def _message(error: ValueError | OSError) -> str:
     message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
         message = f"{error.filename}: {error.strerror}"
-    return f"error: {message}\n(--debug=True shows where it was raised)"
+    # names in files may hold what moves a terminal's cursor, and flags what no stream can write
+    plain = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
+    return f"error: {''.join(plain)}\n(--debug=True shows where it was raised)"
 
 
 def _stdout_is_closed() -> bool:
