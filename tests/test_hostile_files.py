@@ -530,3 +530,15 @@ def test_a_jsonl_line_that_is_packed_from_next_to_nothing_is_bounded(tmp_path, m
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"a" * (1 << 24) + b'"}'))
     refused(lambda: list(documents.local_documents([path])), where=f"{path}, line 1 is longer than")
+
+
+def test_parquet_whose_text_is_no_utf8_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    places = pa.py_buffer(np.array([0, 3], np.int32).tobytes())
+    broken = pa.Array.from_buffers(pa.string(), 1, [None, places, pa.py_buffer(b"a\xffb")])
+    pq.write_table(pa.table({"text": broken}), tmp_path / "d.parquet")
+    refused(
+        lambda: list(documents.local_documents([tmp_path / "d.parquet"])), where="d.parquet cannot be read"
+    )

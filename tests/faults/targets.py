@@ -34,12 +34,11 @@ import sample  # noqa: E402
 from fradique import checkpoint, corpus, dataset, documents, export, metrics, optimizer, run, snapshots, text  # noqa: E402
 from fradique import tokenizer as tokenizers  # noqa: E402
 from lab import curves, look, report  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPTConfig  # noqa: E402
 from train import TrainSettings, TrainState  # noqa: E402
 
 LONGEST_MESSAGE = 20_000  # characters: what somebody may still scroll through
 PROSE = "Era uma vez, n'uma ilha,\r\n um gato:\t42 luas \U0001f984 日本 \0 é."
-MADE = (np.arange(400) % len(seeds.CHARS)).astype("<u2")
 GPT2, OWN = tokenizers.GPT2Tokenizer(), tokenizers.train_bpe(["aa ab aab"], 259)
 
 
@@ -332,12 +331,6 @@ def run_json(data: bytes) -> None:
 
 
 # Text
-
-
-@dataclass(frozen=True)
-class _Tiny:
-    model: GPT
-    tokenizers: tuple[tokenizers.Tokenizer, ...]
 
 
 def prompt(data: bytes) -> None:
