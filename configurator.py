@@ -20,6 +20,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 import reprlib
 import sys
 import textwrap
@@ -36,6 +37,11 @@ T = TypeVar("T")
 Flag = tuple[str, str | None, str]  # key, text (None after a bare --key), the flag as it was typed
 Base = tuple[Mapping[str, Any], str]  # the saved settings of a run that is resumed, and their name
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+HALVES = re.compile("[\ud800-\udfff]")  # of characters: what no UTF-8 file can hold
+MOST_BYTES = 1 << 20  # of a config file
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # in torch's RuntimeErrors
+TOO_LARGE = "there is not enough memory for this: make the model, batch_size or block_size smaller"
+SHOWN = 200  # characters of a flag in a message
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 
 
@@ -96,6 +102,8 @@ class _Spec:
         if not fits or (self.choices and fits[0] not in self.choices):
             near = _did_you_mean(str(value), {str(choice): repr(choice) for choice in self.choices or ()})
             raise ValueError(f"must be {self.expected()}{near}")
+        if isinstance(fits[0], str) and HALVES.search(fits[0]):
+            raise ValueError("must be text: it holds half of a surrogate pair, or bytes that are not UTF-8")
         if isinstance(fits[0], int | float) and not self._in_range(fits[0]):
             raise ValueError(f"must be {self.range()}")
         return fits[0]
@@ -172,7 +180,11 @@ class _Namespace(dict[str, Any]):
         super().__setitem__(name, value)
 
     def run(self) -> None:
-        tree = ast.parse(Path(self.path).read_bytes(), self.path)
+        with Path(self.path).open("rb") as file:
+            source = file.read(MOST_BYTES + 1)
+        if len(source) > MOST_BYTES:
+            raise ValueError("this is no config file: it is larger than 1 MB")
+        tree = ast.parse(source, self.path)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self.imported |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
@@ -218,6 +230,11 @@ def _meant(path: str, specs: Mapping[str, _Spec]) -> str:
     return _did_you_mean(Path(path).name, files)
 
 
+def _shown(text: str) -> str:
+    """What a message repeats of the user's words: the beginning, where they go on and on."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
 def _split(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[str], list[Flag]]:
     """The config files and the flags of a command line."""
     files, flags, words = [], [], ["--help" if word == "-h" else word for word in reversed(argv)]
@@ -230,7 +247,7 @@ def _split(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[str], 
         key = name[2:].replace("-", "_")
         if not equals and words and specs.get(key, _Spec((bool, str))).takes(words[-1]):
             equals, text = "=", words.pop()
-        flags.append((key, text if equals else None, name + equals + text))
+        flags.append((key, text if equals else None, _shown(name + equals + text)))
     return files, flags
 
 
@@ -285,7 +302,7 @@ class _Draft:
 
     def unknown(self, where: str, key: str, candidates: Iterable[str], otherwise: str) -> None:
         hint = _did_you_mean(key, {name: repr(name) for name in candidates}) or f" ({otherwise})"
-        self.problems.append(f"{where}: unknown setting {key!r}{hint}")
+        self.problems.append(f"{where}: unknown setting {_shown(key)!r}{hint}")
 
     def settings(self) -> Any:
         """The settings, contradictions and all; None where a value is wrong or a config file failed."""
@@ -345,7 +362,8 @@ def command(
 ) -> int:
     """Runs `main` as a shell command and gives its exit status: sys.exit(command(main, Settings)).
 
-    ValueError and OSError are the user's to mend: one message, status 2. Others are our bugs and pass.
+    ValueError, OSError and a lack of memory are the user's to mend: one message, status 2. Others are our
+    bugs and pass.
     base: sees the settings, contradictions and all. Where they resume a run, it gives that run's settings and
     their name; the command line is then resolved again on top of those.
     """
@@ -373,6 +391,11 @@ def command(
             return 141  # what a shell says of a program that SIGPIPE ended
         traceback.print_exception(error) if debug else print(_message(error), file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if debug or not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
+            raise
+        print(_message(ValueError(TOO_LARGE)), file=sys.stderr)
+        return 2
     return status or 0
 
 
@@ -387,7 +410,9 @@ def _message(error: ValueError | OSError) -> str:
     message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
         message = f"{error.filename}: {error.strerror}"
-    return f"error: {message}\n(--debug=True shows where it was raised)"
+    # names in files may hold what moves a terminal's cursor, and flags what no stream can write
+    plain = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
+    return f"error: {''.join(plain)}\n(--debug=True shows where it was raised)"
 
 
 def _stdout_is_closed() -> bool:

@@ -18,6 +18,8 @@ from fradique import checkpoint, decoding, limits, pretrained, run, runtime
 from fradique import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
+LONGEST_PROMPT = 4 << 20  # bytes; the model reads the end of it
+
 
 # fmt: off
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class SampleSettings:
     checkpoint: str = setting("best", "which of the run's: best | newest | the number of a step")
 
     start: str = setting("\n", "the prompt: text, FILE:path, or - for standard input", group="text")
-    num_samples: int = setting(1, "how many continuations, made as one batch", lo=1)
-    max_new_tokens: int = setting(500, "the length of each", lo=0)
+    num_samples: int = setting(1, "how many continuations, made as one batch", lo=1, hi=2**20)
+    max_new_tokens: int = setting(500, "the length of each", lo=0, hi=2**40)
     stop: str = setting("", "end a sample before this text; empty: go on to max_new_tokens")
 
     temperature: float = setting(0.8, "0: always the likeliest token; 1: as the model has learnt it", lo=0.0, group="drawing")
@@ -74,8 +76,11 @@ def open_writer(
             "own): of nanoGPT's ckpt.pt, put the corpus it was trained on into data/, or the tokenizer.json of "
             "that corpus beside it; of a run folder, copy its tokenizer.json back"
         )
+    config = GPTConfig(**weights.config)
+    if problems := config.problems():
+        raise ValueError(f"{source} holds no model: {'; '.join(problems)}")
     with torch.device("meta"):  # no memory, no initial weights: those that were loaded become its own
-        model = GPT(GPTConfig(**weights.config))
+        model = GPT(config)
     checkpoint.adopt(model, weights.tensors, weights.source)
     if weights.tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
@@ -102,16 +107,18 @@ def quicken(writer: Writer, dtype: str) -> Writer:
 
 
 def read_prompt(start: str) -> str:
-    """The prompt that `--start` means. Raises ValueError where the file cannot be read as UTF-8."""
-    if start == "-":
-        return sys.stdin.buffer.read().decode("utf-8")
-    if not start.startswith("FILE:"):
+    """The prompt that `--start` means. Raises ValueError for a file that is longer than any prompt, or no UTF-8."""
+    if start != "-" and not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
+    name = "standard input" if start == "-" else start.removeprefix("FILE:")
+    with nullcontext(sys.stdin.buffer) if start == "-" else Path(name).open("rb") as file:
+        data = file.read(LONGEST_PROMPT + 1)
+    if len(data) > LONGEST_PROMPT:
+        raise ValueError(f"{name} is longer than {LONGEST_PROMPT >> 20} MB: give the end of it as the prompt")
     try:
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
+        raise ValueError(f"{name} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
 
 
 class Row:
@@ -138,7 +145,8 @@ class Row:
         if (at := text.find(self.stop)) >= 0:
             self.done, self.held = True, ""
             return text[:at]
-        keep = next(n for n in range(len(self.stop) - 1, -1, -1) if text.endswith(self.stop[:n]))
+        longest = min(len(self.stop) - 1, len(text))
+        keep = next(n for n in range(longest, -1, -1) if text.endswith(self.stop[:n]))
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

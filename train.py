@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fradique import (
     dataset,
     evaluation,
     finetune,
+    layouts,
     limits,
     memory,
     metrics,
@@ -47,6 +48,7 @@ from fradique import (
     stability,
 )
 from fradique import tokenizer as tokenizers
+from fradique.state import TrainState
 from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, POSITIONS, GPTConfig
 
 TRIAL_SECONDS = 1.0  # for which `auto` tries a size
@@ -71,17 +73,17 @@ class TrainSettings:
 
     dataset: str = setting("openwebtext", "corpus: a folder under data_dir", group="data")
     data_dir: str = setting("data", "where the corpora lie")
-    batch_size: int = setting(12, "sequences in a micro-batch", lo=1)
-    block_size: int = setting(1024, "tokens of context", lo=1)
-    gradient_accumulation_steps: int = setting(40, "micro-batches a step, over all processes together", lo=1)
+    batch_size: int = setting(12, "sequences in a micro-batch", lo=1, hi=2**20)
+    block_size: int = setting(1024, "tokens of context", lo=1, hi=2**30)
+    gradient_accumulation_steps: int = setting(40, "micro-batches a step, over all processes together", lo=1, hi=2**20)
 
-    n_layer: int = setting(12, "blocks", lo=1, group="model")
-    n_head: int = setting(12, "attention heads", lo=1)
-    n_embd: int = setting(768, "width; a multiple of n_head", lo=1)
+    n_layer: int = setting(12, "blocks", lo=1, hi=10_000, group="model")
+    n_head: int = setting(12, "attention heads", lo=1, hi=2**20)
+    n_embd: int = setting(768, "width; a multiple of n_head", lo=1, hi=2**20)
     dropout: float = setting(0.0, "0 to train on plenty of text; 0.1 to 0.3 on little", lo=0.0, hi=0.99)
     bias: bool = setting(False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit faster")
     activation: str = setting("gelu", "of the MLP; swiglu and geglu pass it through a gate", choices=tuple(ACTIVATIONS))
-    n_inner: int = setting(0, "width of the MLP; 0: 4 n_embd, two thirds of it with a gate", lo=0)
+    n_inner: int = setting(0, "width of the MLP; 0: 4 n_embd, two thirds of it with a gate", lo=0, hi=2**24)
     n_kv_head: int = setting(0, "heads of keys and values, shared by groups of queries; 1: multi-query; 0: n_head", lo=0)
     position: str = setting("learned", "how a token knows its place", choices=POSITIONS)
     rope_theta: float = setting(10000.0, "position=rope: the longest wavelength is 2π times this", above=0.0)
@@ -165,27 +167,6 @@ class TrainSettings:
         if self.overwrite and self.init_from == "resume":
             found.append("overwrite deletes the run that init_from=resume would go on with: give one of the two")
         return found
-
-
-@dataclass
-class TrainState:
-    """What changes from step to step, beside weights and optimizer: kept in state.json."""
-
-    step: int = 0  # updates done
-    best_val_loss: float | None = None
-    best_step: int | None = None
-    evals_since_best: int = 0
-    last_eval_step: int = -1
-    seconds: float = 0.0  # spent in earlier processes of this run
-    closing_seconds: float = 0.0  # that the end of the run was last expected to take
-    writing_seconds: float = 0.0  # that the last sample took
-    scaler: dict[str, float] = field(default_factory=dict)
-    past: stability.Past = field(default_factory=stability.Past)
-
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> "TrainState":
-        state = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        return replace(state, past=stability.Past(**values.get("past", {})))
 
 
 @dataclass
@@ -543,7 +524,10 @@ def make_model(
         )
         in_parts = settings.parallel == "fsdp" and ranks.here()[2] > 1
         held = checkpoint.describe(latest) if in_parts else checkpoint.load(latest, verified=True)
-        shape = model_config(settings, held.config.get("vocab_size", 0))
+        described = {name: value for name, value in held.config.items() if name != finetune.ALPHA}
+        tensors = checkpoint.shapes(latest / "model.safetensors") if in_parts else held.model
+        layouts.check_ours(described, tensors, str(latest / "model.json"))
+        shape = model_config(settings, held.config["vocab_size"])
         with torch.device("cpu" if in_parts else "meta"):  # no memory yet: it adopts what was loaded
             model = GPT(shape)
             choose_trained(model, settings)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import reprlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -44,11 +45,12 @@ def tokens_of(merges: Merges) -> list[bytes]:
     for a token that is made twice, and for a vocabulary out of range.
     """
     tokens = {char: bytes([byte]) for char, byte in byte_alphabet().items()}
+    checked_vocab_size(len(tokens) + len(merges) + 1)
     for rank, (left, right) in enumerate(merges):
         if left not in tokens or right not in tokens or left + right in tokens:
-            raise ValueError(f"merge {rank} ({left!r}, {right!r}) makes no new token from two earlier ones")
+            pair = f"({reprlib.repr(left)}, {reprlib.repr(right)})"
+            raise ValueError(f"merge {rank} {pair} makes no new token from two earlier ones")
         tokens[left + right] = tokens[left] + tokens[right]
-    checked_vocab_size(len(tokens) + 1)
     return list(tokens.values())
 
 

@@ -21,12 +21,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fradique import reading
 from fradique.ranks import part
 
 T = TypeVar("T")
 FORMAT = 1
 MANY = 5  # damaged checkpoints that are named one by one
 # What a crash may leave: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp
+STEP = re.compile(r"step-[0-9]{1,18}")
 LITTER = re.compile(r"\.(step-\d+|best|\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
 
 
@@ -65,7 +67,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 def step_folders(run: Path) -> list[Path]:
     """The step checkpoints of a run, oldest first."""
-    found = [p for p in run.glob("step-*") if p.name[5:].isdigit() and p.is_dir()]
+    found = [p for p in run.glob("step-*") if STEP.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -213,20 +215,24 @@ def verify(folder: Path, run: str | None = None) -> None:
     if run is not None and manifest.get("run") not in (None, run):
         raise ValueError(f"{folder} is a checkpoint of another run: it was copied or moved here")
     for name in ("model.safetensors", "model.json", "optimizer.safetensors", "state.json"):
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
-        if sums.get(name) != sha256(folder / name):
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from error
+        if sums.get(name) != found:
             raise ValueError(f"{folder / name} is damaged: its sha256 is not the one in manifest.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming the file where it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = reading.json_value(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: not a JSON object")
     return value
@@ -300,13 +306,18 @@ def newest(run: Path, warn: Callable[[str], None], name: str | None = None) -> P
 
 
 def fit(expected: dict[str, Tensor], found: dict[str, Tensor], source: str) -> None:
-    """Raise ValueError with every tensor of `found` that is missing, extra, or of another shape."""
+    """Raise ValueError with every tensor of `found` that is missing, extra, or of another shape or type."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not in this model" for name in found if name not in expected]
     problems += [
         f"{name} is {tuple(found[name].shape)} there and {tuple(tensor.shape)} in this model"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
+    ]
+    problems += [
+        f"{name} is of {found[name].dtype} there and {tensor.dtype} in this model"
+        for name, tensor in expected.items()
+        if name in found and found[name].dtype != tensor.dtype
     ]
     if problems:
         listed = "\n  - ".join(problems)
@@ -320,6 +331,8 @@ def adopt(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """
     parameters = dict(model.named_parameters())  # a tied parameter stands here once, under its first name
     fit(parameters, tensors, source)
+    if not all_finite(tensors):
+        raise ValueError(f"{source} holds NaN or infinity among its weights: use an earlier checkpoint")
     adopted = {id(p): nn.Parameter(tensors[name], p.requires_grad) for name, p in parameters.items()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

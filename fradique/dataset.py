@@ -6,7 +6,6 @@ walks through the windows of an epoch in an order that a keyed permutation gives
 nothing needs to be remembered to go on at any step, on any number of ranks.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fradique import reading
 from fradique import tokenizer as tokenizers
 from fradique.tokenfiles import TokenFiles
 from fradique.unfinished import is_unfinished, refuse_unfinished
@@ -225,7 +225,8 @@ def open_corpus(folder: Path, block_size: int) -> Corpus:
     refuse_unfinished(folder)
     if not _shards(folder, "train") or not _shards(folder, "val"):
         raise ValueError(_no_corpus(folder))
-    meta = _read_meta(folder / "meta.json") if (folder / "meta.json").exists() else None
+    described = folder / "meta.json"
+    meta = _read_meta(described) if described.exists() or described.is_symlink() else None
     tokenizer = _tokenizer(folder, meta)
     train, val = (_open_split(folder, name, meta, tokenizer.vocab_size) for name in ("train", "val"))
     name, small = min(("train", train), ("val", val), key=lambda pair: pair[1].shards.lengths.max())
@@ -265,16 +266,15 @@ def _open_split(folder: Path, name: str, meta: dict | None, vocab_size: int) -> 
 def _read_meta(path: Path) -> dict:
     """meta.json, checked: its format, its dtype, and that its shards are plain names in the folder."""
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = reading.json_value(path)
         sound = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32")
         for name in ("train", "val"):
             split = meta["splits"][name]
-            sound &= isinstance(split["bytes"], int) and split["bytes"] >= 0
+            sound &= reading.is_count(split["bytes"]) and len(split["shards"]) > 0
             for shard in split["shards"]:
-                sound &= isinstance(shard["tokens"], int) and shard["tokens"] >= 0
-                sound &= shard["file"] == Path(shard["file"]).name != ""
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); prepare the corpus again") from error
+                sound &= reading.is_count(shard["tokens"]) and reading.is_plain_name(shard["file"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged (no {error}); prepare the corpus again") from error
     if not sound:
         raise ValueError(f"{path} is damaged or of another version; prepare the corpus again")
     return meta

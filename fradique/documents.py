@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ def _open_parquet(file: Path | HubFile) -> Iterator[Any]:
             if FIELD not in (columns := table.schema_arrow.names):
                 raise ValueError(f"{file} has no column {FIELD!r}, only {', '.join(columns)}")
             yield table
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}") from error
     except Exception as error:  # of the network, for a file on the hub
         if isinstance(error, ValueError) or isinstance(file, Path):
             raise
@@ -171,7 +172,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 if not line.isspace():
                     yield number, offset, line
                 offset += len(line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
         raise ValueError(f"{path} cannot be unpacked after line {number}: {error}") from error
 
 

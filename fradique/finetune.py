@@ -56,17 +56,38 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str) -> None:
         setattr(model.get_submodule(parent), own, LoRALinear(layers[name], rank, alpha))
 
 
-def merged(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint holds, as plain weights: each W with its difference, computed in float32."""
+def merged(
+    config: dict[str, Any], tensors: dict[str, Tensor], source: str = "the checkpoint"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint holds, as plain weights: each W with its difference, computed in float32.
+
+    Raises ValueError that names `source` where the parts of a difference do not fit each other.
+    """
     if ALPHA not in config:
         return config, tensors
     config = dict(config)
     alpha, plain = config.pop(ALPHA), dict(tensors)
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{source}: {ALPHA} in model.json is no number above 0; use another checkpoint")
     for name in [name for name in plain if name.endswith(A)]:
         layer = name.removesuffix(A)
-        a, b = plain.pop(name), plain.pop(layer + B)
+        a, b, w = plain.pop(name), plain.pop(layer + B, None), plain.get(f"{layer}.weight")
+        if not _fit(a, b, w):
+            raise ValueError(f"{source}: {layer} has no weight and two matrices of LoRA that fit each other")
         plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + (alpha / a.size(0)) * (b @ a)
     return config, plain
+
+
+def _fit(a: Tensor, b: Tensor | None, w: Tensor | None) -> bool:
+    """Whether they are A (rank, in), B (out, rank) and W (out, in), rank at least 1, of one type."""
+    if (
+        b is None
+        or w is None
+        or [a.dim(), b.dim(), w.dim()] != [2, 2, 2]
+        or len({a.dtype, b.dtype, w.dtype}) > 1
+    ):
+        return False
+    return a.size(0) == b.size(1) > 0 and (b.size(0), a.size(1)) == tuple(w.shape) and w.is_floating_point()
 
 
 def freeze(model: nn.Module, what: str) -> None:
@@ -102,7 +123,7 @@ def _parts(text: str) -> list[str]:
 
 def _spread(part: str) -> list[str]:
     """h.0-2.attn -> h.0.attn, h.1.attn, h.2.attn."""
-    match = re.fullmatch(r"(h\.)(\d+)-(\d+)(\..+)?", part)
+    match = re.fullmatch(r"(h\.)([0-9]{1,9})-([0-9]{1,9})(\..+)?", part)
     if not match:
         return [part]
     head, first, last, tail = match.groups()

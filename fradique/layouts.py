@@ -3,7 +3,9 @@
 GPT-2's and LLaMA's. Ours are those of `GPT.named_parameters()` and of `GPTConfig`.
 """
 
+import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYER = re.compile(r"(?:(?<=\bh\.)|(?<=\blayers\.))\d+(?=\.)")
+LAYER = re.compile(r"(?:(?<=\bh\.)|(?<=\blayers\.))[0-9]{1,9}(?=\.)")
 BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 HEAD = "lm_head.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NORM_EPS = 1e-5  # of every norm of ours
+LARGEST = 1 << 40  # a size; there is no memory for more
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,8 @@ def check(
 
     `tensors` are named without prefix.
     """
+    if config["n_layer"] > len(tensors):  # before there is a table of what each of them should hold
+        raise ValueError(f"{source} cannot be used: {config['n_layer']} layers, and {len(tensors)} tensors")
     wanted, tied = expected(config, layout, conv1d), config.get("tie_weights", True)
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     for name in tensors:
@@ -262,12 +267,12 @@ LLAMA_SIZES = {
 def config_of_json(there: Mapping[str, Any], source: str) -> tuple[Layout, dict[str, Any]]:
     """The class and the GPTConfig fields. Raises ValueError with every setting that stands in the way."""
     kind = there.get("model_type", "gpt2")
-    read = {"gpt2": _from_gpt2, "llama": _from_llama}.get(kind)
+    read = {"gpt2": _from_gpt2, "llama": _from_llama}.get(kind) if isinstance(kind, str) else None
     if read is None:
         known = " or ".join(repr(layout.model_type) for layout in LAYOUTS)
         raise ValueError(
-            f"{source} describes no model that this program has: model_type = {kind!r}, and only {known} "
-            "will do"
+            f"{source} describes no model that this program has: model_type = {reprlib.repr(kind)}, and only "
+            f"{known} will do"
         )
     config, problems = read(there)
     if problems:
@@ -278,13 +283,14 @@ def config_of_json(there: Mapping[str, Any], source: str) -> tuple[Layout, dict[
 
 
 def no_sizes(there: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    wrong = [name for name in names if type(there.get(name)) is not int or there[name] < 1]
-    return [f"{name} = {there.get(name)!r} is no size" for name in wrong]
+    """What is wrong with those of `names` that are no whole numbers from 1 to LARGEST, a sentence each."""
+    wrong = [name for name in names if type(there.get(name)) is not int or not 1 <= there[name] <= LARGEST]
+    return [f"{name} = {reprlib.repr(there.get(name))} is no size" for name in wrong]
 
 
 def _unlike(there: Mapping[str, Any], needed: Mapping[str, tuple[Any, ...]]) -> list[str]:
     return [
-        f"{name} = {there[name]!r}, and only {' or '.join(map(repr, values))} will do"
+        f"{name} = {reprlib.repr(there[name])}, and only {' or '.join(map(repr, values))} will do"
         for name, values in needed.items()
         if name in there and there[name] not in values
     ]
@@ -336,8 +342,10 @@ def _from_llama(there: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             "tie_word_embeddings": (True, False),
         },
     )
-    if not isinstance(theta, int | float) or not theta > 0:
-        problems.append(f"rope_theta = {theta!r} is no number above 0")
+    if not _is_positive(theta):
+        problems.append(f"rope_theta = {reprlib.repr(theta)} is no number above 0")
+    if not isinstance(there.get("attention_bias", False), bool):
+        problems.append(f"attention_bias = {reprlib.repr(there['attention_bias'])} is neither true nor false")
     if problems:
         return {}, problems
     heads, kv_heads = there["num_attention_heads"], there["num_key_value_heads"]
@@ -351,6 +359,11 @@ def _from_llama(there: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "bias": there.get("attention_bias", False),
         "tie_weights": there.get("tie_word_embeddings", False),
     }, []
+
+
+def _is_positive(number: Any) -> bool:
+    plain = isinstance(number, int | float) and not isinstance(number, bool)
+    return plain and 0 < number < math.inf and number <= LARGEST
 
 
 def to_json(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
@@ -413,6 +426,53 @@ DEFAULTS = {  # of GPTConfig: what runs older than a setting do not say
     "tie_weights": True,
     "logit_softcap": 0.0,
 }
+
+
+WIDTHS = ("vocab_size", "n_head", "n_embd", "n_kv_head", "n_inner")
+RANGES = {  # what a number of GPTConfig's may be, beside a size
+    "dropout": (0.0, 1.0),
+    "rope_theta": (0.0, float(LARGEST)),
+    "logit_softcap": (0.0, float(LARGEST)),
+}
+
+
+def check_ours(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError where a model.json is no GPTConfig, or tells of more than `tensors` (ours) hold.
+
+    What it says of sizes is held to the tensors before any model of that size is built.
+    """
+    problems = no_sizes(config, ["vocab_size", *(name for name in SIZES if name in config)])
+    for name, value in config.items():
+        default = {"flash": True, **DEFAULTS}.get(name)
+        if name in SIZES:
+            continue
+        if default is None:
+            problems.append(f"there is no setting {reprlib.repr(name)}")
+        elif name in RANGES:
+            low, high = RANGES[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                problems.append(f"{name} = {reprlib.repr(value)} is no number between {low:g} and {high:g}")
+        elif type(value) is not type(default) or (type(value) is int and not 0 <= value <= LARGEST):
+            problems.append(f"{name} = {reprlib.repr(value)} is not what it may be: such as {default!r}")
+    problems = problems or _beyond(config, tensors)
+    if problems:
+        raise ValueError(f"{source} is damaged, or of another version:\n  - " + "\n  - ".join(problems))
+
+
+def _beyond(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Which sizes are beyond what `tensors` (ours) can be of, a sentence each."""
+    numbers = max(1024, sum(t.numel() for t in tensors.values()))  # so few cost nothing
+    most = {"n_layer": len(tensors)} | dict.fromkeys(WIDTHS, numbers)
+    found = [
+        f"{name} = {config[name]}, which the tensors beside it are too few or too small for"
+        for name, limit in most.items()
+        if config.get(name, 0) > limit
+    ]
+    table = tensors.get("transformer.wte.weight")
+    there = (config.get("vocab_size"), config.get("n_embd"))
+    if not found and table is not None and None not in there and tuple(table.shape) != there:
+        found.append(f"the embedding is {tuple(table.shape)}, and (vocab_size, n_embd) = {there}")
+    return found
 
 
 def obstacles(config: Mapping[str, Any], layout: Layout) -> list[str]:

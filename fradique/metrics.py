@@ -1,8 +1,10 @@
 """What a run tells: metrics.jsonl, a progress bar, log lines, and wandb where it is asked for."""
 
 import json
+import math
 import os
 import re
+import reprlib
 import sys
 import time
 from collections.abc import Iterator
@@ -12,11 +14,12 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from fradique import checkpoint
+from fradique import checkpoint, reading
 
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.txt", "wandb_id.txt"
 SAMPLE_HEADER = "=== step {step} ===\n"
-SAMPLE_START = re.compile(r"^=== step (\d+) ===\n", re.MULTILINE)
+SAMPLE_START = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
+NUMBERS = ("tokens", "seconds", "loss", "eval_train_loss", "eval_val_loss", "final_loss")  # in a record
 
 
 class RunLog:
@@ -243,21 +246,42 @@ def seconds(text: str) -> float | None:
         if parts
         else 0
     )
-    if total <= 0:
-        raise ValueError(f"time_budget = {text!r} is no length of time: write 90s, 10m or 1h30m")
+    if not 0 < total < math.inf:
+        raise ValueError(f"time_budget = {reprlib.repr(text)} is no length of time: write 90s, 10m or 1h30m")
     return total
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first. A last line that a crash cut short is passed over."""
-    path = folder / METRICS
+    """The records of a run, oldest first. A last line that a crash cut short, and any other that is no record
+    of ours, is passed over."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in _lines(folder / METRICS):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if _is_record(record):
+            records.append(record)
     return records
+
+
+def _lines(path: Path) -> list[str]:
+    """Those of a text file; none where there is no such file. Bytes that are not UTF-8 become U+FFFD."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is one of ours: an object with a step, and with finite numbers where there are numbers."""
+    if not isinstance(record, dict) or not reading.is_count(record.get("step")):
+        return False
+    bits = record.get("final_bits_per_byte")  # null where the text's bytes are not known
+    return (bits is None or _is_number(bits)) and all(
+        _is_number(record[name]) for name in NUMBERS if name in record
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -277,7 +301,7 @@ def rewind(folder: Path, step: int) -> None:
 def read_samples(folder: Path) -> list[tuple[int, str]]:
     """The steps after which a run wrote, and what, oldest first."""
     path = folder / SAMPLES
-    parts = SAMPLE_START.split(path.read_text(encoding="utf-8") if path.exists() else "")
+    parts = SAMPLE_START.split("\n".join(_lines(path)))
     return [(int(step), text) for step, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 

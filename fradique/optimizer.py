@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,18 +225,26 @@ def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
 def empty_state(optimizers: list[torch.optim.Optimizer], names: Iterable[str]) -> dict[str, Tensor]:
     """Zeros to be filled by the tensors that `names` stand for, as `state_by_name` has them: each rank's
     part, where the model is in parts. `load_state_by_name` refuses names that mean nothing here."""
-    parameters = {
-        name: p
-        for one in optimizers
-        for group in one.param_groups
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-    }
+    parameters = dict(pair for one in optimizers for pair in _parameters(one))
     found = {}
     for key in names:
         field, _, name = key.partition("/")
         p = parameters.get(name)
         found[key] = torch.zeros(()) if p is None or field == "step" else torch.zeros_like(p)
     return found
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def check_state(entry: dict[str, Tensor], name: str, parameter: Tensor) -> None:
+    """Raise ValueError where what is kept of a parameter has not its shape, or holds no finite numbers."""
+    for field, value in entry.items():
+        shape = () if field == "step" else parameter.shape
+        if value.shape != shape or not value.is_floating_point() or not ranks.part(value).isfinite().all():
+            raise ValueError(f"the optimizer state is damaged: {field}/{name}; use an earlier checkpoint")
 
 
 def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
@@ -261,6 +269,8 @@ def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[st
             "--init_from=<its folder>"
         )
     for one in optimizers:
+        for name, parameter in _parameters(one):
+            check_state(entries.get(name, {}), name, parameter)
         saved, names = one.state_dict(), _names(one)
         saved["state"] = {i: entries[name] for i, name in enumerate(names) if name in entries}
         one.load_state_dict(saved)

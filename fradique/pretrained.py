@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fradique import bpe, export, finetune, layouts, weightfiles
+from fradique import bpe, export, finetune, layouts, reading, weightfiles
 from fradique import checkpoint as checkpoints
 from fradique import tokenizer as tokenizers
 from fradique.layouts import GPT2, from_hf, to_hf
@@ -119,7 +119,7 @@ def _config_of_shapes(tensors: Mapping[str, Tensor], source: str) -> dict[str, A
     """What config.json would say. Every GPT-2 has heads of 64 and the tanh form of GELU."""
     layers = [int(match[0]) for name in tensors if (match := layouts.LAYER.search(name))]
     shapes = [tuple(tensors[name].shape) for name in ("wte.weight", "wpe.weight") if name in tensors]
-    if [len(shape) for shape in shapes] != [2, 2] or not layers or shapes[0][1] % 64:
+    if [len(s) for s in shapes] != [2, 2] or not layers or not all(map(all, shapes)) or shapes[0][1] % 64:
         raise ValueError(
             f"{source}: there is no config.json beside it, and the shapes of its tensors do not tell which "
             "GPT-2 it is; put its config.json there"
@@ -133,7 +133,8 @@ def _load_checkpoint(folder: Path, run: Path, source: str) -> Weights:
     """A checkpoint folder of ours; its run folder holds the tokenizer."""
     held = checkpoints.load(folder, with_optimizer=False)
     tokenizer = tokenizers.load(run / TOKENIZER) if (run / TOKENIZER).exists() else None
-    config, tensors = finetune.merged(held.config, held.model)
+    config, tensors = finetune.merged(held.config, held.model, str(folder))
+    layouts.check_ours(config, tensors, str(folder / "model.json"))
     return Weights(config, tensors, tokenizer, source)
 
 
@@ -142,7 +143,7 @@ def _chosen(run: Path, checkpoint: str, warn: Callable[[str], None]) -> Path:
         return checkpoints.newest(run, warn)
     steps = {str(int(folder.name[5:])): folder for folder in checkpoints.step_folders(run)}
     there = ({"best": run / "best"} if (run / "best").is_dir() else {}) | steps
-    wanted = str(int(checkpoint)) if checkpoint.isdecimal() else checkpoint
+    wanted = str(int(checkpoint)) if re.fullmatch("[0-9]{1,18}", checkpoint) else checkpoint
     if wanted not in there:
         raise ValueError(f"{run} has no checkpoint {checkpoint!r}; it has {', '.join(there) or 'none yet'}")
     return there[wanted]
@@ -169,7 +170,7 @@ def _load_pickle(path: Path, source: str) -> Weights:
     layouts.check(tensors, args, source, conv1d=False)
     trained_with = content.get("config")
     dataset = trained_with.get("dataset") if isinstance(trained_with, dict) else None
-    folders = [path.parent, *([Path("data") / dataset] if isinstance(dataset, str) else [])]
+    folders = [path.parent, *([Path("data") / dataset] if reading.is_plain_name(dataset) else [])]
     tokenizer = _find_tokenizer(folders, args["vocab_size"])
     config = args | {"activation": "gelu"}  # nn.GELU(): the exact form
     return Weights(config, from_hf(tensors, conv1d=False), tokenizer, source)

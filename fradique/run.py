@@ -138,10 +138,19 @@ def saved_settings(run: Path) -> dict[str, Any]:
         others = sorted(str(path.parent) for path in run.parent.glob(f"*/{SETTINGS}"))
         known = f"; runs beside it: {', '.join(others)}" if others else ""
         raise ValueError(f"{run} holds no run to go on with (no {SETTINGS}){known}")
-    settings = checkpoint.read_json(run / SETTINGS).get("settings")
-    if not isinstance(settings, dict):
-        raise ValueError(f"{run / SETTINGS} is damaged: it has no settings")
-    return settings
+    return about(run)["settings"]
+
+
+def about(run: Path) -> dict[str, Any]:
+    """settings.json: the settings, and what was decided, with which versions, at which git commit.
+
+    Raises ValueError where it is missing or damaged.
+    """
+    held = {"decided": {}, "versions": {}, "git_commit": None} | checkpoint.read_json(run / SETTINGS)
+    for name in ("settings", "decided", "versions"):
+        if not isinstance(held.get(name), dict):
+            raise ValueError(f"{run / SETTINGS} is damaged: it has no {name}")
+    return held
 
 
 def name_of(run: Path) -> str | None:

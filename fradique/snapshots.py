@@ -19,7 +19,7 @@ from fradique import ranks
 
 FOLDER = "snapshots"
 MOST = 2000  # tokens, and positions
-NAME = re.compile(r"step-(\d+)\.safetensors")
+NAME = re.compile(r"step-([0-9]{1,18})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,28 @@ def read(run: Path) -> list[Snapshot]:
     for step, path in paths(run).items():
         try:
             tensors = safetensors.numpy.load_file(path)
-            tokens, positions = tensors["tokens"], tensors.get("positions")
-        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            tokens, positions = _table(tensors, "tokens"), None
+            if "positions" in tensors:
+                positions = _table(tensors, "positions")
+        except (OSError, ValueError, KeyError, AttributeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it") from error
-        positions = None if positions is None else positions.astype(np.float32)
-        found.append(Snapshot(step, tokens.astype(np.float32), positions))
+        if found and tokens.shape != found[0].tokens.shape:
+            raise ValueError(f"{path} is not of the run that the others are of: delete it")
+        found.append(Snapshot(step, tokens, positions))
     if not found:
         raise ValueError(
             f"{run} holds no snapshots of its embeddings: train with --snapshot_interval=50, which keeps "
             "them every 50 steps"
         )
     return found
+
+
+def _table(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """(n, C) float32. Raises ValueError where it is no table of finite numbers, KeyError where it is none."""
+    table = tensors[name]
+    if table.ndim != 2 or not table.size or table.dtype.kind != "f" or not np.isfinite(table).all():
+        raise ValueError(f"{name!r} is no table of finite numbers")
+    return table.astype(np.float32)
 
 
 def rewind(run: Path, step: int) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
+from typing import Any
 
 REMEMBERED = 128  # steps that a leap is measured against (as in OLMo 2, §3.3.2: Team OLMo 2024)
 ENOUGH = 32  # of them, before any is called a leap
@@ -18,6 +19,22 @@ class Past:
     norms: list[float] = field(default_factory=list)
     skipped: int = 0
     in_a_row: int = 0
+
+    @classmethod
+    def read(cls, values: Any) -> "Past | None":
+        """From what state.json holds; None where it can not be so."""
+        if not isinstance(values, dict) or not values.keys() <= {"losses", "norms", "skipped", "in_a_row"}:
+            return None
+        past = cls(**values)
+        counts = all(type(n) is int and n >= 0 for n in (past.skipped, past.in_a_row))
+        lists = (past.losses, past.norms)
+        numbers = all(
+            isinstance(held, list)
+            and len(held) <= REMEMBERED
+            and all(type(x) is float and math.isfinite(x) for x in held)
+            for held in lists
+        )
+        return past if counts and numbers else None
 
     def remember(self, loss: float, norm: float) -> None:
         self.forgive()

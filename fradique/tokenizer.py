@@ -12,8 +12,8 @@ import itertools
 import json
 import os
 import pickle
-import pickletools
 import re
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from fradique import bpe
+from fradique import bpe, pickles, reading
 
 if TYPE_CHECKING:
     import tiktoken
@@ -43,7 +43,9 @@ def parse(spec: str) -> str | tuple[str, int]:
         return spec
     match = re.fullmatch(r"bpe:([0-9]{1,9})", spec)
     if not match:
-        raise ValueError(f"unknown tokenizer {spec!r}: choose char, gpt2, or bpe:SIZE (for example bpe:4096)")
+        raise ValueError(
+            f"unknown tokenizer {reprlib.repr(spec)}: choose char, gpt2, or bpe:SIZE (for example bpe:4096)"
+        )
     return "bpe", bpe.checked_vocab_size(int(match[1]))
 
 
@@ -276,7 +278,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises ValueError that names the file where it holds anything else, and OSError where it cannot be read.
     """
-    data = _small_file(Path(path), MAX_FILE_BYTES)
+    data = reading.small_file(Path(path), MAX_FILE_BYTES)
     try:
         value = json.loads(data.decode("utf-8"))
         return from_json(value)
@@ -293,7 +295,9 @@ def from_json(value: Any) -> Tokenizer:
     if not isinstance(value, dict):
         raise ValueError("it holds no JSON object")
     if type(value.get("format")) is not int or value["format"] != FORMAT:
-        raise ValueError(f"its format is {value.get('format')!r}, and this program reads format {FORMAT}")
+        raise ValueError(
+            f"its format is {reprlib.repr(value.get('format'))}, and this program reads format {FORMAT}"
+        )
     kinds: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
         "char": lambda value: CharTokenizer(value.get("chars")),
         "gpt2": lambda value: GPT2Tokenizer(),
@@ -301,19 +305,11 @@ def from_json(value: Any) -> Tokenizer:
     }
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"its kind is {kind!r}, and this program knows {', '.join(kinds)}")
+        raise ValueError(f"its kind is {reprlib.repr(kind)}, and this program knows {', '.join(kinds)}")
     tokenizer = kinds[kind](value)
     if tokenizer.to_json() != value:  # all that is in the file follows from what was read, or is a mistake
         raise ValueError(f"its parts contradict each other, or a {kind} tokenizer has no such parts")
     return tokenizer
-
-
-def _small_file(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"{path} is larger than {limit >> 20} MB, more than any such file needs")
-    return data
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -330,11 +326,9 @@ def from_meta_pkl(path: str | os.PathLike[str]) -> CharTokenizer:
 
     Nothing in the pickle is run. Raises ValueError that names the file where it holds anything else.
     """
-    data = _small_file(Path(path), 8 << 20)
+    data = reading.small_file(Path(path), 8 << 20)
     try:
-        for opcode, argument, _ in pickletools.genops(data):  # reads without running
-            if "PUT" in opcode.name and int(argument) > len(data):  # pickle would make room for so many
-                raise ValueError("it numbers more objects than it can hold")
+        pickles.check_plain(data)
         return _from_meta(_PlainUnpickler(io.BytesIO(data)).load())
     except Exception as error:  # a damaged pickle raises almost anything
         raise ValueError(
@@ -352,8 +346,10 @@ def _from_meta(meta: Any) -> CharTokenizer:
         raise ValueError("stoi does not map single characters to integers")
     if itos != {i: char for char, i in stoi.items()} or sorted(itos) != list(range(len(stoi))):
         raise ValueError("stoi and itos do not number the same characters from 0 on")
-    if meta["vocab_size"] != len(stoi):
-        raise ValueError(f"vocab_size is {meta['vocab_size']!r}, and there are {len(stoi)} characters")
+    if type(meta["vocab_size"]) is not int or meta["vocab_size"] != len(stoi):
+        raise ValueError(
+            f"vocab_size is {reprlib.repr(meta['vocab_size'])}, and there are {len(stoi)} characters"
+        )
     return CharTokenizer("".join(itos[i] for i in range(len(itos))))
 
 

@@ -4,7 +4,9 @@ Nothing here knows what the tensors mean. Every refusal names the file and what 
 """
 
 import re
+import reprlib
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,12 @@ import safetensors
 import torch
 from torch import Tensor
 
-from fradique import checkpoint
+from fradique import checkpoint, pickles, reading
+
+TENSORS = re.compile(  # what torch.save asks for to rebuild them; it allows more, some of which costs memory
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.storage \w+Storage"
+    r"|torch (\w+Storage|Size|device|[a-z]+[0-9]+\w*)|torch\.nn\.parameter Parameter"
+)
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -45,6 +52,8 @@ class TensorFiles(Mapping[str, Tensor]):
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is not a plain file; copy or download it again")
     try:
         with safetensors.safe_open(file, framework="pt") as stored:
             yield stored
@@ -72,22 +81,25 @@ def stored_in(folder: Path, prefix: str) -> Mapping[str, Tensor] | None:
 
 def _shard_names(index: Path) -> list[str]:
     names = checkpoint.read_json(index).get("weight_map")
-    files = set(names.values()) if isinstance(names, dict) else set()
-    if not files or any(not isinstance(name, str) or Path(name).name != name for name in files):
+    files = [*names.values()] if isinstance(names, dict) else []
+    if not files or not all(map(reading.is_plain_name, files)):
         raise ValueError(f"{index} is damaged: its weight_map names no files of this folder")
-    return sorted(files)
+    return sorted(set(files))
 
 
 def plain_data(path: Path) -> Any:
     """What torch.save wrote. Raises ValueError where it is more than plain data: that is never run."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a plain file; copy or download it again")
     try:
         with path.open("rb") as file:
             mappable = file.read(4) == b"PK\x03\x04"  # the zip format, of torch 1.6 and later
+        _check_pickles(path, mappable)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of pickles that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # a damaged pickle raises almost anything
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+        if asked := re.search(r"GLOBAL (\S{1,200})", str(error)):
             raise ValueError(
                 f"{path} is a pickle of more than tensors and plain data: it asks for {asked[1]}, which "
                 "could run code, so it was not opened; nanoGPT's ckpt.pt needs nothing of the kind"
@@ -95,7 +107,7 @@ def plain_data(path: Path) -> Any:
         why = re.split(r"\. |\n", str(error).rpartition("WeightsUnpickler error: ")[2].strip())[0]
         raise ValueError(
             f"{path} cannot be read: it is truncated or damaged, or not written by torch.save "
-            f"({type(error).__name__}: {why}); copy it again"
+            f"({type(error).__name__}: {why[:300]}); copy it again"
         ) from error
 
 
@@ -103,4 +115,37 @@ def bare_tensors(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
     """A dict of tensors by name, without the prefix of torch.compile's wrapper and `prefix`."""
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()) or not state:
         raise ValueError(f"{path} holds no model: neither nanoGPT's ckpt.pt nor a dict of tensors by name")
+    for name, tensor in state.items():
+        if not _is_whole(tensor):
+            raise ValueError(
+                f"{path}: the tensor {reprlib.repr(name)} claims more numbers than the file holds of it; the "
+                "file is damaged, or no model: copy it again"
+            )
     return {str(name).removeprefix("_orig_mod.").removeprefix(prefix): t for name, t in state.items()}
+
+
+def _check_pickles(path: Path, zipped: bool) -> None:
+    """Raise ValueError for what would take memory or time without end, or asks for more than tensors need."""
+    if not zipped:
+        with path.open("rb") as file:
+            _check_asked(pickles.asked_of(file, pickles.LEGACY_PICKLES))
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is a packed archive, and torch packs none")  # a small file, a large content
+        for name in [name for name in archive.namelist() if name.endswith("data.pkl")]:
+            with archive.open(name) as file:
+                _check_asked(pickles.asked_of(file))
+
+
+def _check_asked(names: Iterable[str]) -> None:
+    for name in names:
+        if not TENSORS.fullmatch(name):
+            raise ValueError(f"GLOBAL {name.replace(' ', '.')}")
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain one with as many numbers as are stored of it: strides can repeat one number
+    without end."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

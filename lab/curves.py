@@ -52,8 +52,8 @@ class Curves:
 def read(folder: Path) -> Curves:
     """The curves of a run. Raises ValueError where it has no metrics."""
     records = metrics.read(folder)
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval_val_loss" in record]
+    steps = [record for record in records if {"loss", *X_AXES} <= record.keys()]
+    evaluations = [one for one in records if {"eval_train_loss", "eval_val_loss", *X_AXES} <= one.keys()]
     if not steps and not evaluations:
         raise ValueError(f"{folder} holds no {metrics.METRICS} to draw: train a run there first")
     return Curves(

@@ -3,6 +3,8 @@
 Shapes: T tokens.
 """
 
+import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +125,11 @@ def problems_of_numbers(name: str, text: str, least: float, above: bool = False)
     try:
         found = numbers(text)
     except ValueError:
-        return [f"{name} = {text!r}: numbers with commas between them, such as 0.5,1"]
+        return [f"{name} = {reprlib.repr(text)}: numbers with commas between them, such as 0.5,1"]
     if not found:
         return [f"{name} names no number: such as 0.5,1"]
     low = min(found)
-    sound = low > least if above else low >= least
-    return [] if sound else [f"{name} = {text!r}: each {'above' if above else 'at least'} {least:g}"]
+    sound = (low > least if above else low >= least) and all(map(math.isfinite, found))
+    return (
+        [] if sound else [f"{name} = {reprlib.repr(text)}: each {'above' if above else 'at least'} {least:g}"]
+    )

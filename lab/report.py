@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from configurator import Resolved, command, setting
-from fradique import checkpoint, metrics, run, snapshots
+from fradique import metrics, run, snapshots
 from fradique import tokenizer as tokenizers
 from fradique.metrics import human
 from lab import anatomy, attention, curves, embeddings, film, look, movie, pages, tokens
@@ -67,7 +67,7 @@ def summary(records: list[dict], config: GPTConfig, parameters: int) -> str:
     """What the run came to, in a line or two."""
     heads = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
     said = [f"{human(parameters)} parameters ({heads}, {config.block_size} tokens of context)"]
-    final = next((one for one in reversed(records) if "final_loss" in one), None)
+    final = next((one for one in reversed(records) if {"final_loss", "seconds"} <= one.keys()), None)
     if final:
         said.append(
             f"whole validation split: loss {final['final_loss']:.4f}, perplexity "
@@ -166,23 +166,23 @@ def anatomy_section(config: GPTConfig) -> Section:
 
 def speed_section(records: list[dict], about: dict[str, Any]) -> Section:
     """How fast it trained, and on what."""
-    steps = [one for one in records if "loss" in one]
+    steps = [one for one in records if {"loss", "tokens", "seconds"} <= one.keys()]
     rows = []
     paces = [
         (later["tokens"] - now["tokens"]) / (later["seconds"] - now["seconds"])
         for now, later in itertools.pairwise(steps)
         if later["seconds"] > now["seconds"] and later["tokens"] > now["tokens"]
     ]
-    if paces:
+    if paces and steps[-1]["step"] > steps[0]["step"]:
         rows.append(("tokens a second (median between log lines)", f"{statistics.median(paces):,.0f}"))
         per_step = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["step"] - steps[0]["step"])
         rows.append(("a step", f"{1000 * per_step / statistics.median(paces):.4g} ms"))
         rows.append(("tokens trained on", f"{steps[-1]['tokens']:,}"))
-    decided = about.get("decided", {})
+    decided, notes = about["decided"], about["decided"].get("notes", [])
     rows += [(name, str(decided[name])) for name in ("device", "compile") if name in decided]
-    rows += [("note", note) for note in decided.get("notes", [])]
-    rows += [(name, str(version)) for name, version in about.get("versions", {}).items()]
-    rows.append(("git commit", str(about.get("git_commit"))))
+    rows += [("note", str(note)) for note in (notes if isinstance(notes, list) else [])]
+    rows += [(name, str(version)) for name, version in about["versions"].items()]
+    rows.append(("git commit", str(about["git_commit"])))
     return "Speed and machine", [pages.table(rows)]
 
 
@@ -192,7 +192,7 @@ def main(resolved: Resolved[ReportSettings]) -> int:
         raise ValueError("a report is of a run: give --out_dir, and no --init_from")
     folder = Path(settings.out_dir)
     saved = run.saved_settings(folder)
-    about = checkpoint.read_json(folder / run.SETTINGS)
+    about = run.about(folder)
     records, samples = metrics.read(folder), metrics.read_samples(folder)
     writer = look.open_model(settings)
     config = writer.model.config

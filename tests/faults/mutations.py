@@ -1,0 +1,145 @@
+"""Damage done to valid input, by its structure: what plain random bytes cannot do past the first check.
+
+Every function is a function of the `random.Random` it is given, so a seed names an input for good.
+"""
+
+import json
+import random
+import struct
+from typing import Any
+
+PLACES = ("../x", "..", "/etc/passwd", "a/../../b", "train.bin\0", "", ".", "C:\\x", "\ud800", "\x1b[2J")
+ODD = (None, True, False, 0, -1, 1, 2**31, 2**63, 2**64 - 1, 10**9, 10**30, 10**400, 0.5, -0.0, 1e30, 1e308)
+ODD += (
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    "x",
+    "9" * 5000,
+    "é\U0001f984",
+    [],
+    {},
+    [[]],
+    [None],
+    *PLACES,
+)
+TOKENS = (
+    b"\0",
+    b"\r\n",
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\xf0\x9f\xa6\x84",
+    b"NaN",
+    b"1e999999999",
+)
+TOKENS += (
+    b"[" * 3000,
+    b"9" * 5000,
+    b"\x80\x02",
+    b"(",
+    b"c__builtin__\neval\n",
+    b"\x86",
+    b"2",
+    b"q\x7f",
+    b".",
+)
+
+
+def odd_value(rng: random.Random) -> Any:
+    """Something that stands in no valid file, or not there."""
+    if rng.random() < 0.05:
+        deep: Any = 0
+        for _ in range(rng.choice((50, 900))):
+            deep = [deep] if rng.random() < 0.5 else {"a": deep}
+        return deep
+    return rng.choice(ODD)
+
+
+def nodes(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of every value below `value`, the first 2,000 met."""
+    found, waiting = [], [value]
+    while waiting and len(found) < 2000:
+        one = waiting.pop()
+        keys = list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
+        for key in keys:
+            found.append((one, key))
+            waiting.append(one[key])
+    return found
+
+
+def damaged(value: Any, rng: random.Random) -> Any:
+    """JSON `value` with one to three values replaced, left out, doubled or moved."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.randint(1, 3)):
+        places = nodes(value)
+        if not places:
+            return odd_value(rng)
+        container, key = rng.choice(places)
+        kind = rng.random()
+        if kind < 0.55:
+            container[key] = odd_value(rng)
+        elif kind < 0.7:
+            del container[key]
+        elif kind < 0.85:
+            other, name = rng.choice(places)
+            taken = other[name] if (name in other if isinstance(other, dict) else name < len(other)) else None
+            container[key] = json.loads(json.dumps(taken))
+        elif isinstance(container, dict):
+            container[str(odd_value(rng))[:99]] = odd_value(rng)
+        else:
+            container.insert(rng.randint(0, len(container)), odd_value(rng))
+    return value
+
+
+def damaged_json(data: bytes, rng: random.Random) -> bytes:
+    """The text of a JSON file, damaged as a value; as text where it is no JSON any more."""
+    try:
+        value = damaged(json.loads(data), rng)
+        return json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    except (ValueError, RecursionError):
+        return damaged_bytes(data, rng)
+
+
+def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose header lies: of its own length, or of names, types, shapes and offsets."""
+    if len(data) < 10 or rng.random() < 0.1:
+        return damaged_bytes(data, rng)
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body = data[8 : 8 + size], data[8 + size :]
+    kind = rng.random()
+    if kind < 0.1:
+        return (
+            struct.pack("<Q", rng.choice((0, 1, size - 1, size + 8, 2**31, 2**63, -1)) % 2**64)
+            + header
+            + body
+        )
+    if kind < 0.25 and b'"F32"' in header:
+        name = rng.choice(
+            (b"I64", b"F8_E4M3", b"F8_E8M0", b"F64", b"F16", b"BF16", b"BOOL", b"U16", b"C64", b"F4")
+        )
+        header = header.replace(b'"F32"', b'"' + name + b'"', rng.choice((1, -1)))
+    elif kind < 0.35:
+        body = damaged_bytes(body, rng)
+    elif kind < 0.45:
+        body = rng.choice((b"\xff\xff\xff\x7f", b"\0\0\xc0\x7f")) * (len(body) // 4)
+    else:
+        header = damaged_json(header, rng)
+    return struct.pack("<Q", len(header)) + header + body
+
+
+def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
+    """`data` with bytes changed, cut, doubled, or a telling sequence put in."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at, kind = rng.randint(0, len(out)), rng.random()
+        if kind < 0.3 and at < len(out):
+            out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        elif kind < 0.45:
+            del out[at : at + rng.choice((1, 2, 8, 1 << 20))]
+        elif kind < 0.6:
+            start = rng.randint(0, len(out))
+            out[at:at] = out[start : start + rng.randint(1, 64)]
+        else:
+            out[at:at] = rng.choice(TOKENS)
+    return bytes(out)

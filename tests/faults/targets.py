@@ -1,0 +1,438 @@
+"""What is read from outside, as functions of bytes: each gives them to the real entry, from a file or a flag.
+
+A target passes where the entry works, or refuses with a message: an OSError, or a ValueError that is not
+endless (and none of Python's own, such as UnicodeDecodeError, which tell a user nothing). Anything else that
+comes out is a finding. `fuzz.py` drives the targets with atheris, tests/test_hostile.py with hypothesis.
+"""
+
+import ast
+import contextlib
+import gzip
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+import mutations  # noqa: E402  (needs the path above)
+import seeds  # noqa: E402
+
+import configurator  # noqa: E402
+import sample  # noqa: E402
+from fradique import checkpoint, corpus, dataset, documents, export, metrics, optimizer, run, snapshots, text  # noqa: E402
+from fradique import tokenizer as tokenizers  # noqa: E402
+from lab import curves, look, report  # noqa: E402
+from model import GPTConfig  # noqa: E402
+from train import TrainSettings, TrainState  # noqa: E402
+
+LONGEST_MESSAGE = 20_000  # characters: what somebody may still scroll through
+PROSE = "Era uma vez, n'uma ilha,\r\n um gato:\t42 luas \U0001f984 日本 \0 é."
+GPT2, OWN = tokenizers.GPT2Tokenizer(), tokenizers.train_bpe(["aa ab aab"], 259)
+
+
+class Finding(Exception):
+    """What a target may not do."""
+
+
+@contextlib.contextmanager
+def told():
+    """Let a refusal pass that tells the user something; turn any other way out into a Finding."""
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    except (ValueError, OSError) as error:
+        if type(error) is not ValueError and not isinstance(error, OSError):
+            raise Finding(f"a bare {type(error).__name__}: {error}"[:500]) from error
+        if not str(error) or len(str(error)) > LONGEST_MESSAGE:
+            raise Finding(f"a message of {len(str(error))} characters") from error
+
+
+@contextlib.contextmanager
+def folder():
+    """A folder for one input, in memory where there is such a place."""
+    memory = Path("/dev/shm")
+    made = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def expect(sound: bool, what: str) -> None:
+    if not sound:
+        raise Finding(what)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_bytes(json.dumps(value).encode())
+
+
+def parts_of(data: bytes) -> dict[str, Any] | None:
+    """{file name: content} of an input that stands for several files; None where it is none."""
+    try:
+        parts = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return parts if isinstance(parts, dict) else None
+
+
+# Settings and configs
+
+
+def settings(data: bytes) -> None:
+    """A command line, a word a line; or, after a NUL, the settings of an earlier run as JSON."""
+    words = data.decode("utf-8", "surrogateescape").split("\n")[:40]
+    words = [word for word in words if word.startswith("--")]  # no word may name a config file: that is code
+    for cls in (TrainSettings, sample.SampleSettings):
+        with told():
+            resolved = configurator.resolve(cls, [f"{w}=1" if "=" not in w else w for w in words])
+            json.dumps(asdict(resolved.settings), allow_nan=False).encode()
+            metrics.seconds(getattr(resolved.settings, "time_budget", ""))
+    saved = parts_of(data)
+    if saved is not None:
+        with told():
+            configurator.resolve(TrainSettings, [], saved, "settings.json")
+
+
+def config_text(data: bytes) -> None:
+    """A config file. It is code, so it is only run where it assigns plain values to names."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(data)
+            for node in tree.body:
+                assert isinstance(node, ast.Assign)
+                assert all(isinstance(target, ast.Name) for target in node.targets)
+                ast.literal_eval(node.value)
+    except SyntaxError:
+        pass
+    except Exception:
+        if b"import" in data or b"(" in data:  # what would run is no input but a program
+            return
+        tree = None
+    with folder() as here, told():
+        (here / "config.py").write_bytes(data)
+        configurator.resolve(TrainSettings, [str(here / "config.py")])
+
+
+# A corpus
+
+
+def meta_json(data: bytes) -> None:
+    with folder() as here:
+        seeds.write_corpus(here)
+        (here / "meta.json").write_bytes(data)
+        open_and_read(here)
+
+
+def token_file(data: bytes) -> None:
+    """train.bin of a corpus that has no meta.json, as nanoGPT's have none; the first byte is the block."""
+    with folder() as here:
+        seeds.write_corpus(here)
+        (here / "meta.json").unlink()
+        (here / "train.bin").write_bytes(data[1:])
+        open_and_read(here, data[0] if data else 1)
+
+
+def open_and_read(here: Path, block_size: int = 8) -> None:
+    with told():
+        opened = dataset.open_corpus(here, max(1, block_size))
+        sampler = dataset.Sampler(opened.train, max(1, block_size), 2, 1, seed=1)
+        x, _ = next(sampler.micro_batches(3))
+        expect(int(x.max()) < opened.tokenizer.vocab_size, "a token beyond the vocabulary")
+        expect(
+            all(p.resolve().parent == here.resolve() for p in opened.train.paths + opened.val.paths),
+            "outside",
+        )
+        opened.val.count_text_bytes(opened.tokenizer)
+
+
+def meta_pkl(data: bytes) -> None:
+    with folder() as here, told():
+        (here / "meta.pkl").write_bytes(data)
+        use(tokenizers.from_meta_pkl(here / "meta.pkl"))
+
+
+def tokenizer_json(data: bytes) -> None:
+    with folder() as here, told():
+        (here / "tokenizer.json").write_bytes(data)
+        use(tokenizers.load(here / "tokenizer.json"))
+
+
+def use(tokenizer: tokenizers.Tokenizer) -> None:
+    expect(len(tokenizer.byte_lengths()) == tokenizer.vocab_size, "byte_lengths")
+    tokenizer.decode(np.arange(min(tokenizer.vocab_size, 1000)))
+    tokenizers.encode_prompt(tokenizer, "")
+    with contextlib.suppress(ValueError):
+        expect(tokenizer.decode(tokenizer.encode(PROSE)) == PROSE, "decode(encode(text)) is not the text")
+
+
+# Weights
+
+
+def safetensors_file(data: bytes) -> None:
+    """Weights of others, with their config.json and without, and snapshots of a run."""
+    with folder() as here:
+        (here / "model.safetensors").write_bytes(data)
+        (here / export.OUR_TOKENIZER).write_bytes(seeds.tokenizer_json()[0])
+        load_weights(here)
+        write_json(here / "config.json", seeds.HF_CONFIG)
+        load_weights(here)
+        (here / snapshots.FOLDER).mkdir()
+        shutil.copyfile(here / "model.safetensors", here / snapshots.FOLDER / "step-1.safetensors")
+        with told():
+            for one in snapshots.read(here):
+                expect(one.tokens.ndim == 2 and bool(np.isfinite(one.tokens).all()), "no table of embeddings")
+
+
+def hf_json(data: bytes) -> None:
+    """The JSON beside weights of others: {"config.json": …, "model.safetensors.index.json": …, …}."""
+    with folder() as here:
+        parts = parts_of(data)
+        if parts is None:
+            (here / "config.json").write_bytes(data)
+            parts = {}
+        (here / seeds.SHARD).write_bytes(seeds.HF_WEIGHTS)
+        (here / export.OUR_TOKENIZER).write_bytes(seeds.tokenizer_json()[0])
+        for name in {"config.json", "model.safetensors.index.json", "tokenizer.json"} & parts.keys():
+            write_json(here / name, parts[name])
+        if not (here / "model.safetensors.index.json").exists():
+            shutil.move(here / seeds.SHARD, here / "model.safetensors")
+        load_weights(here)
+
+
+def ckpt_pt(data: bytes) -> None:
+    """The first byte: 0 the pickle in a torch archive, 1 the same deflated, else a file as it is."""
+    kind, data = (data[0], data[1:]) if data else (9, b"")
+    with folder() as here:
+        canary = here / "canary"
+        os.environ["FRADIQUE_CANARY"] = str(canary)
+        (here / "tokenizer.json").write_bytes(seeds.tokenizer_json()[0])
+        for name in ("ckpt.pt", "pytorch_model.bin"):
+            if kind > 1:
+                (here / name).write_bytes(data)
+            else:
+                seeds.write_archive(here / name, data, deflated=bool(kind))
+        load_weights(here / "ckpt.pt")
+        (here / "ckpt.pt").unlink()
+        write_json(here / "config.json", seeds.HF_CONFIG)
+        (here / export.OUR_TOKENIZER).write_bytes(seeds.tokenizer_json()[0])
+        load_weights(here)
+        expect(not canary.exists(), "a pickle was run")
+
+
+def load_weights(source: Path) -> None:
+    with told():
+        writer = sample.open_writer(str(source), device="cpu", dtype="float32")
+        expect(
+            all(bool(p.isfinite().all()) for p in writer.model.parameters()), "weights that are not finite"
+        )
+        writer.model(torch.zeros(1, 1, dtype=torch.int64))
+
+
+# A run folder
+
+
+def checkpoint_json(data: bytes) -> None:
+    """The JSON of a checkpoint: {"state.json": …, "model.json": …, "manifest.json": …}, sums made to fit."""
+    parts = parts_of(data)
+    with folder() as here:
+        step = seeds.write_run(here)
+        if parts is None:
+            (step / "state.json").write_bytes(data)
+        for name in {"state.json", "model.json"} & (parts or {}).keys():
+            write_json(step / name, parts[name])
+        seeds.write_manifest(step, (parts or {}).get("manifest.json"))
+        with told():
+            held = checkpoint.load(checkpoint.newest(here, warn=lambda _: None))
+            state = TrainState.read(held.state)
+            json.dumps(asdict(state), allow_nan=False)
+            expect(type(state.step) is int and 0 <= state.step < 2**63, "a step that is none")
+        load_weights(here)
+        with told():
+            continue_run(here)
+
+
+def continue_run(here: Path) -> None:
+    """What resuming does before it trains: the settings, the model, its weights, the optimizer's state."""
+    saved = run.saved_settings(here)
+    resolved = configurator.resolve(TrainSettings, ["--device=cpu"], saved, "settings.json")
+    import train
+
+    opened = dataset.Corpus(here, None, None, tokenizers.CharTokenizer(seeds.CHARS))
+    model, found, held = train.make_model(
+        replace(resolved.settings, out_dir=str(here), init_from="resume"), opened
+    )
+    built = optimizer.build(
+        model,
+        name=found.optimizer,
+        learning_rate=1e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        muon_learning_rate=0.02,
+        muon_momentum=0.95,
+    )
+    optimizer.load_state_by_name(built, held.optimizer)
+
+
+def checkpoint_tensors(data: bytes) -> None:
+    """The safetensors of a checkpoint of ours; the first byte: 0 the model's, else the optimizer's."""
+    with folder() as here:
+        step = seeds.write_run(here)
+        name = "model.safetensors" if not data or data[0] == 0 else "optimizer.safetensors"
+        (step / name).write_bytes(data[1:])
+        seeds.write_manifest(step)
+        load_weights(here)
+        with told():
+            continue_run(here)
+
+
+def run_json(data: bytes) -> None:
+    """What else a run folder says: {"settings.json": …, "metrics.jsonl": […], "samples.txt": text}."""
+    parts = parts_of(data)
+    with folder() as here:
+        if parts is None:
+            for name in (run.SETTINGS, metrics.METRICS, metrics.SAMPLES):
+                (here / name).write_bytes(data)
+            parts = {}
+        if run.SETTINGS in parts:
+            write_json(here / run.SETTINGS, parts[run.SETTINGS])
+        records = parts.get(metrics.METRICS)
+        if isinstance(records, list):
+            (here / metrics.METRICS).write_text("".join(json.dumps(one) + "\n" for one in records))
+        if isinstance(parts.get(metrics.SAMPLES), str):
+            (here / metrics.SAMPLES).write_bytes(parts[metrics.SAMPLES].encode("utf-8", "surrogatepass"))
+        with told():
+            configurator.resolve(TrainSettings, [], run.saved_settings(here), "settings.json")
+        with told():
+            curves.picture([curves.read(here)])
+        with told():
+            report.settings_section(run.saved_settings(here))
+            found = metrics.read(here)
+            report.speed_section(found, run.about(here))
+            report.summary(found, GPTConfig(n_layer=1, n_head=1, n_embd=8), 1)
+            report.samples_section(metrics.read_samples(here))
+        with told():
+            metrics.rewind(here, 3)
+            expect(all(one["step"] <= 3 for one in metrics.read(here)), "not forgotten")
+
+
+# Text
+
+
+def prompt(data: bytes) -> None:
+    """The first byte chooses the tokenizer and the way: a flag, a file, standard input."""
+    kind, data = (data[0], data[1:]) if data else (0, b"")
+    tokenizer = (GPT2, OWN, tokenizers.CharTokenizer("\nabc é"))[kind % 3]
+    words = data.decode("utf-8", "surrogateescape")
+    stop, _, start = words.partition("\n\n")
+    with told():
+        prompt_of(tokenizer, start, stop)
+    with folder() as here, told():
+        (here / "prompt").write_bytes(data)
+        prompt_of(tokenizer, sample.read_prompt(f"FILE:{here / 'prompt'}"), stop)
+    with told():
+        sample.read_prompt(f"FILE:{stop}") if not stop.startswith("/") else None
+        metrics.seconds(words)
+        tokenizers.parse(words)
+        expect(len(str(look.problems_of_numbers("sizes", words, 0.0))) < 500, "a long message")
+
+
+def prompt_of(tokenizer: tokenizers.Tokenizer, start: str, stop: str) -> None:
+    ids = tokenizers.encode_prompt(tokenizer, start)
+    expect(len(ids) > 0, "no token")
+    if start and tokenizers._ByteLevelBPE in type(tokenizer).__mro__:
+        expect(tokenizer.decode(tokenizer.encode(start)) == start, "decode(encode(text)) is not the text")
+    row, shown = sample.Row(tokenizer, stop), ""
+    for token in ids[:200].tolist():
+        shown += row.feed(token)
+    shown += row.flush()
+    expect(not stop or stop not in shown, "went on after the stop")
+    look.labels(tokenizer, ids[:50])
+
+
+def corpus_text(data: bytes) -> None:
+    """A text file; the first two bytes are the sizes of blocks and pieces, the third the tokenizer."""
+    if len(data) < 3:
+        return
+    block, piece, kind, data = 1 + data[0], 1 + data[1], data[2], data[3:]
+    with folder() as here:
+        path = here / "input.txt"
+        path.write_bytes(data)
+        with told():
+            pieces = list(text.cut_pieces(text.read_file(path, block), piece, 4 * piece))
+            whole = data.decode("utf-8").removeprefix("\ufeff")  # sound, or reading it had raised
+            expect("".join(pieces) == whole, "pieces that are not the text")
+            expect(all(0 < len(one) <= 4 * piece for one in pieces), "a piece too long, or empty")
+        with told():
+            files = text.find_files([path])
+            name = ("char", "bpe:260", "gpt2")[kind % 3]
+            made = corpus.prepare_text(text.files_text(files, "a text"), here / "made", name, 0.1)
+            opened = dataset.open_corpus(here / "made", 1)
+            ids = np.concatenate([*opened.train.shards, *opened.val.shards])
+            expect(opened.tokenizer.decode(ids) == whole, "a corpus that is not the text")
+            expect(sum(split["bytes"] for split in made["splits"].values()) == len(whole.encode()), "bytes")
+
+
+def document_files(data: bytes) -> None:
+    """The first byte: JSON Lines, the same packed, packed by the input itself, Parquet."""
+    kind, data = (data[0] % 4, data[1:]) if data else (0, b"")
+    name = ("d.jsonl", "d.jsonl.gz", "d.jsonl.gz", "d.parquet")[kind]
+    with folder() as here, told():
+        (here / name).write_bytes(gzip.compress(data, 1) if kind == 1 else data)
+        for document in documents.local_documents([here / name]):
+            "".join(document).encode("utf-8")
+
+
+@dataclass(frozen=True)
+class Target:
+    run: Callable[[bytes], None]
+    seeds: Callable[[], list[bytes]]
+    damage: Callable[..., bytes] = mutations.damaged_bytes
+
+
+def _after_first_byte(damage: Callable[..., bytes]) -> Callable[..., bytes]:
+    return lambda data, rng: data[:1] + damage(data[1:], rng)
+
+
+def _archive_damage(data: bytes, rng: Any) -> bytes:
+    return (data[:1] if rng.random() < 0.9 else b"\x02") + mutations.damaged_bytes(data[1:], rng)
+
+
+json_damage = mutations.damaged_json
+TARGETS = {
+    "settings": Target(
+        settings,
+        seeds.settings,
+        lambda d, r: (json_damage if d[:1] == b"{" else mutations.damaged_bytes)(d, r),
+    ),
+    "config_text": Target(config_text, seeds.config_text),
+    "meta_json": Target(meta_json, seeds.meta_json, json_damage),
+    "token_file": Target(token_file, seeds.token_file),
+    "meta_pkl": Target(meta_pkl, seeds.meta_pkl),
+    "tokenizer_json": Target(tokenizer_json, seeds.tokenizer_json, json_damage),
+    "safetensors_file": Target(safetensors_file, seeds.safetensors_file, mutations.damaged_safetensors),
+    "hf_json": Target(hf_json, seeds.hf_json, json_damage),
+    "ckpt_pt": Target(ckpt_pt, seeds.ckpt_pt, _archive_damage),
+    "checkpoint_json": Target(checkpoint_json, seeds.checkpoint_json, json_damage),
+    "checkpoint_tensors": Target(
+        checkpoint_tensors, seeds.checkpoint_tensors, _after_first_byte(mutations.damaged_safetensors)
+    ),
+    "run_json": Target(run_json, seeds.run_json, json_damage),
+    "prompt": Target(prompt, seeds.prompt),
+    "corpus_text": Target(corpus_text, seeds.corpus_text),
+    "document_files": Target(document_files, seeds.document_files),
+}
