@@ -25,7 +25,7 @@ class TrainState:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "TrainState":
-        """From what state.json holds. Raises ValueError, naming each field that is missing or can not be so."""
+        """From what state.json holds. Raises ValueError, naming the fields that are missing or wrong."""
         wrong = [f"{f.name} = {reprlib.repr(values[f.name])}" for f in fields(cls) if not sound(f, values)]
         if wrong or "step" not in values:
             raise ValueError(
