@@ -7,12 +7,13 @@ READY := .venv/ready
 
 CFLAGS ?= -O3 -march=native -ffp-contract=fast
 
-.PHONY: help venv demo test lint check reference clean
+.PHONY: help venv demo test lint check faults reference clean
 
 help:
 	@echo "make demo       install into .venv, train a small writer for a minute, show what it writes"
 	@echo "make test       run all tests"
 	@echo "make check      ruff (lint and format), then all tests"
+	@echo "make faults     what docs/RELIABILITY.md promises: kills, signals, full disks, lost ranks (half an hour)"
 	@echo "make reference  build GPT-2 in C: reference/build/gpt2"
 	@echo "make clean      remove .venv and caches; corpora and runs stay"
 
@@ -43,6 +44,9 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 
 check: lint test
+
+faults: $(READY)
+	@$(BIN)/python tests/faults/run.py
 
 # GPT-2 in C. OPENMP= leaves the threads out (Apple's clang has none of its own).
 OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)

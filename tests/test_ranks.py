@@ -1,0 +1,122 @@
+"""What is made of torchrun's words: who starts again what it began, and who is missing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from conftest import run_training
+
+import train
+from fradique import checkpoint, ranks, run
+
+
+def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(key, raising=False)
+    assert ranks.here() == (0, 0, 1) and ranks.restarts() == 0 and ranks.launch() is None
+    assert ranks.agree(lambda: 7) == 7
+    assert not ranks.was_lost(RuntimeError("gloo: connection closed"))
+
+
+def test_a_call_of_torchrun_has_a_name_even_where_none_was_given(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
+    assert ranks.launch() == "job-17"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # the same for every call without --rdzv_id
+    first = ranks.launch()
+    monkeypatch.setattr("os.getppid", lambda: 123456)
+    assert ranks.launch() != first and ranks.launch().endswith(":123456")
+
+
+@pytest.fixture
+def again(monkeypatch):
+    """torchrun has started this process a second time."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+def test_what_torchrun_starts_again_goes_on(settings, again):
+    run_training(replace(settings, max_iters=5))
+    assert train.after_restart(settings) == replace(settings, init_from="resume")
+    assert train.after_restart(replace(settings, overwrite=True)).overwrite is False
+    assert train.settings_of_the_run(settings)[0]["max_iters"] == 5  # what the run itself was begun with
+
+
+def test_a_run_of_another_call_is_never_gone_on_with(settings, monkeypatch, again):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-16")
+    run_training(replace(settings, max_iters=5))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
+    assert train.after_restart(settings) == settings and train.settings_of_the_run(settings) is None
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.set_up(settings)
+
+
+def test_a_first_start_is_no_restart(settings, monkeypatch, again):
+    run_training(replace(settings, max_iters=5))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train.after_restart(settings) == settings
+
+
+def test_what_was_lost_before_its_first_checkpoint_begins_anew(settings, again):
+    run_training(replace(settings, max_iters=5))
+    folder = Path(settings.out_dir)
+    for step in checkpoint.step_folders(folder):
+        step.rename(folder / f"gone-{step.name}")
+    assert train.after_restart(settings) == replace(settings, overwrite=True)
+    assert run.began_here(folder, "job-17") and not run.began_here(folder, None)
+
+
+class Store(dict):
+    """What ranks write down for each other."""
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def get(self, key):
+        return self[key]
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+
+@pytest.fixture
+def three_of_four(monkeypatch):
+    """This is rank 1 of four, of which 0 and 3 answer a roll call."""
+    store = Store({"here/0": b"yes", "here/3": b"yes", "who/2": b"host-b, process 77"})
+    monkeypatch.setitem(ranks._joined, "store", store)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks, "POLL", 0.001)
+
+
+def test_a_roll_call_names_who_does_not_answer(three_of_four):
+    assert ranks.missing(lambda: False, patience=0.05) == {2: "host-b, process 77"}
+    assert ranks.missing(lambda: True, patience=9) is None
+
+
+def test_the_message_names_the_rank_and_what_to_do(three_of_four, monkeypatch):
+    monkeypatch.setattr(ranks.missing, "__defaults__", (0.05,))
+    said = ranks.explain(RuntimeError("gloo timed out"), lambda: False)
+    assert said.startswith("rank 1: rank 2 (host-b, process 77) of 4 does not answer")
+    assert "--max-restarts" in said and "--init_from=resume" in said
+    assert "told to stop" in ranks.explain(RuntimeError("gloo"), lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3"), True),
+        (RuntimeError("Timed out waiting 15000ms for recv operation to complete"), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 3"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
+        (ValueError("connection"), False),
+    ],
+)
+def test_the_loss_of_a_rank_is_told_from_an_error_of_our_own(three_of_four, error, lost):
+    assert ranks.was_lost(error) is lost
+
+
+def test_an_error_of_our_own_passes(three_of_four):
+    with pytest.raises(RuntimeError, match="shapes"), ranks.named_if_lost():
+        raise RuntimeError("shapes do not fit")
