@@ -83,6 +83,20 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, nam
         assert name in warnings[0]
 
 
+@pytest.mark.parametrize("name", FILES[:4])
+def test_a_file_of_another_run_is_named_and_the_checkpoint_before_is_used(tmp_path, name):
+    """Whole by itself, and of the same shape."""
+    for step in (1, 2):
+        checkpoint.save(checkpoint.step_folder(tmp_path, step), make(step))
+    other = make(3, seed=7)
+    other.config["dropout"] = 0.5
+    checkpoint.save(tmp_path / "other", other)
+    (tmp_path / "step-00000002" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    warnings = []
+    assert checkpoint.newest(tmp_path, warnings.append).name == "step-00000001"
+    assert name in warnings[0]
+
+
 def test_with_all_checkpoints_damaged_there_is_a_message(tmp_path):
     checkpoint.save(checkpoint.step_folder(tmp_path, 1), make())
     (tmp_path / "step-00000001" / "model.json").unlink()
