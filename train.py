@@ -813,6 +813,7 @@ def draw_curve(t: Training) -> None:
         from lab import curves
 
         curves.draw([curves.read(folder)], folder / run.CURVE)
+        gc.collect(1)  # a figure is a ring of objects, which would pile up until Python looks for old ones
     except ImportError:
         t.log.warn_once("there is no matplotlib, so no loss.png: pip install matplotlib")
     except (OSError, ValueError) as error:
