@@ -28,7 +28,7 @@ import torch
 import train
 from bench import machine
 from bench.train import ROOT, each_config, name_of, one_step, settings_for
-from fradique import memory
+from fradique import memory, ranks
 from fradique.metrics import human
 from model import GPTConfig
 
@@ -92,11 +92,13 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 # Measured
 
 
-def run_once(argv: Sequence[str]) -> dict[str, Any]:
-    """An evaluation, some steps and a checkpoint in this process: its peak and the estimate, in bytes."""
+def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
+    """An evaluation, some steps and a checkpoint in this process, into a folder that all ranks share: its
+    peak and the estimate, in bytes."""
     before = machine.peak_memory(torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        asked = settings_for(argv, Path(scratch))
+    with contextlib.redirect_stdout(io.StringIO()):
+        own = scratch / f"rank-{ranks.here()[0]}"  # for a corpus of its own; the run is one
+        asked = dataclasses.replace(settings_for(argv, own), out_dir=str(scratch / "run"))
         t = train.set_up(dataclasses.replace(asked, eval_iters=1, compile=False))
         device = t.runtime.device
         train.evaluate_and_save(t)
@@ -131,11 +133,12 @@ def run_once(argv: Sequence[str]) -> dict[str, Any]:
 
 def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
     """`run_once` in a new process, or in several under torchrun, of which the fullest is told."""
-    start = [sys.executable, "-m", "bench.memory", "--once", *argv]
-    if processes > 1:
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-        start = [sys.executable, "-m", *torchrun, *start[2:]]
-    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        start = [sys.executable, "-m", "bench.memory", f"--once={scratch}", *argv]
+        if processes > 1:
+            torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+            start = [sys.executable, "-m", *torchrun, *start[2:]]
+        done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, check=False)
     results = list(_results(done.stdout))
     if done.returncode or len(results) != processes:
         raise RuntimeError(f"{' '.join(start)} failed:\n{done.stderr[-2000:]}")
@@ -175,13 +178,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--measure", action="store_true", help="run each config, and put the estimate beside its peak")
     add("--gpt2", choices=tuple(FAMILY), help="the shape of one of GPT-2's sizes, for --measure")
     add("--processes", type=int, default=1, help="of torchrun (default: %(default)s)")
-    add("--once", action="store_true", help=argparse.SUPPRESS)
+    add("--once", type=Path, help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
     if args.gpt2:
         layers, heads, width = FAMILY[args.gpt2]
         rest = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", *rest]
     if args.once:
-        sys.stdout.write(json.dumps(run_once(rest)) + "\n")
+        sys.stdout.write(json.dumps(run_once(rest, args.once)) + "\n")
         return
     if not args.measure:
         rows = table()
