@@ -191,3 +191,35 @@ def test_freed_memory_is_not_fetched_anew_from_the_kernel():
     if pages[False] < 1000:
         pytest.skip("this malloc keeps freed memory by itself, or its pages are huge")
     assert pages[True] < pages[False] / 10
+
+
+def test_a_signal_that_comes_while_the_ranks_tell_each_other_is_not_lost():
+    stop = runtime.StopSignal()
+
+    class Asked:
+        """Ranks of which none had heard anything; this one hears it while they are asked."""
+
+        def max(self, number):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return [float(number)]
+
+    class Silent:
+        def max(self, number):
+            return [float(number)]
+
+    class Another:
+        """It was another rank that heard Ctrl-C."""
+
+        def max(self, number):
+            return [float(max(number, signal.SIGINT))]
+
+    try:
+        assert not stop.heard(Asked())
+        assert stop.heard(Silent()) and stop.name == "SIGTERM"
+    finally:
+        stop.forget()
+    stop = runtime.StopSignal()
+    try:
+        assert stop.heard(Another()) and stop.name == "SIGINT"
+    finally:
+        stop.forget()

@@ -57,11 +57,10 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_ranks_write_the_file_that_one_process_writes(tmp_path, processes):
+def test_ranks_write_the_file_that_one_process_writes(tmp_path):
     script = tmp_path / "write.py"
     script.write_text(WRITE)
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(script)]
     done = subprocess.run(
         [sys.executable, *words, str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
