@@ -223,3 +223,15 @@ def test_a_signal_that_comes_while_the_ranks_tell_each_other_is_not_lost():
         assert stop.heard(Another()) and stop.name == "SIGINT"
     finally:
         stop.forget()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = runtime.StopSignal()
+    try:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.number == 0 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        stop.forget()
+        signal.signal(signal.SIGHUP, before)
