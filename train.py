@@ -812,12 +812,16 @@ def draw_curve(t: Training) -> None:
     try:
         from lab import curves
 
+        # a figure is a ring of objects: what comes to be old while it is drawn would pile up for long
+        gc.disable()
         curves.draw([curves.read(folder)], folder / run.CURVE)
-        gc.collect(1)  # a figure is a ring of objects, which would pile up until Python looks for old ones
     except ImportError:
         t.log.warn_once("there is no matplotlib, so no loss.png: pip install matplotlib")
     except (OSError, ValueError) as error:
         t.log.warn_once(f"loss.png cannot be drawn: {error}")
+    finally:
+        gc.enable()
+        gc.collect(1)
 
 
 def save(t: Training, best: bool = False) -> None:

@@ -252,22 +252,27 @@ def seconds(text: str) -> float | None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first. A last line that a crash cut short, and any other that is no record
-    of ours, is passed over."""
-    records = []
+    """The records of a run, oldest first."""
+    return list(records(folder))
+
+
+def records(folder: Path) -> Iterator[dict[str, Any]]:
+    """One after another: those of a long run are many. A last line that a crash cut short, and any other that
+    is no record of ours, is passed over."""
     for line in _lines(folder / METRICS):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if _is_record(record):
-            records.append(record)
-    return records
+            yield record
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
     """Those of a text file; none where there is no such file. Bytes that are not UTF-8 become U+FFFD."""
-    return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from file
 
 
 def _is_record(record: Any) -> bool:
@@ -301,7 +306,7 @@ def rewind(folder: Path, step: int) -> None:
 def read_samples(folder: Path) -> list[tuple[int, str]]:
     """The steps after which a run wrote, and what, oldest first."""
     path = folder / SAMPLES
-    parts = SAMPLE_START.split("\n".join(_lines(path)))
+    parts = SAMPLE_START.split("".join(_lines(path)))
     return [(int(step), text) for step, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 

@@ -9,6 +9,7 @@ matplotlib alone; the command needs plotly too (both are in the extra `lab`).
 
 import sys
 import warnings
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,22 +52,37 @@ class Curves:
 
 def read(folder: Path) -> Curves:
     """The curves of a run. Raises ValueError where it has no metrics."""
-    records = metrics.read(folder)
-    steps = [record for record in records if {"loss", *X_AXES} <= record.keys()]
-    evaluations = [one for one in records if {"eval_train_loss", "eval_val_loss", *X_AXES} <= one.keys()]
-    if not steps and not evaluations:
-        raise ValueError(f"{folder} holds no {metrics.METRICS} to draw: train a run there first")
-    return Curves(
-        folder.name,
-        columns(steps, {"loss": "loss"}),
-        columns(evaluations, {"train": "eval_train_loss", "val": "eval_val_loss"}),
+    batch, evaluated = (
+        Columns({"loss": "loss"}),
+        Columns({"train": "eval_train_loss", "val": "eval_val_loss"}),
     )
+    for record in metrics.records(folder):
+        batch.add(record)
+        evaluated.add(record)
+    if not len(batch) and not len(evaluated):
+        raise ValueError(f"{folder} holds no {metrics.METRICS} to draw: train a run there first")
+    return Curves(folder.name, batch.arrays(), evaluated.arrays())
 
 
-def columns(records: list[dict], names: dict[str, str]) -> dict[str, np.ndarray]:
-    """Records -> a float64 array (N,) for each x axis and each name."""
-    wanted = {axis: axis for axis in X_AXES} | names
-    return {name: np.array([record[key] for record in records], float) for name, key in wanted.items()}
+class Columns:
+    """Numbers of records, gathered without the records: a long run has many."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.keys = {axis: axis for axis in X_AXES} | names  # what each column is called in a record
+        self.columns = {name: array("d") for name in self.keys}
+
+    def __len__(self) -> int:
+        return len(self.columns[X_AXES[0]])
+
+    def add(self, record: dict) -> None:
+        """The numbers of a record, where it has them all."""
+        if all(key in record for key in self.keys.values()):
+            for name, key in self.keys.items():
+                self.columns[name].append(record[key])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """A float64 array (N,) for each x axis and each name."""
+        return {name: np.array(column) for name, column in self.columns.items()}
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
