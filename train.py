@@ -501,7 +501,7 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
     t.forward = compile_forward(t) if place.compile else model
     if share:
         t.forward = place.wrap(t.forward)
-    if t.forward is not model and place.world > 1:
+    if share and place.world > 1 and not place.sharded:
         try_pass(t, t.forward)  # DDP then lays gradients out for good: sums are in one order, resumed or not
     t.pace.closing, t.pace.writing = state.closing_seconds, state.writing_seconds
     t.pace.mark(state.step)
