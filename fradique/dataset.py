@@ -21,7 +21,8 @@ from fradique.unfinished import is_unfinished, refuse_unfinished
 from fradique.windows import Grid, Places, Tiling, Window, places_of, runs_of, window_list
 
 SCAN_LIMIT = 1 << 29  # bytes of a split whose ids are all checked at start-up; batches are, in any case
-WINDOWS_AHEAD = 1024  # of a sampler, found at a time
+# what a sampler reads at a time, at most: small batches take a third of the time
+WINDOWS_AHEAD, TOKENS_AHEAD = 1024, 1 << 19
 
 
 class Split:
@@ -53,11 +54,15 @@ class Split:
 
     def read_places(self, places: Places, length: int) -> tuple[Tensor, Tensor]:
         """`read` for windows that are given as places, B of them, all of one `length` T."""
-        rows = self.shards.read(*places, length + 1)  # (B, T + 1)
+        return inputs_and_targets(self.rows(places, length))
+
+    def rows(self, places: Places, length: int) -> np.ndarray:
+        """The tokens of windows and one more, (B, T + 1), as their files have them."""
+        rows = self.shards.read(*places, length + 1)
         if rows.max() >= self.vocab_size:
             b, t = np.unravel_index(int(rows.argmax()), rows.shape)
             raise self._beyond(int(places[0][b]), int(places[1][b] + t), int(rows[b, t]))
-        return tuple(torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
+        return rows
 
     def check_ids(self) -> None:
         """Raise ValueError for the first id beyond the vocabulary, in splits of up to SCAN_LIMIT bytes."""
@@ -122,16 +127,16 @@ class Sampler:
         self.batch_size, self.accumulation = batch_size, accumulation
         self.windows_per_epoch = split.count_windows(block_size)
         self._grid = split.grid(block_size)
-        # the group of the sequence whose windows were found last, and where they are
-        self._group, self._ahead = -1, (np.empty(0, np.int64), np.empty(0, np.int64))
+        # the micro-batches that were read together last: which, of whom, and their rows (k B, T + 1)
+        self._ahead: tuple[tuple[int, int, int], np.ndarray] | None = None
 
     def windows(self, first: int, count: int) -> list[Window]:
         """Windows number first, …, first + count - 1 of the sequence."""
-        return window_list(self.places(first, count), self.block_size)
+        return window_list(self.places(np.arange(first, first + count)), self.block_size)
 
-    def places(self, first: int, count: int) -> Places:
-        """Where windows number first, …, first + count - 1 of the sequence are."""
-        epochs, places = np.divmod(np.arange(first, first + count), self.windows_per_epoch)  # (count,)
+    def places(self, numbers: np.ndarray) -> Places:
+        """Where the windows with `numbers` (B,) in the sequence are."""
+        epochs, places = np.divmod(numbers, self.windows_per_epoch)  # (B,)
         keys = mix(np.uint64(hash_numbers(self.seed)) ^ epochs.astype(np.uint64))
         places = permute(places, self.windows_per_epoch, keys)
         shifts = (mix(~keys) % np.uint64(self.block_size)).astype(np.int64)
@@ -154,22 +159,26 @@ class Sampler:
     def micro_batches(self, step: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """A rank's share of the rows of a step. All ranks together see the rows that one would see."""
         rows, count = self.share(world)
-        first = step * self.batch_size * self.accumulation
-        for i in range(count):
-            yield self.batch(first + (i * world + rank) * rows, rows)
+        together = max(1, min(WINDOWS_AHEAD, TOKENS_AHEAD // self.block_size) // rows)  # micro-batches
+        for number in range(step * count, step * count + count):  # of this rank's in the whole run
+            group, place = divmod(number, together)
+            if self._ahead is None or self._ahead[0] != (group, rank, world):
+                batches = np.arange(group * together, (group + 1) * together) * world + rank
+                self._ahead = (group, rank, world), self._rows(batches[:, None] * rows + np.arange(rows))
+            yield inputs_and_targets(self._ahead[1][place * rows : (place + 1) * rows])
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (count, block_size) each, of windows number first, …"""
-        found = []
-        while count > 0:
-            group, place = divmod(first, WINDOWS_AHEAD)
-            if group != self._group:  # found together, they take a tenth of the time
-                self._group, self._ahead = group, self.places(group * WINDOWS_AHEAD, WINDOWS_AHEAD)
-            found.append([part[place : place + count] for part in self._ahead])
-            taken = len(found[-1][0])
-            first, count = first + taken, count - taken
-        shards, starts = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return self.split.read_places((shards, starts), self.block_size)
+        return inputs_and_targets(self._rows(np.arange(first, first + count)))
+
+    def _rows(self, numbers: np.ndarray) -> np.ndarray:
+        return self.split.rows(self.places(numbers.ravel()), self.block_size)
+
+
+def inputs_and_targets(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """int64, (B, T) each, of tokens (B, T + 1)."""
+    x, y = (torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
+    return x, y
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ import os
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,14 +59,14 @@ class TokenFiles(Sequence[np.ndarray]):
         if self.nbytes <= HELD_BYTES:
             places = self._ends[files] - self.lengths[files] + starts
             return self._windows(length)[places]
-        rows = np.empty((len(files), length), dtype=self.dtype)
-        names = files.tolist()
-        offsets = (starts * self.dtype.itemsize).tolist()
-        # each file is looked up when it is read: a batch may need more files than may be open
-        read = list(map(_read_into, map(self._descriptor, names), zip(rows, strict=True), offsets))
-        if min(read) < rows[0].nbytes:
-            self._refuse(names[int(np.argmin(read))])
-        return rows
+        size = length * self.dtype.itemsize
+        read = list(
+            map(_read, self._descriptors(files), repeat(size), (starts * self.dtype.itemsize).tolist())
+        )
+        rows = b"".join(read)
+        if len(rows) < size * len(read):
+            self._refuse(int(files[next(i for i, row in enumerate(read) if len(row) < size)]))
+        return np.frombuffer(rows, dtype=self.dtype).reshape(len(read), length)
 
     def chunks(self, i: int) -> Iterator[np.ndarray]:
         """The tokens of the i-th file from its beginning to its end, CHUNK_TOKENS at a time."""
@@ -89,6 +90,15 @@ class TokenFiles(Sequence[np.ndarray]):
                 )
         return self._held
 
+    def _descriptors(self, files: np.ndarray) -> Iterable[int]:
+        """Those of `files` (B,), one after another."""
+        names = files.tolist()
+        there = list(map(self._open.get, names))
+        if None not in there and len(self.paths) <= self._most_open:
+            return there
+        # each is looked up when it is read: a batch may need more files than may be open
+        return map(self._descriptor, names)
+
     def _descriptor(self, i: int) -> int:
         """The i-th file, opened; the one that was used longest ago is closed where there are too many."""
         descriptor = self._open.get(i)
@@ -109,15 +119,13 @@ class TokenFiles(Sequence[np.ndarray]):
         )
 
 
-def _seek_and_read(descriptor: int, buffers: Sequence[np.ndarray], offset: int) -> int:
-    """os.preadv of one buffer where there is none (Windows)."""
+def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
+    """os.pread where there is none (Windows)."""
     os.lseek(descriptor, offset, os.SEEK_SET)
-    data = os.read(descriptor, buffers[0].nbytes)
-    buffers[0].view(np.uint8)[: len(data)] = np.frombuffer(data, dtype=np.uint8)
-    return len(data)
+    return os.read(descriptor, size)
 
 
-_read_into = getattr(os, "preadv", _seek_and_read)
+_read = getattr(os, "pread", _seek_and_read)
 
 
 def _files_allowed() -> int:

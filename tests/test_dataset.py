@@ -91,14 +91,23 @@ def test_a_batch_depends_on_its_place_alone(tmp_path):
     assert sampler_of(split, 8, 10).batch(0, 12)[0].tolist() != whole.tolist()
 
 
-def test_windows_found_ahead_are_those_of_the_sequence(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "world"), [(2, 3, 1), (6, 2, 1), (2, 4, 2), (4, 3, 2)]
+)
+def test_what_is_read_ahead_is_the_sequence(tmp_path, monkeypatch, batch_size, accumulation, world):
     monkeypatch.setattr(dataset, "WINDOWS_AHEAD", 5)
     split = make_split(tmp_path, [90, 60])
-    sampler = sampler_of(split, block_size=7, seed=3)
-    for first, count in ((0, 3), (3, 9), (40, 1), (2, 12), (0, 3)):  # over groups and epochs, and back
-        found, _ = sampler.batch(first, count)
-        expected, _ = split.read(sampler.windows(first, count))
-        assert found.tolist() == expected.tolist()
+    sampler = sampler_of(split, 7, 3, batch_size, accumulation)
+    rows, count = sampler.share(world)
+    for step in (0, 1, 2, 40, 1, 0):  # over groups and epochs, and back
+        for rank in range(world):
+            found = list(sampler.micro_batches(step, rank, world))
+            for i, (x, y) in enumerate(found):
+                first = step * batch_size * accumulation + (i * world + rank) * rows
+                for window, row in zip(sampler.windows(first, rows), zip(x, y, strict=True), strict=True):
+                    tokens = split.shards[window.shard][window.start : window.start + 8].tolist()
+                    assert tokens == [*row[0].tolist(), int(row[1][-1])] and tokens[1:] == row[1].tolist()
+            assert len(found) == count
 
 
 @pytest.mark.parametrize(
