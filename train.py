@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,25 @@ from torch import Tensor, nn
 from configurator import Resolved, command, setting
 from fradique import (
     auto,
-    checkpoint,
     dataset,
     evaluation,
-    finetune,
-    layouts,
+    keeping,
     limits,
-    memory,
     metrics,
     optimizer,
-    pretrained,
     ranks,
+    restart,
     run,
     runtime,
     schedule,
-    snapshots,
     stability,
+    starting,
+    telling,
 )
 from fradique import tokenizer as tokenizers
 from fradique.state import TrainState
-from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, POSITIONS, GPTConfig
+from fradique.training import Training, tokens_per_step
+from model import ACTIVATIONS, NORM_PLACES, NORMS, POSITIONS
 
 TRIAL_SECONDS = 1.0  # for which `auto` tries a size
 
@@ -146,7 +145,7 @@ class TrainSettings:
 
     def problems(self) -> list[str]:
         """Contradictions between settings that are each sound by themselves."""
-        found = [] if self.auto else model_config(self, vocab_size=1).problems()  # auto has yet to choose these
+        found = [] if self.auto else starting.model_config(self, vocab_size=1).problems()  # auto has yet to choose these
         if not self.auto and self.decay_lr and self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             found.append(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         try:
@@ -169,36 +168,12 @@ class TrainSettings:
         return found
 
 
-@dataclass
-class Training:
-    """A run that is set up: what `train_step` and `evaluate` need."""
-
-    settings: TrainSettings
-    runtime: runtime.Runtime
-    corpus: dataset.Corpus
-    sampler: dataset.Sampler
-    model: GPT
-    forward: nn.Module  # the model, compiled and shared between processes where that is on
-    optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler
-    state: TrainState
-    pace: metrics.Pace
-    log: metrics.RunLog
-    held: run.Held | None = None  # the folder, where this process writes to it
-    saved_step: int = -1  # of the last checkpoint that this process wrote
-
-    def close(self) -> None:
-        self.log.close()
-        if self.held is not None:
-            self.held.lock.release()
-
-
 @limits.explained
 def main(resolved: Resolved[TrainSettings]) -> int:
     settings, notes = resolved.settings, ()
     with ranks.named_if_lost():
         runtime.join(settings.device, settings.backend, settings.dist_timeout)
-        settings = ranks.agree(lambda: after_restart(settings))
+        settings = ranks.agree(lambda: restart.after_restart(settings))
         if settings.auto and settings.init_from == "scratch" and not settings.eval_only:
             settings, notes = choose(settings, {key: getattr(settings, key) for key in resolved.explicit})
         t = set_up(settings, notes)
@@ -216,21 +191,6 @@ def main(resolved: Resolved[TrainSettings]) -> int:
         t.runtime.close()
 
 
-def after_restart(settings: TrainSettings) -> TrainSettings:
-    """The settings; where torchrun starts again what it had begun, such that the run goes on."""
-    if not started_again(settings):
-        return settings
-    if checkpoint.step_folders(Path(settings.out_dir)):
-        return replace(settings, init_from="resume", overwrite=False)
-    return settings if settings.init_from == "resume" else replace(settings, overwrite=True)
-
-
-def started_again(settings: TrainSettings) -> bool:
-    """Whether torchrun has lost a process of this very run, and starts all of them again."""
-    here = Path(settings.out_dir)
-    return not settings.eval_only and ranks.restarts() > 0 and run.began_here(here, ranks.launch())
-
-
 def train(t: Training) -> int:
     """The loop. Returns the exit status: 0, or 128 + n after signal n."""
     stop = runtime.StopSignal()
@@ -246,21 +206,21 @@ def loop(t: Training, stop: runtime.StopSignal) -> int:
                 evaluate_and_save(t)
                 if out_of_patience(t) or finished(t):
                     break
-            keep_snapshot(t)
+            keeping.keep_snapshot(t)
             with t.pace.step():
                 loss, norm = train_step(t, learning_rate(t))
             state.step += 1
             if state.step % settings.log_interval == 0:
-                log_step(t, loss, norm)
+                telling.log_step(t, loss, norm)
             if settings.sample_interval and state.step % settings.sample_interval == 0:
                 with t.pace.aside():
-                    write_sample(t)
+                    keeping.write_sample(t)
             if t.log.broken:  # python train.py | head
                 stop.number = stop.number or runtime.SIGPIPE
             if stop.heard(t.runtime):
                 return leave_early(t, stop)
         evaluate_and_save(t, last=True)
-        keep_snapshot(t, last=True)
+        keeping.keep_snapshot(t, last=True)
         if t.pace.too_short:
             ends, closing = (metrics.duration(s) for s in (t.pace.elapsed() + t.pace.closing, t.pace.closing))
             trained = f"{state.step} steps were made" if state.step else "no time was left to train"
@@ -313,7 +273,7 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     for one in t.optimizers:
         t.scaler.unscale_(one)
     norm = optimizer.clip_gradients(t.model, settings.grad_clip)
-    sound = is_sound(t, total, norm)
+    sound = stability.is_sound(t, total, norm)
     if sound and (not t.scaler.is_enabled() or math.isfinite(norm)):  # float16: all optimizers step, or none
         for one in t.optimizers:
             t.scaler.step(one)
@@ -322,31 +282,6 @@ def train_step(t: Training, lr: float) -> tuple[Tensor, Tensor]:
     for one in t.optimizers:  # Muon's views of the gradients too
         one.zero_grad(set_to_none=True)
     return total, norm
-
-
-def is_sound(t: Training, loss: Tensor, norm: Tensor) -> bool:
-    """Whether a step may be taken; False for one that is to be left out. Raises ValueError for one that has to
-    stop the run. A card is not waited for where nothing is to be left out: the log looks at its losses."""
-    s, past, step = t.settings, t.state.past, t.state.step + 1
-    if not (s.skip_nonfinite or s.spike_sigmas):
-        if t.runtime.device.type != "cuda":
-            check_finite(t, step, loss, norm)
-        return True
-    (loss,) = t.runtime.sum(loss.item() / t.runtime.world)  # not finite anywhere: not finite for all
-    norm = norm.item()
-    if t.scaler.is_enabled() and not math.isfinite(norm):
-        return True  # float16's overflow, of which the scaler takes care
-    why = stability.trouble(past, loss, norm, s.spike_sigmas)
-    if why is None:
-        past.remember(loss, norm) if s.spike_sigmas else past.forgive()
-        return True
-    if not s.skip_nonfinite:
-        raise ValueError(unsound(t, step, why))
-    past.skip()
-    if past.in_a_row >= stability.TOO_MANY:
-        raise ValueError(unsound(t, step, f"{why}, and {past.in_a_row} steps in a row were left out"))
-    t.log.warn(f"step {step}: {why}; it is left out, as {past.skipped - 1} before it")
-    return False
 
 
 def choose(settings: TrainSettings, fixed: dict[str, Any]) -> tuple[TrainSettings, tuple[str, ...]]:
@@ -411,7 +346,7 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         ranks.agree(lambda: run.check_free(folder, settings.overwrite) if new else run.check_unheld(folder))
     corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
     torch.manual_seed(settings.seed)
-    model, settings, held = make_model(settings, corpus)
+    model, settings, held = starting.make_model(settings, corpus)
     budget = metrics.seconds(settings.time_budget)
     place = runtime.start(
         device=settings.device,
@@ -454,7 +389,7 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
     )
     if held:
         if place.sharded:
-            held = read_parts(held, model, optimizers)
+            held = starting.read_parts(held, model, optimizers)
         optimizer.load_state_by_name(optimizers, held.optimizer)
         if place.dtype == torch.float16 and state.scaler:  # the run may have begun in another dtype
             scaler.load_state_dict(state.scaler)
@@ -497,7 +432,7 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         held=ours,
         saved_step=state.step if held else -1,
     )
-    introduce(t)
+    telling.introduce(t)
     t.forward = compile_forward(t) if place.compile else model
     if share:
         t.forward = place.wrap(t.forward)
@@ -508,166 +443,11 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
     return t
 
 
-def make_model(
-    settings: TrainSettings, corpus: dataset.Corpus
-) -> tuple[GPT, TrainSettings, checkpoint.Checkpoint | None]:
-    """The model by init_from, the settings with its true shape, and the checkpoint where a run is resumed."""
-    tokenizer = corpus.tokenizer
-    if settings.init_from == "scratch":
-        shape = model_config(settings, padded(tokenizer))
-        expect_memory(settings, shape)
-        model = GPT(shape)
-        choose_trained(model, settings)
-        return model, settings, None
-    if settings.init_from == "resume":
-        folder = Path(settings.out_dir)
-        run.check_tokenizer(folder, tokenizer, corpus.folder)
-        latest = ranks.agree(
-            lambda: checkpoint.newest(
-                folder, lambda text: print(f"warning: {text}", file=sys.stderr), run.name_of(folder)
-            )
-        )
-        in_parts = settings.parallel == "fsdp" and ranks.here()[2] > 1
-        held = checkpoint.describe(latest) if in_parts else checkpoint.load(latest, verified=True)
-        described = {name: value for name, value in held.config.items() if name != finetune.ALPHA}
-        tensors = checkpoint.shapes(latest / "model.safetensors") if in_parts else held.model
-        layouts.check_ours(described, tensors, str(latest / "model.json"))
-        shape = model_config(settings, held.config["vocab_size"])
-        with torch.device("cpu" if in_parts else "meta"):  # no memory yet: it adopts what was loaded
-            model = GPT(shape)
-            choose_trained(model, settings)
-        expect_memory(settings, shape, finetune.trained(model))
-        if not in_parts:
-            checkpoint.adopt(model, held.model, str(latest))
-        check_same_shape(shape, held.config, folder)
-        return model, settings, held
-    weights = pretrained.load(settings.init_from)
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**weights.config | {"dropout": settings.dropout, "flash": settings.flash}))
-    checkpoint.adopt(model, weights.tensors, weights.source)
-    pretrained.check_tokenizer(weights, tokenizer, corpus.folder)
-    if weights.tokenizer is None:
-        print(
-            f"warning: {weights.source} comes without a tokenizer that this program knows: whether the tokens of "
-            f"{corpus.folder} mean the same to it cannot be checked",
-            file=sys.stderr,
-        )
-    if settings.block_size < model.config.block_size:
-        model.crop_block_size(settings.block_size)
-    elif settings.block_size > model.config.block_size:
-        raise ValueError(
-            f"block_size = {settings.block_size} is longer than the {model.config.block_size} positions of "
-            f"{weights.source}: choose --block_size={model.config.block_size} or less"
-        )
-    choose_trained(model, settings)
-    expect_memory(settings, model.config, finetune.trained(model))
-    shape = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
-    return model, replace(settings, **shape), None
-
-
-def read_parts(
-    held: checkpoint.Checkpoint, model: GPT, optimizers: list[torch.optim.Optimizer]
-) -> checkpoint.Checkpoint:
-    """Fill a model in parts from a checkpoint that was only described; with it the optimizer's part, for
-    `optimizer.load_state_by_name`."""
-    from fradique import sharding
-
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    checkpoint.fit(weights, checkpoint.shapes(held.folder / "model.safetensors"), str(held.folder))
-    state = optimizer.empty_state(optimizers, checkpoint.shapes(held.folder / "optimizer.safetensors"))
-    sharding.read(held.folder, weights | state)
-    return replace(held, optimizer=state)
-
-
-def expect_memory(settings: TrainSettings, shape: GPTConfig, trained: int | None = None) -> None:
-    """Warn where the run will take more memory than there is; and let the message know, should it run out."""
-    rank, local_rank, world = ranks.here()
-    place = runtime.choose_device(settings.device, local_rank, world)
-    warning = limits.expect(memory_plan(settings, shape, trained, place, world), place)
-    if warning and rank == 0:
-        print(f"warning: {warning}", file=sys.stderr)
-
-
-def memory_plan(
-    settings: TrainSettings, shape: GPTConfig, trained: int | None, place: torch.device, world: int
-) -> memory.Plan:
-    """What the memory of a run depends on. `trained`: how many parameters are; None: all."""
-    return memory.Plan(
-        shape=shape,
-        batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        device=place.type,
-        dtype=runtime.choose_dtype(settings.dtype, place, shape.n_embd, shape.vocab_size)[0],
-        optimizer=settings.optimizer,
-        parallel=settings.parallel,
-        world=world,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        trained=trained,
-    )
-
-
-def check_same_shape(asked: GPTConfig, held: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError where a resumed run would go on as another model: many settings change no tensor."""
-    free = ("dropout", "flash")
-    before = {field.name: held.get(field.name, field.default) for field in fields(GPTConfig)}
-    changed = {name: value for name, value in before.items() if name not in free and getattr(asked, name) != value}
-    if changed:
-        raise ValueError(
-            f"the run in {folder} cannot go on as another model: "
-            + "; ".join(f"{name} was {value!r} and is {getattr(asked, name)!r} now" for name, value in changed.items())
-            + f". Leave these as they were, or begin a new run with --init_from={folder}"
-        )
-
-
-def choose_trained(model: GPT, settings: TrainSettings) -> None:
-    """LoRA beside frozen weights, or some layers frozen, as the settings say."""
-    if settings.lora_rank:
-        finetune.add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
-    if settings.freeze:
-        finetune.freeze(model, settings.freeze)
-
-
-def model_config(settings: TrainSettings, vocab_size: int) -> GPTConfig:
-    shape = {name: getattr(settings, name) for name in GPTConfig.names() if hasattr(settings, name)}
-    return GPTConfig(vocab_size=vocab_size, **shape)
-
-
-def padded(tokenizer: tokenizers.Tokenizer) -> int:
-    """The model's vocabulary: a large one is rounded up to a multiple of 64, which GPUs multiply faster."""
-    return tokenizer.vocab_size if tokenizer.kind == "char" else -(-tokenizer.vocab_size // 64) * 64
-
-
-def settings_of_the_run(settings: TrainSettings) -> tuple[dict[str, Any], str] | None:
-    """Where a run is resumed, its own settings come under those of this call."""
-    folder = Path(settings.out_dir)
-    again = started_again(settings) and checkpoint.step_folders(folder)
-    if settings.init_from != "resume" and not again:
-        return None
-    saved = run.saved_settings(folder)
-    of_that_call = ("init_from", "overwrite", "eval_only", "debug")
-    return {key: saved[key] for key in saved if key not in of_that_call}, str(folder / run.SETTINGS)
-
-
 def wandb_options(settings: TrainSettings) -> dict[str, Any] | None:
     if not settings.wandb_log:
         return None
     name = settings.wandb_run_name or Path(settings.out_dir).name
     return {"project": settings.wandb_project, "name": name, "config": asdict(settings)}
-
-
-def introduce(t: Training) -> None:
-    """Say what is about to run, and what was chosen by itself."""
-    size = metrics.human(t.model.num_params(non_embedding=False))
-    part = finetune.trained(t.model)
-    some = f", {metrics.human(part)} of them trained," if part < t.model.num_params(False) else ""
-    t.log.say(f"{size} parameters{some} on {t.runtime.describe()}; {tokens_per_step(t.settings):,} tokens a step")
-    t.log.say(
-        f"{t.corpus.folder}: {t.corpus.train.tokens:,} tokens to train on, {t.corpus.val.tokens:,} to validate"
-    )
-    for note in t.runtime.notes:
-        t.log.say(note)
-    if t.settings.init_from == "resume":
-        t.log.say(f"going on at step {t.state.step}")
 
 
 def compile_forward(t: Training) -> nn.Module:
@@ -685,60 +465,6 @@ def try_pass(t: Training, forward: nn.Module) -> None:
     t.model.zero_grad(set_to_none=True)
 
 
-def check_finite(t: Training, step: int, loss: float | Tensor, norm: float | Tensor = 0.0) -> None:
-    """Raise ValueError where the loss (or, but for float16, which skips such steps, the gradient) is not finite."""
-    what = None
-    if not math.isfinite(norm) and t.runtime.dtype != torch.float16:
-        what = "gradient"
-    if not math.isfinite(loss):
-        what = "loss"
-    if what:
-        raise ValueError(unsound(t, step, f"the {what} is not finite"))
-
-
-def unsound(t: Training, step: int, why: str) -> str:
-    """What to say of a step that stops the run."""
-    return (
-        f"step {step}: {why}; the run stops here and its checkpoints in {t.settings.out_dir} are good. Try a "
-        "lower learning_rate, more warmup_iters, a smaller grad_clip"
-        + (", dtype=bfloat16 or float32" if t.runtime.dtype != torch.float32 else "")
-        + ", or --skip_nonfinite=True to leave such steps out; go on from the last checkpoint with "
-        "--init_from=resume"
-    )
-
-
-def log_step(t: Training, loss: Tensor, norm: Tensor) -> None:
-    """One line of metrics: the loss (mean over ranks) of the step just done, and the speed since the last."""
-    if not t.settings.skip_nonfinite:
-        check_finite(t, t.state.step, loss, norm)
-    loss = t.runtime.sum(loss.item())[0] / t.runtime.world
-    tokens = tokens_per_step(t.settings)
-    step_seconds = t.pace.step_seconds(t.state.step)
-    speed = tokens / step_seconds
-    peak = t.runtime.peak_flops()
-    record = {
-        "step": t.state.step,
-        "loss": loss,
-        "lr": t.optimizers[-1].param_groups[0]["lr"],  # AdamW's, where there are two
-        "grad_norm": norm.item() if math.isfinite(norm) else None,
-        "tokens": t.state.step * tokens,
-        "seconds": t.pace.elapsed(),
-        "step_seconds": step_seconds,
-        "tokens_per_second": speed,
-        "mfu": speed * t.model.flops_per_token() / peak if peak else None,
-    }
-    if t.state.past.skipped:
-        record["skipped"] = t.state.past.skipped
-    if not math.isfinite(loss):  # of a step that was left out
-        del record["loss"]
-    t.log.write(record)
-    t.log.progress(t.state.step if t.pace.budget is None else t.pace.elapsed(), record)
-
-
-def tokens_per_step(settings: TrainSettings) -> int:
-    return settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
-
-
 def fixed_losses(t: Training, seconds: list[float] | None = None) -> dict[str, float]:
     s, place = t.settings, t.runtime
     return evaluation.fixed_losses(
@@ -754,30 +480,30 @@ def whole_validation(t: Training) -> evaluation.WholeSplit:
 def evaluate_and_save(t: Training, last: bool = False) -> None:
     """Evaluate, log, draw, and keep a checkpoint, once a step; the last step is kept in any case."""
     state = t.state
-    follow(t)
+    keeping.follow(t)
     if state.last_eval_step == state.step:
         if last and t.saved_step != state.step:
-            save(t)
+            keeping.save(t)
         return
     with t.pace.aside():
         seconds: list[float] = []  # that a window took, of each batch
         losses = fixed_losses(t, seconds)
         evaluated = time.monotonic()
-        check_finite(t, state.step, sum(losses.values()))
+        stability.check_finite(t, state.step, sum(losses.values()))
         state.last_eval_step = state.step
         improved = state.best_val_loss is None or losses["val"] < state.best_val_loss
         if improved:
             state.best_val_loss, state.best_step, state.evals_since_best = losses["val"], state.step, 0
         else:
             state.evals_since_best += 1
-        log_evaluation(t, losses)
+        telling.log_evaluation(t, losses)
         window = statistics.median(seconds)
         t.pace.closing = closing_seconds(t, window, 0.0)  # a checkpoint tells it
         if improved or last or t.settings.always_save_checkpoint:
-            save(t, best=improved)
+            keeping.save(t, best=improved)
         in_keeping = time.monotonic() - evaluated
         if t.pace.budget is not None and not t.pace.writing:
-            write_sample(t)  # the last step is followed by one: see how long it takes
+            keeping.write_sample(t)  # the last step is followed by one: see how long it takes
     t.pace.closing = closing_seconds(t, window, in_keeping)
     if not state.step:
         t.pace.begun = t.pace.elapsed()
@@ -793,84 +519,6 @@ def closing_seconds(t: Training, window: float, in_keeping: float) -> float:
     here, there = (split.count_windows(size) for split in (t.corpus.train, t.corpus.val))
     windows = min(count, here) + min(count, there) + there
     return 1.1 * (window * windows / t.runtime.world + in_keeping + t.pace.writing)
-
-
-def log_evaluation(t: Training, losses: dict[str, float]) -> None:
-    step = t.state.step
-    best = " (best)" if t.state.best_step == step else ""
-    t.log.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{best}")
-    record = {"step": step, "eval_train_loss": losses["train"], "eval_val_loss": losses["val"]}
-    tokens = step * tokens_per_step(t.settings)
-    t.log.write(record | {"tokens": tokens, "seconds": t.pace.elapsed()})
-    if t.runtime.is_main:
-        draw_curve(t)
-
-
-def draw_curve(t: Training) -> None:
-    """Refresh loss.png in the run folder. A picture that cannot be drawn is no reason to stop a run."""
-    folder = Path(t.settings.out_dir)
-    try:
-        from lab import curves
-
-        # a figure is a ring of objects: what comes to be old while it is drawn would pile up for long
-        gc.disable()
-        curves.draw([curves.read(folder)], folder / run.CURVE)
-    except ImportError:
-        t.log.warn_once("there is no matplotlib, so no loss.png: pip install matplotlib")
-    except (OSError, ValueError) as error:
-        t.log.warn_once(f"loss.png cannot be drawn: {error}")
-    finally:
-        gc.enable()
-        gc.collect(1)
-
-
-def save(t: Training, best: bool = False) -> None:
-    """Write a step checkpoint, make it the best where it is, and drop the oldest. Rank 0 does, and all wait;
-    of a model in parts each writes its own."""
-    if t.runtime.is_main or t.runtime.sharded:
-        pace = t.pace
-        now = {"seconds": pace.elapsed(), "closing_seconds": pace.closing, "writing_seconds": pace.writing}
-        state = asdict(t.state) | now | {"scaler": t.scaler.state_dict()}
-        held = checkpoint.Checkpoint(
-            config=asdict(t.model.config) | finetune.describe(t.model),
-            model={name: p.detach() for name, p in t.model.named_parameters()},
-            optimizer=optimizer.state_by_name(t.optimizers),
-            state=state,
-            run=t.held.name if t.held else None,
-        )
-        way = checkpoint.Alone
-        if t.runtime.sharded:
-            from fradique import sharding
-
-            t.model.reshard()  # what an evaluation has gathered
-            way = sharding.Together
-        folder = Path(t.settings.out_dir)
-        checkpoint.keep(folder, held, best=best, last=t.settings.keep_checkpoints, way=way)
-    t.saved_step = t.state.step
-    t.runtime.wait()
-
-
-def follow(t: Training) -> None:
-    """Go on where the run folder is now, should somebody have moved or deleted it."""
-    folder, moved = ranks.agree(lambda: t.held.place())
-    if moved:
-        t.log.warn(moved)
-        t.settings = replace(t.settings, out_dir=str(folder))
-        t.log.move(folder)
-
-
-def keep_snapshot(t: Training, last: bool = False) -> None:
-    """Keep the embeddings, where it is time to. A picture that will lack one is no reason to stop a run."""
-    interval, step = t.settings.snapshot_interval, t.state.step
-    if not interval or not (last or step % interval == 0):
-        return
-    with t.pace.aside():
-        tables = snapshots.of(t.model)  # of a model in parts, by all ranks
-        try:
-            if t.runtime.is_main:
-                snapshots.keep(Path(t.settings.out_dir), step, tables)
-        except OSError as error:
-            t.log.warn_once(f"embeddings cannot be kept for lab.movie: {error.strerror or error}")
 
 
 def finished(t: Training) -> bool:
@@ -893,8 +541,8 @@ def out_of_patience(t: Training) -> bool:
 
 def leave_early(t: Training, stop: runtime.StopSignal) -> int:
     """After a signal: save and go. A resumed run continues as if nothing had happened."""
-    follow(t)
-    save(t)
+    keeping.follow(t)
+    keeping.save(t)
     t.log.say(
         f"{stop.name}: saved step {t.state.step}; go on with: "
         f"python train.py --init_from=resume --out_dir={t.settings.out_dir}"
@@ -906,11 +554,11 @@ def finish(t: Training) -> None:
     """The whole validation split, once, by the best checkpoint; a sample; and where all this lies."""
     folder, state = Path(t.settings.out_dir), t.state
     if state.best_step not in (None, state.step):
-        load_best(t, folder / "best")
+        keeping.load_best(t, folder / "best")
     final = whole_validation(t)
     record = {"step": state.step, "best_step": state.best_step, "seconds": t.pace.elapsed()}
     t.log.write(record | {f"final_{key}": value for key, value in asdict(final).items()})
-    sample = write_sample(t)
+    sample = keeping.write_sample(t)
     t.log.close()
     t.log.say(
         f"\n{sample}\n\nwhole validation split: {final} (weights of step {state.best_step}, the best)\n"
@@ -920,18 +568,6 @@ def finish(t: Training) -> None:
     )
 
 
-def load_best(t: Training, folder: Path) -> None:
-    """Its weights into the model."""
-    if not t.runtime.sharded:
-        checkpoint.load_into(t.model, checkpoint.load(folder, with_optimizer=False).model, str(folder))
-        return
-    from fradique import sharding
-
-    ranks.agree(lambda: checkpoint.verify(folder))
-    t.model.reshard()
-    sharding.read(folder, {name: p.detach() for name, p in t.model.named_parameters()})
-
-
 def report_evaluation(t: Training) -> None:
     """What eval_only prints: both splits on the fixed windows, then the whole validation split."""
     losses = fixed_losses(t)
@@ -939,24 +575,5 @@ def report_evaluation(t: Training) -> None:
     t.log.say(f"whole validation split: {whole_validation(t)}")
 
 
-def write_sample(t: Training) -> str:
-    """Draw a sample with the tokens of `sample_start` before it, keep it in samples.txt, and return it."""
-    settings, tokenizer, start = t.settings, t.corpus.tokenizer, time.monotonic()
-    if not (t.runtime.is_main or t.runtime.sharded):  # of a model in parts, all draw the same
-        return ""
-    prompt = tokenizers.encode_prompt(tokenizer, settings.sample_start)
-    idx = torch.from_numpy(prompt.astype("int64"))[None].to(t.runtime.device)  # (1, T)
-    generator = torch.Generator(t.runtime.device)
-    generator.manual_seed(dataset.hash_numbers(settings.seed, t.state.step))
-    with t.runtime.autocast():
-        out = t.model.generate(
-            idx, settings.sample_tokens, temperature=0.8, n_vocab=tokenizer.vocab_size, generator=generator
-        )
-    text = tokenizer.decode(out[0].tolist())
-    t.log.sample(t.state.step, text)
-    t.pace.writing = time.monotonic() - start
-    return text
-
-
 if __name__ == "__main__":
-    sys.exit(command(main, TrainSettings, base=settings_of_the_run))
+    sys.exit(command(main, TrainSettings, base=restart.settings_of_the_run))

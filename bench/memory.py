@@ -28,7 +28,7 @@ import torch
 import train
 from bench import machine
 from bench.train import ROOT, each_config, name_of, one_step, settings_for
-from fradique import memory, ranks
+from fradique import keeping, memory, ranks, starting
 from fradique.metrics import human
 from model import GPTConfig
 
@@ -106,9 +106,9 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
             one_step(t)
         machine.wait(device)
         peak = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
-        train.save(t)
+        keeping.save(t)
         with_checkpoint = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
-        plan = train.memory_plan(t.settings, t.model.config, None, device, t.runtime.world)
+        plan = starting.memory_plan(t.settings, t.model.config, None, device, t.runtime.world)
         estimated = memory.estimate(plan)
         t.close()
         t.forward = t.model

@@ -14,7 +14,7 @@ from conftest import flags, make_text, run_script, run_training, write_corpus
 
 import train
 from configurator import command
-from fradique import checkpoint
+from fradique import checkpoint, restart
 
 
 def refused(settings, *words, **options):
@@ -210,7 +210,7 @@ def test_an_out_dir_that_is_read_only_is_told_and_left_as_it_was(settings, words
     folder.chmod(0o555)
     capsys.readouterr()
     argv = [*flags(settings), *words]
-    assert command(train.main, train.TrainSettings, argv, base=train.settings_of_the_run) == 2
+    assert command(train.main, train.TrainSettings, argv, base=restart.settings_of_the_run) == 2
     folder.chmod(0o755)
     said = capsys.readouterr().err
     assert said.startswith(f"error: out_dir={folder} cannot be written to: ") and "Permission denied" in said

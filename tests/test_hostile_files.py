@@ -14,9 +14,9 @@ from safetensors.numpy import load as load_safetensors
 
 from fradique import checkpoint, dataset, documents, metrics, pretrained, run, snapshots
 from fradique import tokenizer as tokenizers
+from fradique.state import TrainState
 from lab import curves, report
 from sample import open_writer, read_prompt
-from train import TrainState
 
 seeds = targets.seeds
 DEEP = b"[" * 100_000

@@ -184,10 +184,11 @@ LIMITED = """
 import re, resource, sys
 import train
 from configurator import command
+from fradique import restart
 from pathlib import Path
 size = int(re.search(r"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 + {room}
 resource.setrlimit(resource.{kind}, (size, size))
-sys.exit(command(train.main, train.TrainSettings, sys.argv[1:], base=train.settings_of_the_run))
+sys.exit(command(train.main, train.TrainSettings, sys.argv[1:], base=restart.settings_of_the_run))
 """
 
 

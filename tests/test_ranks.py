@@ -8,7 +8,7 @@ import torch.distributed as dist
 from conftest import run_training
 
 import train
-from fradique import checkpoint, ranks, run
+from fradique import checkpoint, ranks, restart, run
 
 
 def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
@@ -37,16 +37,16 @@ def again(monkeypatch):
 
 def test_what_torchrun_starts_again_goes_on(settings, again):
     run_training(replace(settings, max_iters=5))
-    assert train.after_restart(settings) == replace(settings, init_from="resume")
-    assert train.after_restart(replace(settings, overwrite=True)).overwrite is False
-    assert train.settings_of_the_run(settings)[0]["max_iters"] == 5  # what the run itself was begun with
+    assert restart.after_restart(settings) == replace(settings, init_from="resume")
+    assert restart.after_restart(replace(settings, overwrite=True)).overwrite is False
+    assert restart.settings_of_the_run(settings)[0]["max_iters"] == 5  # what the run itself was begun with
 
 
 def test_a_run_of_another_call_is_never_gone_on_with(settings, monkeypatch, again):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-16")
     run_training(replace(settings, max_iters=5))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
-    assert train.after_restart(settings) == settings and train.settings_of_the_run(settings) is None
+    assert restart.after_restart(settings) == settings and restart.settings_of_the_run(settings) is None
     with pytest.raises(ValueError, match="already holds a run"):
         train.set_up(settings)
 
@@ -54,7 +54,7 @@ def test_a_run_of_another_call_is_never_gone_on_with(settings, monkeypatch, agai
 def test_a_first_start_is_no_restart(settings, monkeypatch, again):
     run_training(replace(settings, max_iters=5))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert train.after_restart(settings) == settings
+    assert restart.after_restart(settings) == settings
 
 
 def test_what_was_lost_before_its_first_checkpoint_begins_anew(settings, again):
@@ -62,7 +62,7 @@ def test_what_was_lost_before_its_first_checkpoint_begins_anew(settings, again):
     folder = Path(settings.out_dir)
     for step in checkpoint.step_folders(folder):
         step.rename(folder / f"gone-{step.name}")
-    assert train.after_restart(settings) == replace(settings, overwrite=True)
+    assert restart.after_restart(settings) == replace(settings, overwrite=True)
     assert run.began_here(folder, "job-17") and not run.began_here(folder, None)
 
 

@@ -23,7 +23,7 @@ from conftest import ROOT, flags, losses, run_script, run_training, torchrun
 
 import train
 from configurator import command
-from fradique import checkpoint, dataset, evaluation, metrics, optimizer, runtime
+from fradique import checkpoint, dataset, evaluation, metrics, optimizer, restart, runtime
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
@@ -81,7 +81,7 @@ def interrupted(settings, interrupt, step: int) -> Path:
 def resume(folder: Path) -> None:
     """python train.py --init_from=resume --out_dir=…, in this process."""
     words = ["--init_from=resume", f"--out_dir={folder}"]
-    assert command(train.main, train.TrainSettings, words, base=train.settings_of_the_run) == 0
+    assert command(train.main, train.TrainSettings, words, base=restart.settings_of_the_run) == 0
 
 
 def state_of(folder: Path) -> dict:

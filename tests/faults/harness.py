@@ -66,6 +66,7 @@ def fork(flags: Sequence[str], said: Path, before: Callable[[], None] = lambda: 
     """train.py in a copy of this process, which need not import torch again: its pid. What it says goes to
     the end of the file `said`. `before` runs in it first."""
     import train  # once, before the first fork
+    from fradique import restart
 
     pid = os.fork()
     if pid:
@@ -76,7 +77,7 @@ def fork(flags: Sequence[str], said: Path, before: Callable[[], None] = lambda: 
         for stream in (1, 2):
             os.dup2(number, stream)
         before()
-        status = train.command(train.main, train.TrainSettings, flags, base=train.settings_of_the_run)
+        status = train.command(train.main, train.TrainSettings, flags, base=restart.settings_of_the_run)
     except BaseException:
         import traceback
 

@@ -31,11 +31,24 @@ import seeds  # noqa: E402
 
 import configurator  # noqa: E402
 import sample  # noqa: E402
-from fradique import checkpoint, corpus, dataset, documents, export, metrics, optimizer, run, snapshots, text  # noqa: E402
+from fradique import (  # noqa: E402  # noqa: E402
+    checkpoint,
+    corpus,
+    dataset,
+    documents,
+    export,
+    metrics,
+    optimizer,
+    run,
+    snapshots,
+    starting,
+    text,
+)
 from fradique import tokenizer as tokenizers  # noqa: E402
+from fradique.state import TrainState  # noqa: E402
 from lab import curves, look, report  # noqa: E402
 from model import GPTConfig  # noqa: E402
-from train import TrainSettings, TrainState  # noqa: E402
+from train import TrainSettings  # noqa: E402
 
 LONGEST_MESSAGE = 20_000  # characters: what somebody may still scroll through
 PROSE = "Era uma vez, n'uma ilha,\r\n um gato:\t42 luas \U0001f984 日本 \0 é."
@@ -270,10 +283,8 @@ def continue_run(here: Path) -> None:
     """What resuming does before it trains: the settings, the model, its weights, the optimizer's state."""
     saved = run.saved_settings(here)
     resolved = configurator.resolve(TrainSettings, ["--device=cpu"], saved, "settings.json")
-    import train
-
     opened = dataset.Corpus(here, None, None, tokenizers.CharTokenizer(seeds.CHARS))
-    model, found, held = train.make_model(
+    model, found, held = starting.make_model(
         replace(resolved.settings, out_dir=str(here), init_from="resume"), opened
     )
     built = optimizer.build(
