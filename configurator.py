@@ -42,6 +42,7 @@ MOST_BYTES = 1 << 20  # of a config file
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # in torch's RuntimeErrors
 TOO_LARGE = "there is not enough memory for this: make the model, batch_size or block_size smaller"
 SHOWN = 200  # characters of a flag in a message
+PROBLEMS_TOLD = 20  # in one message
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 
 
@@ -315,7 +316,9 @@ class _Draft:
         if settings is not None and hasattr(settings, "problems"):
             problems += settings.problems()
         if len(problems) > 1:
-            problems = ["\n  - ".join([f"{len(problems)} problems with the settings:", *problems])]
+            told = [f"{len(problems)} problems with the settings:", *problems[:PROBLEMS_TOLD]]
+            more = len(problems) - PROBLEMS_TOLD
+            problems = ["\n  - ".join(told) + (f"\nand {more} more" if more > 0 else "")]
         if problems:
             raise ValueError(problems[0]) from self.failed
         explicit = {key for key, source in self.sources.items() if source not in ("default", self.base_name)}

@@ -724,3 +724,10 @@ def test_settings_are_checked_before_a_saved_run_is_looked_for(capsys):
 
     assert in_process(print, "--n_layer=0", base=base) == 2
     assert "--n_layer=0: must be at least 1" in capsys.readouterr().err
+
+
+def test_of_many_problems_the_first_twenty_are_told():
+    flags = [f"--no_such_setting_{i}={'x' * 300}" for i in range(500)]
+    lines = told(*flags).splitlines()
+    assert lines[0] == "500 problems with the settings:" and lines[-1] == "and 480 more"
+    assert len(lines) == 22 and "no_such_setting_19" in lines[-2]
