@@ -19,17 +19,19 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import train
 from bench import machine
 from bench.train import ROOT, each_config, name_of, one_step, settings_for
 from fradique import keeping, memory, ranks, starting
 from fradique.metrics import human
+from fradique.training import Training
 from model import GPTConfig
 
 # GPT-2's sizes (Radford et al. 2019): layers, heads, width. The vocabulary is padded as train.py pads it.
@@ -110,6 +112,7 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
         with_checkpoint = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
         plan = starting.memory_plan(t.settings, t.model.config, None, device, t.runtime.world)
         estimated = memory.estimate(plan)
+        tensors = staying(t) + recorded(lambda: one_step(t))[0] if device.type == "cpu" else peak
         t.close()
         t.forward = t.model
         t.runtime.wait()
@@ -127,8 +130,33 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
         "with_checkpoint_bytes": with_checkpoint,
         "estimated_bytes": told,
         "ratio": told / peak,
+        "tensors_bytes": tensors,  # of a step, by torch's own record
+        "estimated_tensors_bytes": max(m.allocated for m in memory.moments(plan) if m.moment != "evaluation"),
         "estimate": dataclasses.asdict(estimated),
     }
+
+
+def staying(t: Training) -> int:
+    """Bytes of this process's weights and optimizer state."""
+    kept = [p.detach() for p in t.model.parameters()]
+    kept += [x for one in t.optimizers for state in one.state.values() for x in state.values()]
+    local = (x.to_local() if isinstance(x, DTensor) else x for x in kept if isinstance(x, torch.Tensor))
+    return sum(x.nbytes for x in local)
+
+
+def recorded(step: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of the tensors that `step` makes on a CPU, at its fullest moment and at its end, by torch's
+    record of each allocation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as record:
+        step()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, now
 
 
 def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
@@ -157,7 +185,7 @@ def _results(output: str) -> Iterator[dict[str, Any]]:
 def report(result: dict[str, Any]) -> str:
     """A result as people read it."""
     plan, shape = result["plan"], result["shape"]
-    mib = {name: result[f"{name}_bytes"] / 2**20 for name in ("estimated", "measured", "with_checkpoint")}
+    mib = {name.removesuffix("_bytes"): value / 2**20 for name, value in result.items() if "_bytes" in name}
     return (
         f"{result['config']}: {human(result['parameters'])} parameters, {shape['n_layer']} layers, "
         f"{shape['n_embd']} wide, {plan['batch_size']} x {shape['block_size']} tokens, "
@@ -165,7 +193,8 @@ def report(result: dict[str, Any]) -> str:
         f"{', gradient checkpointing' if plan['gradient_checkpointing'] else ''}: "
         f"estimate {mib['estimated']:.0f} MiB, measured {mib['measured']:.0f} MiB, "
         f"ratio {result['ratio']:.2f}; "
-        f"with a checkpoint {mib['with_checkpoint']:.0f} MiB"
+        f"with a checkpoint {mib['with_checkpoint']:.0f} MiB; of tensors alone "
+        f"estimate {mib['estimated_tensors']:.0f} MiB, torch's record {mib['tensors']:.0f} MiB"
     )
 
 

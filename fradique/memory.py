@@ -25,6 +25,7 @@ GATED = ("swiglu", "geglu")
 # run a second time among what is kept.
 CPU_PROCESS = 105 << 20
 CPU_HOLES, CPU_WIDE_HOLES = {"float32": 0.37, "bfloat16": 0.22}, (3.5, 10)
+SHARDED_HOLES = {"float32": 0.15, "bfloat16": 0.3}  # where malloc gives large tensors back at once
 CUDA_PROCESS = 512 << 20  # a context with its kernels; not measured
 
 
@@ -171,10 +172,13 @@ def estimate(plan: Plan) -> Estimate:
     if plan.device != "cpu":
         return dataclasses.replace(fullest, process=CUDA_PROCESS if plan.device == "cuda" else 0)
     passing = fullest.allocated - fullest.weights - fullest.optimizer
-    wide = CPU_WIDE_HOLES[plan.gradient_checkpointing] * FLOAT * tokens * plan.shape.inner
+    if plan.parallel == "fsdp" and plan.world > 1:
+        holes = SHARDED_HOLES.get(plan.dtype, 0.3) * passing
+    else:
+        wide = CPU_WIDE_HOLES[plan.gradient_checkpointing] * FLOAT * tokens * plan.shape.inner
+        holes = CPU_HOLES.get(plan.dtype, 0.37) * passing + wide
     held_tokens = 16 * tokens * slices  # inputs and targets of a step, as int64
-    holes = int(CPU_HOLES.get(plan.dtype, 0.37) * passing + wide)
-    return dataclasses.replace(fullest, holes=holes, process=CPU_PROCESS + held_tokens)
+    return dataclasses.replace(fullest, holes=int(holes), process=CPU_PROCESS + held_tokens)
 
 
 def moments(plan: Plan) -> list[Estimate]:

@@ -43,7 +43,7 @@ WORTH_COMPILING = {"cpu": 180.0, "mps": float("inf"), "cuda": 60.0}
 # Tokens of a slice of a micro-batch on a CPU: few enough for its cache, enough for its matrix units.
 CPU_TOKENS_AT_ONCE = 4096
 SIGPIPE = 13  # what ends a program whose output nobody reads any more; Windows has no name for it
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
 # The width from which bf16 beats fp32 on a CPU that has it: below, casting costs more than it saves. With a
 # vocabulary of this size the output layer alone repays it: 64 wide, 4,096 tokens: 25 ms a step against 31.
 CPU_BF16_WIDTH, CPU_BF16_VOCABULARY = 128, 4096
@@ -163,10 +163,11 @@ def start(
     asked for that this machine does not have.
     """
     rank, _, world = ranks.here()
+    sharded = parallel == "fsdp" and world > 1
     place = join(device, backend, timeout)
     notes = []
     if place.type == "cpu":
-        keep_freed_memory()
+        give_back_memory() if sharded else keep_freed_memory()
     kind, why = choose_dtype(dtype, place, n_embd, vocab_size)
     if dtype == "auto":
         notes.append(f"dtype=auto: {kind} ({why})")
@@ -175,7 +176,6 @@ def start(
         notes.append(f"compile=auto: {compiled} ({why})")
     if place.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    sharded = parallel == "fsdp" and world > 1
     return Runtime(place, DTYPES[kind], compiled, rank, world, tuple(notes), sharded)
 
 
@@ -278,13 +278,23 @@ def keep_freed_memory() -> None:
 
     And ask torch for huge pages, which it looks for at its first tensor: weights are read a tenth faster.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 26)):
-            mallopt(option, value)
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 1 << 26})
+
+
+def give_back_memory() -> None:
+    """Tell glibc's malloc to give large tensors back at once: of a model in parts, what is gathered and let
+    go among what is kept would leave holes, which take up to as much as the parts save.
+    """
+    _mallopt({M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 1 << 27, M_TOP_PAD: 1 << 17, M_MMAP_THRESHOLD: 4 << 20})
+
+
+def _mallopt(options: dict[int, int]) -> None:
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # another malloc
+            for option, value in options.items():
+                ctypes.CDLL(None).mallopt(option, value)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from bench.memory import recorded
 from configurator import command
 from fradique import limits, memory, optimizer, runtime
 from model import GPT, GPTConfig
@@ -74,16 +75,8 @@ def peak_of_a_step(shape, given):
 
     step()
     kept = {id(t): t.nbytes for t in [*model.parameters(), *optimizer.state_by_name(optimizers).values()]}
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as record:
-        step()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    assert now == 0  # what a step takes it gives back
+    peak, left = recorded(step)
+    assert left == 0  # what a step takes it gives back
     return sum(kept.values()) + peak
 
 

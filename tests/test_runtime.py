@@ -1,4 +1,5 @@
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -191,6 +192,32 @@ def test_freed_memory_is_not_fetched_anew_from_the_kernel():
     if pages[False] < 1000:
         pytest.skip("this malloc keeps freed memory by itself, or its pages are huge")
     assert pages[True] < pages[False] / 10
+
+
+RESIDENT = """
+import torch
+from fradique import runtime
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20  # MiB
+runtime.keep_freed_memory()  # as a trial of `auto` does
+{way}()
+before = resident()
+x = torch.ones(1 << 26)  # 256 MiB
+del x
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc")
+@pytest.mark.parametrize(
+    ("way", "stays"), [("runtime.keep_freed_memory", True), ("runtime.give_back_memory", False)]
+)
+def test_large_tensors_are_given_back_where_that_is_asked_for(way, stays):
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another malloc than glibc's")
+    command = [sys.executable, "-c", RESIDENT.format(way=way)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) > 200 if stays else int(done.stdout) < 50
 
 
 def test_a_signal_that_comes_while_the_ranks_tell_each_other_is_not_lost():
