@@ -86,6 +86,11 @@ class WholeSplit:
         )
 
 
+def perplexity(loss: float) -> float:
+    """e^loss, as far as a float can tell it."""
+    return math.exp(min(loss, 700.0))
+
+
 def whole_validation(
     model: nn.Module, corpus: Corpus, block_size: int, batch_size: int, place: Runtime
 ) -> WholeSplit:
@@ -95,4 +100,4 @@ def whole_validation(
     loss = mean_loss(model, split, split.all_windows(block_size), rows, place)
     text_bytes = split.count_text_bytes(corpus.tokenizer) * split.targets / split.tokens
     bits = loss * split.targets / math.log(2)
-    return WholeSplit(loss, math.exp(min(loss, 700.0)), bits / text_bytes)
+    return WholeSplit(loss, perplexity(loss), bits / text_bytes)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from configurator import Resolved, command, setting
-from fradique import metrics, run, snapshots
+from fradique import evaluation, metrics, run, snapshots
 from fradique import tokenizer as tokenizers
 from fradique.metrics import human
 from lab import anatomy, attention, curves, embeddings, film, look, movie, pages, tokens
@@ -71,7 +71,7 @@ def summary(records: list[dict], config: GPTConfig, parameters: int) -> str:
     if final:
         said.append(
             f"whole validation split: loss {final['final_loss']:.4f}, perplexity "
-            f"{np.exp(final['final_loss']):.2f}"
+            f"{evaluation.perplexity(final['final_loss']):.2f}"
         )
         if final.get("final_bits_per_byte"):
             said[-1] += f", {final['final_bits_per_byte']:.3f} bits per byte"

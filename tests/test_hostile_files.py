@@ -16,6 +16,7 @@ from fradique import checkpoint, dataset, documents, metrics, pretrained, run, s
 from fradique import tokenizer as tokenizers
 from fradique.state import TrainState
 from lab import curves, report
+from model import GPTConfig
 from sample import open_writer, read_prompt
 
 seeds = targets.seeds
@@ -542,3 +543,9 @@ def test_parquet_whose_text_is_no_utf8_is_refused(tmp_path):
     refused(
         lambda: list(documents.local_documents([tmp_path / "d.parquet"])), where="d.parquet cannot be read"
     )
+
+
+@pytest.mark.parametrize("loss", [10**30, 1e308, -(10**30)])
+def test_a_loss_beyond_a_float_s_exponential_is_told_all_the_same(loss):
+    records = [{"step": 4, "seconds": 1.0, "final_loss": loss}]
+    assert "perplexity" in report.summary(records, GPTConfig(n_layer=1, n_head=1, n_embd=8), 1)
