@@ -1,7 +1,7 @@
 """Two hosts, and the cable between them cut in mid-run: two network namespaces with a pair of veth, torchrun
 in each, the link taken down for a while. The run ends with the losses of an undisturbed one.
 
-    sudo python tests/faults/two_hosts.py [--cut 5,40]
+    sudo python tests/faults/two_hosts.py [--cut 5,40] [--steps 400]
 
 `--cut`: for how many seconds. A short cut is waited out; a long one is ended by `dist_timeout`, after which
 both torchruns meet again and go on from the last checkpoint. Needs root, Linux and `ip` (iproute2).
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from harness import ROOT, losses, prepare, run, step, stop, sums, wait_for, words
 
-HOSTS = {"fradique-a": "10.203.77.1", "fradique-b": "10.203.77.2"}
+A, B = (f"fradique-{os.getpid()}-{name}" for name in "ab")
+HOSTS = {A: "10.203.77.1", B: "10.203.77.2"}  # addresses of these two alone
 PATIENCE = 12  # seconds for which a rank waits for another
 STEPS = {
-    "max_iters": 400,
     "eval_interval": 25,
     "dropout": 0.0,
     "gradient_accumulation_steps": 2,
@@ -39,7 +39,7 @@ def why_not() -> str | None:
         return "network namespaces need root on Linux"
     if not shutil.which("ip"):
         return "there is no `ip` (Debian's iproute2)"
-    name = "fradique-try"
+    name = f"{A}-try"
     done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"no network namespace can be made: {done.stderr.strip()}"
@@ -52,8 +52,6 @@ def cable() -> Iterator[None]:
     """The two hosts, with a cable between them."""
     (a, address_a), (b, address_b) = HOSTS.items()
     ends = ("fradique0", "fradique1")
-    for name in HOSTS:
-        subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
     try:
         for words_ in (
             f"netns add {a}",
@@ -79,14 +77,14 @@ def ip(words_: str) -> None:
 
 def link(state: str) -> None:
     """up | down."""
-    ip(f"-n fradique-a link set fradique0 {state}")
+    ip(f"-n {A} link set fradique0 {state}")
 
 
 def host(name: str, number: int, flags: list[str], said: Path) -> subprocess.Popen:
     """torchrun on one of the hosts, with one rank. The first keeps the store where they meet."""
-    end = "fradique0" if name == "fradique-a" else "fradique1"
+    end = "fradique0" if name == A else "fradique1"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint={HOSTS['fradique-a']}:29500", "--rdzv_id=cut"]
+    torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint={HOSTS[A]}:29500", "--rdzv_id=cut"]
     torchrun += ["--max_restarts=5", f"--local_addr={HOSTS[name]}", f"--rdzv_conf=is_host={1 - number}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": end}
     with said.open("w") as file:
@@ -99,14 +97,14 @@ def host(name: str, number: int, flags: list[str], said: Path) -> subprocess.Pop
         )
 
 
-def cut(folder: Path, data: Path, seconds: float, truth: dict[int, float]) -> list[str]:
-    """A run whose cable is cut for so long after step 60: what was not as it should be."""
+def cut(folder: Path, data: Path, seconds: float, steps: int, truth: dict[int, float]) -> list[str]:
+    """A run whose cable is cut for so long after some steps: what was not as it should be."""
     out = folder / f"cut-{seconds:g}"
-    flags = words(data, out, **STEPS)
+    flags = words(data, out, max_iters=steps, **STEPS)
     said = [folder / f"{name}-{seconds:g}.txt" for name in HOSTS]
     processes = [host(name, i, flags, said[i]) for i, name in enumerate(HOSTS)]
     try:
-        if not wait_for(lambda: step(out) >= 60, processes[0], 240):
+        if not wait_for(lambda: step(out) >= steps // 6, processes[0], 240):
             return [f"it did not begin: {said[0].read_text()[-2000:]}"]
         link("down")
         time.sleep(seconds)
@@ -139,6 +137,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cut", default="5,40", help="seconds, parted by commas")
+    parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
     if reason := why_not():
         print(f"two hosts: skipped, {reason}")
@@ -146,10 +145,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, cable():
         folder = Path(name)
         data, whole = prepare(folder), folder / "whole"
-        run(words(data, whole, **STEPS))
+        run(words(data, whole, max_iters=args.steps, **STEPS))
         sums(whole)
         truth, lengths = losses(whole), args.cut.split(",")
-        problems = [problem for n in lengths for problem in cut(folder, data, float(n), truth)]
+        problems = [problem for n in lengths for problem in cut(folder, data, float(n), args.steps, truth)]
     print(f"two hosts: {'not ' if problems else ''}as it should be")
     return 1 if problems else 0
 
