@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fradique import bpe, export, finetune, layouts, reading, weightfiles
+from fradique import bpe, export, finetune, hub, layouts, reading, weightfiles
 from fradique import checkpoint as checkpoints
 from fradique import tokenizer as tokenizers
 from fradique.layouts import GPT2, from_hf, to_hf
@@ -26,7 +26,6 @@ from fradique.run import SETTINGS, TOKENIZER
 __all__ = ["Weights", "check_tokenizer", "from_hf", "load", "to_hf"]
 
 GPT2_VOCAB = 50257
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,15 @@ def load(source: str, checkpoint: str = "best", warn: Callable[[str], None] = wa
             return _load_pickle(path / "ckpt.pt", source)
         if _holds_weights(path):
             return _load_hf(path, source)
-    elif _may_be_on_hub(path, source):
-        folder = _from_hub(source)
+    elif hub.may_have(path, source):
+        folder = hub.weights(source)
         if _holds_weights(folder):
             return _load_hf(folder, source)
     raise ValueError(
         f"{source} {'holds no weights' if path.is_dir() else 'is no file or folder that is here'}. "
         "Weights come from a run folder (out/<run>) or one of its checkpoints, from nanoGPT's ckpt.pt, from "
         "GPT-2 or LLaMA in Hugging Face's layout (a folder with config.json and model.safetensors, or a "
-        f".safetensors file), or from the hub by name: {', '.join(HUB_NAMES)}, owner/name"
+        f".safetensors file), or from the hub by name: {', '.join(hub.NAMES)}, owner/name"
     )
 
 
@@ -208,37 +207,6 @@ def _has_gpt2_vocabulary(folder: Path) -> bool:
     alphabet, names = bpe.byte_alphabet(), sorted(vocab, key=lambda name: int(vocab[name]))
     spelt = bytes(alphabet.get(char, 0) for name in names for char in name)
     return spelt == tokenizers.GPT2Tokenizer().decode_bytes(range(GPT2_VOCAB))
-
-
-def _may_be_on_hub(path: Path, source: str) -> bool:
-    """Whether it reads like a name there, and not like a misspelt path into a folder that is here."""
-    is_file = path.suffix in (".safetensors", ".pt", ".bin")
-    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not is_file and not path.parent.exists()
-    return source in HUB_NAMES or bool(named)
-
-
-def _from_hub(name: str) -> Path:
-    """Download config.json and the weights, or find them in the cache; the folder where they lie."""
-    folder = _download(name, "config.json", "tokenizer.json", "vocab.json")
-    described = folder / "config.json"
-    layouts.config_of_json(checkpoints.read_json(described), str(described))  # before gigabytes
-    folder = _download(name, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-    return folder if any(folder.glob("*.safetensors")) else _download(name, "pytorch_model.bin")
-
-
-def _download(name: str, *patterns: str) -> Path:
-    import huggingface_hub  # slow to import, and few need it
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # its own, httpx's, requests': they differ from version to version
-        why = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{name} is no file or folder here, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {why}). Without a network, what was downloaded before is found in its "
-            "cache (HF_HOME, by default ~/.cache/huggingface); or copy the model's config.json and "
-            "model.safetensors into a folder and give that"
-        ) from error
 
 
 # python -m fradique.pretrained export

@@ -32,6 +32,7 @@ def somewhere_else(tmp_path, monkeypatch):
         raise ConnectionError("no route to the hub\nand much more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "model_info", offline)
 
 
 def randomise(model, spread=0.2):
