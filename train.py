@@ -30,12 +30,16 @@ from torch import Tensor, nn
 from configurator import Resolved, command, setting
 from fradique import (
     auto,
+    checkpoint,
     dataset,
     evaluation,
+    finetune,
     keeping,
+    layouts,
     limits,
     metrics,
     optimizer,
+    pretrained,
     ranks,
     restart,
     run,
@@ -48,7 +52,7 @@ from fradique import (
 from fradique import tokenizer as tokenizers
 from fradique.state import TrainState
 from fradique.training import Training, tokens_per_step
-from model import ACTIVATIONS, NORM_PLACES, NORMS, POSITIONS
+from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, POSITIONS, GPTConfig
 
 TRIAL_SECONDS = 1.0  # for which `auto` tries a size
 
@@ -145,7 +149,7 @@ class TrainSettings:
 
     def problems(self) -> list[str]:
         """Contradictions between settings that are each sound by themselves."""
-        found = [] if self.auto else starting.model_config(self, vocab_size=1).problems()  # auto has yet to choose these
+        found = [] if self.auto else model_config(self, vocab_size=1).problems()  # auto has yet to choose these
         if not self.auto and self.decay_lr and self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             found.append(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         try:
@@ -346,7 +350,7 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
         ranks.agree(lambda: run.check_free(folder, settings.overwrite) if new else run.check_unheld(folder))
     corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
     torch.manual_seed(settings.seed)
-    model, settings, held = starting.make_model(settings, corpus)
+    model, settings, held = make_model(settings, corpus)
     budget = metrics.seconds(settings.time_budget)
     place = runtime.start(
         device=settings.device,
@@ -443,6 +447,79 @@ def set_up(settings: TrainSettings, notes: tuple[str, ...] = (), share: bool = T
     return t
 
 
+def make_model(
+    settings: TrainSettings, corpus: dataset.Corpus
+) -> tuple[GPT, TrainSettings, checkpoint.Checkpoint | None]:
+    """The model by init_from, the settings with its true shape, and the checkpoint where a run is resumed."""
+    if settings.init_from == "resume":
+        return resumed_model(settings, corpus)
+    if settings.init_from != "scratch":
+        return adopted_model(settings, corpus)
+    shape = model_config(settings, starting.padded(corpus.tokenizer))
+    starting.expect_memory(settings, shape)
+    model = GPT(shape)
+    starting.choose_trained(model, settings)
+    return model, settings, None
+
+
+def resumed_model(
+    settings: TrainSettings, corpus: dataset.Corpus
+) -> tuple[GPT, TrainSettings, checkpoint.Checkpoint]:
+    """That of the newest checkpoint in out_dir that is whole."""
+    folder = Path(settings.out_dir)
+    run.check_tokenizer(folder, corpus.tokenizer, corpus.folder)
+    latest = ranks.agree(
+        lambda: checkpoint.newest(
+            folder, lambda text: print(f"warning: {text}", file=sys.stderr), run.name_of(folder)
+        )
+    )
+    in_parts = settings.parallel == "fsdp" and ranks.here()[2] > 1
+    held = checkpoint.describe(latest) if in_parts else checkpoint.load(latest, verified=True)
+    described = {name: value for name, value in held.config.items() if name != finetune.ALPHA}
+    tensors = checkpoint.shapes(latest / "model.safetensors") if in_parts else held.model
+    layouts.check_ours(described, tensors, str(latest / "model.json"))
+    shape = model_config(settings, held.config["vocab_size"])
+    with torch.device("cpu" if in_parts else "meta"):  # no memory yet: it adopts what was loaded
+        model = GPT(shape)
+        starting.choose_trained(model, settings)
+    starting.expect_memory(settings, shape, finetune.trained(model))
+    if not in_parts:
+        checkpoint.adopt(model, held.model, str(latest))
+    starting.check_same_shape(shape, held.config, folder)
+    return model, settings, held
+
+
+def adopted_model(settings: TrainSettings, corpus: dataset.Corpus) -> tuple[GPT, TrainSettings, None]:
+    """GPT-2's, or that of another run: its shape takes the place of the settings' own."""
+    weights = pretrained.load(settings.init_from)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**weights.config | {"dropout": settings.dropout, "flash": settings.flash}))
+    checkpoint.adopt(model, weights.tensors, weights.source)
+    pretrained.check_tokenizer(weights, corpus.tokenizer, corpus.folder)
+    if weights.tokenizer is None:
+        print(
+            f"warning: {weights.source} comes without a tokenizer that this program knows: whether the "
+            f"tokens of {corpus.folder} mean the same to it cannot be checked",
+            file=sys.stderr,
+        )
+    if settings.block_size < model.config.block_size:
+        model.crop_block_size(settings.block_size)
+    elif settings.block_size > model.config.block_size:
+        raise ValueError(
+            f"block_size = {settings.block_size} is longer than the {model.config.block_size} positions of "
+            f"{weights.source}: choose --block_size={model.config.block_size} or less"
+        )
+    starting.choose_trained(model, settings)
+    starting.expect_memory(settings, model.config, finetune.trained(model))
+    shape = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
+    return model, replace(settings, **shape), None
+
+
+def model_config(settings: TrainSettings, vocab_size: int) -> GPTConfig:
+    shape = {name: getattr(settings, name) for name in GPTConfig.names() if hasattr(settings, name)}
+    return GPTConfig(vocab_size=vocab_size, **shape)
+
+
 def wandb_options(settings: TrainSettings) -> dict[str, Any] | None:
     if not settings.wandb_log:
         return None
@@ -497,6 +574,8 @@ def evaluate_and_save(t: Training, last: bool = False) -> None:
         else:
             state.evals_since_best += 1
         telling.log_evaluation(t, losses)
+        if t.runtime.is_main:
+            draw_curve(t)
         window = statistics.median(seconds)
         t.pace.closing = closing_seconds(t, window, 0.0)  # a checkpoint tells it
         if improved or last or t.settings.always_save_checkpoint:
@@ -519,6 +598,24 @@ def closing_seconds(t: Training, window: float, in_keeping: float) -> float:
     here, there = (split.count_windows(size) for split in (t.corpus.train, t.corpus.val))
     windows = min(count, here) + min(count, there) + there
     return 1.1 * (window * windows / t.runtime.world + in_keeping + t.pace.writing)
+
+
+def draw_curve(t: Training) -> None:
+    """Refresh loss.png in the run folder. A picture that cannot be drawn is no reason to stop a run."""
+    folder = Path(t.settings.out_dir)
+    try:
+        from lab import curves
+
+        # a figure is a ring of objects: what comes to be old while it is drawn would pile up for long
+        gc.disable()
+        curves.draw([curves.read(folder)], folder / run.CURVE)
+    except ImportError:
+        t.log.warn_once("there is no matplotlib, so no loss.png: pip install matplotlib")
+    except (OSError, ValueError) as error:
+        t.log.warn_once(f"loss.png cannot be drawn: {error}")
+    finally:
+        gc.enable()
+        gc.collect(1)
 
 
 def finished(t: Training) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import math
 import re
 from pathlib import Path
+from typing import Any
 
-from fradique import checkpoint, layouts, memory
+from fradique import checkpoint, layouts
 from fradique.download import MAX_BYTES
-from model import GPTConfig
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Beside float32 there may be masks in the file, and the same weights again in another number of files.
@@ -32,8 +33,8 @@ def weights(name: str) -> Path:
     """
     folder = _download(name, ("config.json", "tokenizer.json", "vocab.json"), MAX_BYTES)
     described = folder / "config.json"
-    _, config = layouts.config_of_json(checkpoint.read_json(described), str(described))  # before gigabytes
-    most = BYTES_A_PARAMETER * memory.parameters(GPTConfig(**config)).total + MAX_BYTES
+    layout, config = layouts.config_of_json(checkpoint.read_json(described), str(described))
+    most = BYTES_A_PARAMETER * _parameters(config, layout) + MAX_BYTES  # known before gigabytes come
     folder = _download(
         name, ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"), most
     )
@@ -68,6 +69,14 @@ def _download(name: str, patterns: tuple[str, ...], most: int) -> Path:
         if _matches(path.name, patterns):
             _check_sum(path)
     return folder
+
+
+def _parameters(config: dict[str, Any], layout: layouts.Layout) -> int:
+    """How many there are, without a table of each layer's: `n_layer` may be any number."""
+    one, two = (
+        sum(map(math.prod, layouts.expected(config | {"n_layer": n}, layout).values())) for n in (1, 2)
+    )
+    return one + (config["n_layer"] - 1) * (two - one)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -1,15 +1,14 @@
-"""What a run leaves in its folder while it goes on: checkpoints, snapshots, samples, the loss curve."""
+"""What a run leaves in its folder while it goes on: checkpoints, snapshots and samples."""
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from fradique import checkpoint, dataset, finetune, optimizer, ranks, run, snapshots
+from fradique import checkpoint, dataset, finetune, optimizer, ranks, snapshots
 from fradique import tokenizer as tokenizers
 from fradique.training import Training
 
@@ -92,21 +91,3 @@ def write_sample(t: Training) -> str:
     t.log.sample(t.state.step, text)
     t.pace.writing = time.monotonic() - start
     return text
-
-
-def draw_curve(t: Training) -> None:
-    """Refresh loss.png in the run folder. A picture that cannot be drawn is no reason to stop a run."""
-    folder = Path(t.settings.out_dir)
-    try:
-        from lab import curves
-
-        # a figure is a ring of objects: what comes to be old while it is drawn would pile up for long
-        gc.disable()
-        curves.draw([curves.read(folder)], folder / run.CURVE)
-    except ImportError:
-        t.log.warn_once("there is no matplotlib, so no loss.png: pip install matplotlib")
-    except (OSError, ValueError) as error:
-        t.log.warn_once(f"loss.png cannot be drawn: {error}")
-    finally:
-        gc.enable()
-        gc.collect(1)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fradique import checkpoint, ranks, run
-
-if TYPE_CHECKING:
-    from train import TrainSettings
+from fradique.training import Settings
 
 
-def after_restart(settings: TrainSettings) -> TrainSettings:
+def after_restart(settings: Settings) -> Settings:
     """The settings; where torchrun starts again what it had begun, such that the run goes on."""
     if not started_again(settings):
         return settings
@@ -21,13 +19,13 @@ def after_restart(settings: TrainSettings) -> TrainSettings:
     return settings if settings.init_from == "resume" else replace(settings, overwrite=True)
 
 
-def started_again(settings: TrainSettings) -> bool:
+def started_again(settings: Settings) -> bool:
     """Whether torchrun has lost a process of this very run, and starts all of them again."""
     here = Path(settings.out_dir)
     return not settings.eval_only and ranks.restarts() > 0 and run.began_here(here, ranks.launch())
 
 
-def settings_of_the_run(settings: TrainSettings) -> tuple[dict[str, Any], str] | None:
+def settings_of_the_run(settings: Settings) -> tuple[dict[str, Any], str] | None:
     """Where a run is resumed, its own settings come under those of this call."""
     folder = Path(settings.out_dir)
     again = started_again(settings) and checkpoint.step_folders(folder)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from fradique import finetune, keeping, metrics, stability
+from fradique import finetune, metrics, stability
 from fradique.training import Training, tokens_per_step
 
 
@@ -60,5 +60,3 @@ def log_evaluation(t: Training, losses: dict[str, float]) -> None:
     record = {"step": step, "eval_train_loss": losses["train"], "eval_val_loss": losses["val"]}
     tokens = step * tokens_per_step(t.settings)
     t.log.write(record | {"tokens": tokens, "seconds": t.pace.elapsed()})
-    if t.runtime.is_main:
-        keeping.draw_curve(t)

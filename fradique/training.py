@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
 from fradique import dataset, metrics, run, runtime
 from fradique.state import TrainState
-from model import GPT
 
-if TYPE_CHECKING:
-    from train import TrainSettings
+Settings = Any  # train.py's TrainSettings, which this room does not know
 
 
 @dataclass
 class Training:
-    """A run that is set up: what `train_step` and `evaluate` need."""
+    """What `train_step` and `evaluate` need."""
 
-    settings: TrainSettings
+    settings: Settings
     runtime: runtime.Runtime
     corpus: dataset.Corpus
     sampler: dataset.Sampler
-    model: GPT
+    model: Any  # a GPT
     forward: nn.Module  # the model, compiled and shared between processes where that is on
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
@@ -40,5 +38,5 @@ class Training:
             self.held.lock.release()
 
 
-def tokens_per_step(settings: TrainSettings) -> int:
+def tokens_per_step(settings: Settings) -> int:
     return settings.batch_size * settings.gradient_accumulation_steps * settings.block_size

@@ -22,9 +22,8 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 from configurator import resolve
 from fradique import decoding, generation
 from fradique.generation import KVCache
-from fradique.starting import model_config
 from model import GPT, GPTConfig, alibi_slopes, relative_buckets
-from train import TrainSettings
+from train import TrainSettings, model_config
 
 ARCH = ROOT / "config" / "arch"
 NAMES = sorted(path.stem for path in ARCH.glob("*.py"))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import sample
 import train
 from configurator import resolve
-from fradique import checkpoint, pretrained, starting
+from fradique import checkpoint, pretrained
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": "relu2", "optimizer": "muon"}
 ODD = {"norm_place": "deepnorm", "position": "relative", "activation": "geglu", "n_kv_head": 1, "bias": True}
@@ -151,7 +151,7 @@ def test_every_architecture_file_goes_behind_a_training_config(name):
     files = [str(ROOT / f"config/{path}.py") for path in ("train_eca_char", f"arch/{name}")]
     settings = resolve(train.TrainSettings, files).settings
     assert settings.dataset == "eca_char" and settings.n_embd == 128
-    assert starting.model_config(settings, 100).problems() == []
+    assert train.model_config(settings, 100).problems() == []
 
 
 @pytest.mark.parametrize("changes", [{"position": "none"}, {"n_head": 4}, {"activation": "relu"}])

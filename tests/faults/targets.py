@@ -41,7 +41,6 @@ from fradique import (  # noqa: E402  # noqa: E402
     optimizer,
     run,
     snapshots,
-    starting,
     text,
 )
 from fradique import tokenizer as tokenizers  # noqa: E402
@@ -283,8 +282,10 @@ def continue_run(here: Path) -> None:
     """What resuming does before it trains: the settings, the model, its weights, the optimizer's state."""
     saved = run.saved_settings(here)
     resolved = configurator.resolve(TrainSettings, ["--device=cpu"], saved, "settings.json")
+    import train
+
     opened = dataset.Corpus(here, None, None, tokenizers.CharTokenizer(seeds.CHARS))
-    model, found, held = starting.make_model(
+    model, found, held = train.make_model(
         replace(resolved.settings, out_dir=str(here), init_from="resume"), opened
     )
     built = optimizer.build(
