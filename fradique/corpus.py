@@ -8,12 +8,14 @@ within its place and renamed at the end, meta.json last: a corpus with a meta.js
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -326,7 +328,7 @@ def _workshop(out_dir: Path) -> Iterator[Path]:
         raise ValueError(f"{out_dir} is a file, not a folder: choose another place with --out_dir")
     new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
-    folder = out_dir / f".prepare-{os.getpid()}"
+    folder = out_dir / f".prepare-{socket.gethostname()}-{os.getpid()}"
     try:
         _sweep(out_dir)
         folder.mkdir()
@@ -339,9 +341,10 @@ def _workshop(out_dir: Path) -> Iterator[Path]:
 
 
 def _sweep(out_dir: Path) -> None:
-    """Remove what processes that were killed have left."""
-    for path in out_dir.glob(".prepare-*"):
-        pid = path.name.removeprefix(".prepare-")
+    """Remove what processes of this machine that were killed have left; others may share the disk."""
+    mine = f".prepare-{socket.gethostname()}-"
+    for path in out_dir.glob(f"{glob.escape(mine)}*"):
+        pid = path.name.removeprefix(mine)
         if pid.isdecimal() and not _is_another_process(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import http.client
 import os
 import re
 import socket
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -54,7 +57,9 @@ def fetch(
     if path.is_file() and sum_of(path) == sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _sweep(path)
+    # machines that share the disk may fetch at the same time, from processes of one number
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     digest = hashlib.sha256()
     try:
         with part.open("wb") as file:
@@ -72,6 +77,14 @@ def fetch(
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed have left: parts that nobody can still be writing."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 2 * PATIENCE:
+                left.unlink()
 
 
 def sum_of(path: Path) -> str:

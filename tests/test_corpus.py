@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -309,13 +310,17 @@ def test_a_text_that_changes_between_the_passes_is_refused(tmp_path):
 def test_what_a_killed_process_left_is_swept_and_what_a_live_one_makes_is_not(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
-    dead, live = tmp_path / f".prepare-{process.pid}", tmp_path / f".prepare-{os.getppid()}"
-    for folder in (dead, live, tmp_path / f".prepare-{os.getpid()}"):
+    host = socket.gethostname()
+    dead, live, mine = (
+        tmp_path / f".prepare-{host}-{pid}" for pid in (process.pid, os.getppid(), os.getpid())
+    )
+    elsewhere = tmp_path / f".prepare-not-{host}-{process.pid}"  # on a disk that machines share
+    for folder in (dead, live, mine, elsewhere):
         folder.mkdir()
         (folder / "train.bin").write_text("half")
     prepare_text(of(STORY), tmp_path)
-    assert not dead.exists() and (live / "train.bin").exists()
-    assert not (tmp_path / f".prepare-{os.getpid()}").exists()
+    assert not dead.exists() and not mine.exists()
+    assert (live / "train.bin").exists() and (elsewhere / "train.bin").exists()
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):

@@ -411,6 +411,31 @@ def test_only_https_is_fetched_from_elsewhere(tmp_path, url):
     assert names(tmp_path) == []
 
 
+def test_processes_of_one_number_fetch_the_same_file_at_the_same_time(server, tmp_path, monkeypatch):
+    """As pods do, which share a disk: each has a part of its own."""
+    monkeypatch.setattr(download.os, "getpid", lambda: 7)
+    real, parts = download._blocks, []
+
+    def blocks(*words):
+        yield from real(*words)
+        parts.append([path.name for path in tmp_path.glob(".*.part")])
+        if len(parts) == 1:
+            fetch(server.url("good.txt"), SUM, tmp_path / "good.txt")
+
+    monkeypatch.setattr(download, "_blocks", blocks)
+    fetch(server.url("good.txt"), SUM, tmp_path / "good.txt")
+    assert [len(there) for there in parts] == [1, 2] and names(tmp_path) == ["good.txt"]
+
+
+def test_parts_that_nobody_writes_any_more_are_swept(server, tmp_path):
+    old, new = (tmp_path / f".good.txt.{name}.part" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_text("half")
+    os.utime(old, (1e9, 1e9))
+    fetch(server.url("good.txt"), SUM, tmp_path / "good.txt")
+    assert names(tmp_path) == [new.name, "good.txt"]
+
+
 def test_a_disk_error_is_not_blamed_on_the_network(server, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
