@@ -528,14 +528,15 @@ def wandb_options(settings: TrainSettings) -> dict[str, Any] | None:
 
 
 def compile_forward(t: Training) -> nn.Module:
-    """The compiled model, tried on a forward and backward pass of the first batch; eager where that fails."""
+    """The compiled model, tried on a forward and backward pass; eager where that fails."""
 
     return runtime.compiled(t.model, lambda forward: try_pass(t, forward), t.log.warn)
 
 
 def try_pass(t: Training, forward: nn.Module) -> None:
-    """A forward and a backward pass of the first batch, of which nothing stays."""
-    x, y = t.runtime.move(*t.runtime.slices(t.sampler.micro_batches(0, t.runtime.rank, t.runtime.world))[0])
+    """A forward and a backward pass of the batch to come, of which nothing stays."""
+    batches = t.sampler.micro_batches(t.state.step, t.runtime.rank, t.runtime.world)
+    x, y = t.runtime.move(*t.runtime.slices(batches)[0])
     with t.runtime.autocast():
         loss = forward(x, y, with_logits=False)[1]
     loss.backward()

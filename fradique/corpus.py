@@ -1,27 +1,28 @@
 """Text -> tokens -> shards and meta.json: what every data/<corpus>/prepare.py runs, in bounded memory.
 
 A text is streamed twice: once to count it and to find its characters, once to encode it (a BPE of our own
-trains on a sample in between). Documents are streamed once. Everything is made in a folder `.prepare-<pid>`
+trains on a sample in between). Documents are streamed once. Everything is made in a folder `.prepare-…`
 within its place and renamed at the end, meta.json last: a corpus with a meta.json is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
-import socket
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fradique import lock
 from fradique import tokenizer as tokenizers
 from fradique.survey import progress, survey
 from fradique.text import PIECE_CHARS, Text, cut_pieces, note
@@ -328,12 +329,16 @@ def _workshop(out_dir: Path) -> Iterator[Path]:
         raise ValueError(f"{out_dir} is a file, not a folder: choose another place with --out_dir")
     new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
-    folder = out_dir / f".prepare-{socket.gethostname()}-{os.getpid()}"
+    folder = out_dir / f".prepare-{uuid.uuid4().hex}"  # machines may share the disk, and numbers of processes
+    held = None
     try:
         _sweep(out_dir)
         folder.mkdir()
+        held = lock.Lock(folder)
         yield folder
     finally:
+        if held:
+            held.release()
         shutil.rmtree(folder, ignore_errors=True)
         if new:
             with contextlib.suppress(OSError):  # it holds the corpus now
@@ -341,26 +346,12 @@ def _workshop(out_dir: Path) -> Iterator[Path]:
 
 
 def _sweep(out_dir: Path) -> None:
-    """Remove what processes of this machine that were killed have left; others may share the disk."""
-    mine = f".prepare-{socket.gethostname()}-"
-    for path in out_dir.glob(f"{glob.escape(mine)}*"):
-        pid = path.name.removeprefix(mine)
-        if pid.isdecimal() and not _is_another_process(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_another_process(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    if os.name != "posix":
-        return True  # there, asking for a process would stop it
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+    """Remove what processes that were killed have left: folders that nobody has, but those just begun."""
+    for path in out_dir.glob(".prepare-*"):
+        with contextlib.suppress(OSError):
+            begun = (path / lock.NAME).exists() or time.time() - path.stat().st_mtime > 3600
+            if begun and lock.holder(path) is None:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _watched(items: Iterable[Item], bar: Any) -> Iterator[Item]:

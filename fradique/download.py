@@ -57,7 +57,7 @@ def fetch(
     if path.is_file() and sum_of(path) == sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    _sweep(path, older=2 * max(patience, PATIENCE))
     # machines that share the disk may fetch at the same time, from processes of one number
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     digest = hashlib.sha256()
@@ -79,11 +79,11 @@ def fetch(
     return path
 
 
-def _sweep(path: Path) -> None:
+def _sweep(path: Path, older: float) -> None:
     """Remove what processes that were killed have left: parts that nobody can still be writing."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime > 2 * PATIENCE:
+            if time.time() - left.stat().st_mtime > older:
                 left.unlink()
 
 

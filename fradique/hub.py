@@ -14,6 +14,9 @@ from fradique import checkpoint, layouts
 from fradique.download import MAX_BYTES
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+SMALL = ("config.json", "tokenizer.json", "vocab.json")
+LARGE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+OLD = ("pytorch_model.bin",)  # where there is none of the large ones
 # Beside float32 there may be masks in the file, and the same weights again in another number of files.
 BYTES_A_PARAMETER = 16
 
@@ -31,44 +34,64 @@ def weights(name: str) -> Path:
     Raises ValueError, with what to do, where the hub cannot be reached or does not have them, where they are
     larger than config.json says, or a file is not the one whose sum the hub gave.
     """
-    folder = _download(name, ("config.json", "tokenizer.json", "vocab.json"), MAX_BYTES)
+    folder = _download(name, SMALL, MAX_BYTES)
+    commit = folder.name  # of which the weights are too
     described = folder / "config.json"
     layout, config = layouts.config_of_json(checkpoint.read_json(described), str(described))
     most = BYTES_A_PARAMETER * _parameters(config, layout) + MAX_BYTES  # known before gigabytes come
-    folder = _download(
-        name, ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"), most
-    )
-    return folder if any(folder.glob("*.safetensors")) else _download(name, ("pytorch_model.bin",), most)
+    folder = _download(name, LARGE, most, commit)
+    return folder if any(folder.glob("*.safetensors")) else _download(name, OLD, most, commit)
 
 
-def _download(name: str, patterns: tuple[str, ...], most: int) -> Path:
-    """Have the files that match, of no more than `most` bytes together; the folder where they lie."""
+def _download(name: str, patterns: tuple[str, ...], most: int, commit: str | None = None) -> Path:
+    """Have the files that match, of no more than `most` bytes together; the folder where they lie. Where the
+    hub does not say what it has, there are those of the cache."""
     import huggingface_hub  # slow to import, and few need it
 
-    try:
-        listed = huggingface_hub.model_info(name, files_metadata=True, timeout=30.0).siblings or []
-    except Exception:  # no network: what was downloaded before is in the cache; what is wrong comes next
-        listed = []
-    size = sum(one.size or 0 for one in listed if _matches(one.rfilename, patterns))
+    listed, unlisted = _listing(name, patterns, commit)
+    size = sum(one.size for one in listed)
     if size > most:
         raise ValueError(
             f"{name} on the Hugging Face hub is not what its config.json describes: {', '.join(patterns)} "
             f"have {size:,} bytes there, and {most:,} are enough; nothing of it was downloaded"
         )
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=commit if unlisted is None else None,
+                allow_patterns=list(patterns),
+                local_files_only=unlisted is not None,
+            )
+        )
     except Exception as error:  # its own, httpx's, requests': they differ from version to version
-        why = str(error).strip().partition("\n")[0]
+        first = unlisted or error
+        why = str(first).strip().partition("\n")[0]
         raise ValueError(
             f"{name} is no file or folder here, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {why}). Without a network, what was downloaded before is found in its "
+            f"({type(first).__name__}: {why}). Without a network, what was downloaded before is found in its "
             "cache (HF_HOME, by default ~/.cache/huggingface); or copy the model's config.json and "
             "model.safetensors into a folder and give that"
         ) from error
+    sums = {one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id for one in listed}
     for path in sorted(folder.iterdir()):
         if _matches(path.name, patterns):
-            _check_sum(path)
+            _check_sum(path, sums.get(path.name) or path.resolve().name)
     return folder
+
+
+def _listing(name: str, patterns: tuple[str, ...], commit: str | None) -> tuple[list[Any], Exception | None]:
+    """The files that match, with their sizes and sums; or why the hub does not tell them."""
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.model_info(name, revision=commit, files_metadata=True, timeout=30.0)
+        listed = [one for one in info.siblings or [] if _matches(one.rfilename, patterns)]
+        if any(one.size is None for one in listed):
+            raise ValueError(f"the sizes of {name}'s files are not told")
+    except Exception as error:  # as below
+        return [], error
+    return listed, None
 
 
 def _parameters(config: dict[str, Any], layout: layouts.Layout) -> int:
@@ -83,24 +106,22 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _check_sum(path: Path) -> None:
-    """Raise ValueError where a file of the hub's cache does not have the sum that the hub gave it.
-
-    The cache calls a file by that sum: git's SHA-1 of a small one, and the SHA-256 of a large one. Where
-    there are no links (Windows, at times), files have their own names, and no sum is known.
-    """
+def _check_sum(path: Path, expected: str) -> None:
+    """Raise ValueError where a file does not have the sum that the hub gave with it: git's SHA-1 of a small
+    one, the SHA-256 of a large one. The hub's cache calls a file by that sum, so it is known offline too;
+    where the cache has no links (Windows, at times), `expected` is then a name, and nothing is compared."""
     kept = path.resolve()
-    if re.fullmatch("[0-9a-f]{64}", kept.name):
+    if re.fullmatch("[0-9a-f]{64}", expected):
         digest = hashlib.sha256()
-    elif re.fullmatch("[0-9a-f]{40}", kept.name):
+    elif re.fullmatch("[0-9a-f]{40}", expected):
         digest = hashlib.sha1(b"blob %d\0" % kept.stat().st_size, usedforsecurity=False)
     else:
         return
     with kept.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != kept.name:
+    if digest.hexdigest() != expected:
         raise ValueError(
             f"{path} is damaged: its sum is {digest.hexdigest()}, and the Hugging Face hub gave it as "
-            f"{kept.name}. It was not used; delete {kept} and run this again"
+            f"{expected}. It was not used; delete {kept} and run this again"
         )

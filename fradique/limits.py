@@ -21,8 +21,8 @@ from fradique.memory import Estimate, Plan, estimate, fitting
 
 P, R = ParamSpec("P"), TypeVar("R")
 
-# Of what there is, what a run is advised to take. malloc asks for 64 MiB more than it needs at a time
-# (runtime.keep_freed_memory), and has more holes the nearer it comes to a limit.
+# Of what there is, what a run is advised to take. malloc asks for 64 MiB more than it needs at a time (but
+# where a model is in parts: runtime.keep_freed_memory), and has more holes the nearer it comes to a limit.
 CPU_MARGIN, CARD_MARGIN, ASKED_AHEAD = 0.8, 0.9, 64 << 20
 # What torch, C++ and the system say where memory is short and the error has no type of its own.
 SAYINGS = re.compile(
@@ -166,7 +166,7 @@ def explanation(expected: Expected) -> str:
 def _budget(plan: Plan, there: Room) -> int:
     """Bytes that a run may be advised to take."""
     if plan.device == "cpu":
-        return int(CPU_MARGIN * max(0, there.bytes - ASKED_AHEAD))
+        return int(CPU_MARGIN * max(0, there.bytes - (0 if plan.sharded else ASKED_AHEAD)))
     return int(CARD_MARGIN * there.bytes)
 
 

@@ -81,6 +81,11 @@ class Plan:
         """Bytes of a number in the forward pass."""
         return FLOAT if self.dtype == "float32" else 2
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of the model."""
+        return self.parallel == "fsdp" and self.world > 1
+
     def slices(self) -> tuple[int, int]:
         """Tokens that pass through the model together in each process, and how often they do in a step."""
         rows, count = self.batch_size, self.gradient_accumulation_steps
@@ -172,7 +177,7 @@ def estimate(plan: Plan) -> Estimate:
     if plan.device != "cpu":
         return dataclasses.replace(fullest, process=CUDA_PROCESS if plan.device == "cuda" else 0)
     passing = fullest.allocated - fullest.weights - fullest.optimizer
-    if plan.parallel == "fsdp" and plan.world > 1:
+    if plan.sharded:
         holes = SHARDED_HOLES.get(plan.dtype, 0.3) * passing
     else:
         wide = CPU_WIDE_HOLES[plan.gradient_checkpointing] * FLOAT * tokens * plan.shape.inner
@@ -186,7 +191,7 @@ def moments(plan: Plan) -> list[Estimate]:
     tokens, slices = plan.slices()
     counted = parameters(plan.shape)
     trained = counted.total if plan.trained is None else plan.trained
-    share = plan.world if plan.parallel == "fsdp" else 1
+    share = plan.world if plan.sharded else 1
     weights, gradients = FLOAT * counted.total // share, FLOAT * trained // share
     state = _optimizer_state(plan, counted, trained) // share
     exchange = _exchanged(plan, trained)
@@ -223,7 +228,7 @@ def _moments(
     grown = 1.0 if slices > 1 else 0.0  # in the first slice the gradients come as the rest goes
     end = low * tokens * shape.n_embd  # what the output layer reads
     backward = again + stream - end + tokens * _widest(plan) + table
-    if plan.parallel == "fsdp":  # the root is whole, two blocks are on their way, one's gradients go
+    if plan.sharded:  # the root is whole, two blocks are on their way, one's gradients go
         one = FLOAT * (counted.matrices + counted.vectors) // shape.n_layer
         root = FLOAT * counted.root
         loss, within, last = root + 2 * one, root + 5 * one, 3 * root + 2 * one
@@ -307,7 +312,7 @@ def _casts(plan: Plan, counted: Parameters, tokens: int) -> int:
         return 0
     shape = plan.shape
     on_cpu = plan.device == "cpu" and tokens >= MANY_ROWS and max(shape.inner, _qkv(shape)) >= WIDE
-    if (on_cpu and plan.gradient_checkpointing) or plan.parallel == "fsdp":
+    if (on_cpu and plan.gradient_checkpointing) or plan.sharded:
         return plan.low * counted.matrices // shape.n_layer  # of one block at a time
     return plan.low * counted.matrices
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
-HELD_BYTES = 64 << 20  # of a split that is kept in memory: its windows are cut out ten times as fast
+HELD_BYTES = 64 << 20  # of a split that is kept in memory: its windows come twice as fast
 CHUNK_TOKENS = 1 << 22  # of a scan from end to end, at a time
 
 

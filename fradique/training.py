@@ -16,7 +16,7 @@ Settings = Any  # train.py's TrainSettings, which this room does not know
 
 @dataclass
 class Training:
-    """What `train_step` and `evaluate` need."""
+    """What the steps and the evaluations of train.py need."""
 
     settings: Settings
     runtime: runtime.Runtime

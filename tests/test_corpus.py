@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fradique import corpus, documents, sources, tokenizer
+from fradique import corpus, documents, lock, sources, tokenizer
 from fradique.corpus import prepare_documents, prepare_text
 from fradique.text import Text, cut_pieces, files_text, find_files, read_file
 
@@ -308,19 +307,17 @@ def test_a_text_that_changes_between_the_passes_is_refused(tmp_path):
 
 
 def test_what_a_killed_process_left_is_swept_and_what_a_live_one_makes_is_not(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    host = socket.gethostname()
-    dead, live, mine = (
-        tmp_path / f".prepare-{host}-{pid}" for pid in (process.pid, os.getppid(), os.getpid())
-    )
-    elsewhere = tmp_path / f".prepare-not-{host}-{process.pid}"  # on a disk that machines share
-    for folder in (dead, live, mine, elsewhere):
+    dead, live, new, old = (tmp_path / f".prepare-{name}" for name in ("dead", "live", "new", "old"))
+    for folder in (dead, live, new, old):
         folder.mkdir()
         (folder / "train.bin").write_text("half")
+    (dead / lock.NAME).write_text("{}")
+    os.utime(old, (1e9, 1e9))  # left before there were locks
+    held = lock.Lock(live)
     prepare_text(of(STORY), tmp_path)
-    assert not dead.exists() and not mine.exists()
-    assert (live / "train.bin").exists() and (elsewhere / "train.bin").exists()
+    assert not dead.exists() and not old.exists()
+    assert (live / "train.bin").exists() and (new / "train.bin").exists()
+    held.release()
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):

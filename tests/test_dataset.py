@@ -73,9 +73,9 @@ def test_windows_of_an_epoch_cover_all_tokens_but_the_shifted_ends(tmp_path):
 
 def test_targets_are_inputs_moved_on_by_one_and_never_cross_shards(tmp_path):
     split = make_split(tmp_path, [103, 57, 200])
-    sampler = sampler_of(split, 10, 1)
-    for first in range(0, 300, 7):
-        x, y = sampler.batch(first, 7)
+    sampler = sampler_of(split, 10, 1, batch_size=7)
+    for step in range(43):
+        ((x, y),) = sampler.micro_batches(step)
         assert x.shape == y.shape == (7, 10)
         assert (x[:, 1:] == y[:, :-1]).all()
         assert (y == x + 1).all()  # tokens count on, within a shard
@@ -83,12 +83,10 @@ def test_targets_are_inputs_moved_on_by_one_and_never_cross_shards(tmp_path):
 
 def test_a_batch_depends_on_its_place_alone(tmp_path):
     split = make_split(tmp_path, [500])
-    whole = sampler_of(split, 8, 9).batch(0, 12)[0]
-    parts = [sampler_of(split, 8, 9).batch(first, 3)[0] for first in (9, 0, 3, 6)]
-    assert [
-        row.tolist() for part in (parts[1], parts[2], parts[3], parts[0]) for row in part
-    ] == whole.tolist()
-    assert sampler_of(split, 8, 10).batch(0, 12)[0].tolist() != whole.tolist()
+    whole = sampler_of(split, 8, 9).windows(0, 12)
+    last, *parts = (sampler_of(split, 8, 9).windows(first, 3) for first in (9, 0, 3, 6))
+    assert [window for part in (*parts, last) for window in part] == whole
+    assert sampler_of(split, 8, 10).windows(0, 12) != whole
 
 
 @pytest.mark.parametrize(

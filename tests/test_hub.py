@@ -38,6 +38,14 @@ def folder(tmp_path_factory):
     return there
 
 
+def sum_of(path):
+    """As the hub gives it: of a large file its own, of a small one git's."""
+    content = path.read_bytes()
+    if path.suffix == ".safetensors":
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """What huggingface_hub asks of the hub: what a model has, the head of a file, and the file."""
 
@@ -54,8 +62,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, with_body):
         server, path = self.server, self.path.partition("?")[0]
-        if path.startswith("/api/models/someone/some-gpt2") and not server.gone:
-            described = [{"rfilename": p.name, "size": server.size_of(p)} for p in server.files]
+        if path.startswith("/api/models/someone/some-gpt2") and not (server.gone or server.silent):
+            described = [server.describe(p) for p in server.files]
             body = json.dumps({"id": "someone/some-gpt2", "sha": COMMIT, "siblings": described}).encode()
             if "/tree/" in path:
                 tree = [{"type": "file", "path": p.name, "size": 1, "oid": "0"} for p in server.files]
@@ -64,17 +72,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         resolved = f"/someone/some-gpt2/resolve/{COMMIT}/"
         file = next((p for p in server.files if path == resolved + p.name), None)
         if file is None or server.gone:
-            self.send_response(503 if server.gone else 404)
+            self.send_response(503 if server.gone or server.silent else 404)
             self.send_header("Content-Length", "0")
             return self.end_headers()
         server.asked.append((self.command, file.name))
-        content = file.read_bytes()
-        large = file.suffix == ".safetensors"
-        tag = hashlib.sha256(content) if large else hashlib.sha1(b"blob %d\0" % len(content) + content)
+        content, tag, large = file.read_bytes(), sum_of(file), file.suffix == ".safetensors"
         if server.damaged == file.name:
             content = content[:-1] + bytes([content[-1] ^ 1])
         named = "X-Linked-ETag" if large else "ETag"
-        return self.send(content, with_body, {named: f'"{tag.hexdigest()}"', "X-Repo-Commit": COMMIT})
+        return self.send(content, with_body, {named: f'"{tag}"', "X-Repo-Commit": COMMIT})
 
     def send(self, body, with_body, headers):
         self.send_response(200)
@@ -91,10 +97,14 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Hub)
         self.files = sorted(folder.iterdir())
-        self.asked, self.damaged, self.claimed, self.gone = [], None, {}, False
+        self.asked, self.damaged, self.claimed, self.gone, self.silent = [], None, {}, False, False
 
-    def size_of(self, path):
-        return self.claimed.get(path.name, path.stat().st_size)
+    def describe(self, path):
+        size = self.claimed.get(path.name, path.stat().st_size)
+        found = {"rfilename": path.name, "size": size, "blobId": sum_of(path)}
+        if path.suffix == ".safetensors":
+            found["lfs"] = {"sha256": sum_of(path), "size": size, "pointerSize": 130}
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +112,12 @@ def hub(folder):
     with Server(folder) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        environment = os.environ | {
+        mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment = mine | {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
         }
         pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, "-c", LOAD]
@@ -120,7 +132,7 @@ def hub(folder):
 def load(hub, tmp_path):
     """`pretrained.load` with a hub's cache of its own: its result in a line."""
     hub.asked.clear()
-    hub.damaged, hub.claimed, hub.gone = None, {}, False
+    hub.damaged, hub.claimed, hub.gone, hub.silent = None, {}, False, False
 
     def once():
         hub.client.stdin.write(f"{tmp_path}\n")
@@ -154,3 +166,10 @@ def test_weights_larger_than_their_config_says_are_not_downloaded(hub, load):
     said = load()
     assert "is not what its config.json describes" in said and "1,000,000,000,000 bytes" in said, said
     assert "model.safetensors" not in [name for _, name in hub.asked]
+
+
+def test_files_of_unknown_size_are_not_downloaded(hub, load):
+    hub.silent = True  # of what there is: the files themselves it would give
+    said = load()
+    assert said.startswith("refused:") and "503" in said and "into a folder" in said, said
+    assert not hub.asked

@@ -86,7 +86,7 @@ THIRD_PARTY = {
 }
 # One process imports what others have made, once. For each module that it is told, a copy of it imports that.
 QUIET = """
-import importlib, os, sys, traceback
+import importlib, os, sys, traceback, warnings
 import {third_party}
 
 def look(module):
@@ -106,8 +106,9 @@ def look(module):
     assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 
 for line in sys.stdin:
-    sys.stdout.flush()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which libraries start
+        pid = os.fork()
     if not pid:
         try:
             look(line.strip())
@@ -117,7 +118,7 @@ for line in sys.stdin:
             os._exit(1)
         sys.stdout.flush()
         os._exit(0)
-    print("status", os.waitpid(pid, 0)[1], flush=True)
+    print("\\nstatus", os.waitpid(pid, 0)[1], flush=True)
 """
 
 
@@ -143,7 +144,7 @@ def what_importing_says(importers, module):
     while not (line := process.stdout.readline()).startswith("status "):
         assert line, said
         said.append(line)
-    return int(line.split()[1]), "".join(said)
+    return int(line.split()[1]), "".join(said)[:-1]  # but for the end of the line before the status
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if not n.endswith("__init__.py")])

@@ -111,6 +111,15 @@ def test_an_estimate_is_what_torch_allocates(shape, changes):
     assert max(of_a_step) == pytest.approx(peak_of_a_step(shape, given), rel=0.08)
 
 
+def test_one_process_has_the_whole_model_whatever_parallel_says():
+    shape = replace(SMALL, n_embd=256, vocab_size=8192)
+    whole = memory.estimate(plan(shape))
+    assert memory.estimate(plan(shape, parallel="fsdp")) == whole
+    parts = memory.estimate(plan(shape, parallel="fsdp", world=2, gradient_accumulation_steps=2))
+    assert parts.weights == whole.weights // 2 and parts.optimizer == whole.optimizer // 2
+    assert 0 < parts.holes < whole.holes  # malloc gives large tensors back
+
+
 def test_a_step_is_cut_as_the_runtime_cuts_it():
     place = runtime.Runtime(torch.device("cpu"), torch.float32, False)
     for rows, length in ((12, 1024), (7, 1000), (1, 9000), (64, 64), (60, 128)):

@@ -411,7 +411,7 @@ def fake_hub(monkeypatch, folder):
     """A hub that gives `folder`, and the list of what was asked for."""
     asked = []
 
-    def snapshot_download(name, *, allow_patterns):
+    def snapshot_download(name, *, allow_patterns, **options):
         asked.append((name, allow_patterns))
         return str(folder)
 

@@ -195,10 +195,10 @@ def test_freed_memory_is_not_fetched_anew_from_the_kernel():
 
 
 RESIDENT = """
-import torch
+import os, torch
 from fradique import runtime
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20  # MiB
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20  # MiB
 runtime.keep_freed_memory()  # as a trial of `auto` does
 {way}()
 before = resident()
@@ -218,6 +218,19 @@ def test_large_tensors_are_given_back_where_that_is_asked_for(way, stays):
     command = [sys.executable, "-c", RESIDENT.format(way=way)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(done.stdout) > 200 if stays else int(done.stdout) < 50
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "way"), [("fsdp", 2, "gives"), ("ddp", 2, "keeps"), ("fsdp", 1, "keeps")]
+)
+def test_a_model_in_parts_gives_memory_back_and_others_keep_it(monkeypatch, parallel, world, way):
+    done = []
+    monkeypatch.setattr(runtime, "give_back_memory", lambda: done.append("gives"))
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: done.append("keeps"))
+    monkeypatch.setattr(runtime.ranks, "here", lambda: (0, 0, world))
+    monkeypatch.setattr(runtime.ranks, "join", lambda *_: None)
+    place = runtime.start(device="cpu", parallel=parallel)
+    assert done == [way] and place.sharded == (way == "gives")
 
 
 def test_a_signal_that_comes_while_the_ranks_tell_each_other_is_not_lost():

@@ -308,7 +308,7 @@ def test_a_step_is_the_textbook_step(settings):
     settings = replace(settings, dropout=0.0, grad_clip=0.5, eval_only=True)
     t = train.set_up(settings)
     twin = copy.deepcopy(t.model)
-    x, y = t.sampler.batch(0, 4)
+    x, y = t.corpus.train.read(t.sampler.windows(0, 4))
     logits = twin(x, y)[0]
     loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1))
     loss.backward()
@@ -330,7 +330,7 @@ def test_dropout_depends_on_seed_and_step_alone(settings):
     torch.rand(100)  # whatever else draws numbers
     again = train.train_step(t, 0.0)[0].item()
     t.model.eval()
-    x, y = t.sampler.batch(0, 4)
+    x, y = t.corpus.train.read(t.sampler.windows(0, 4))
     assert first == again != t.model(x, y)[1].item()
 
 

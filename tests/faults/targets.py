@@ -31,7 +31,7 @@ import seeds  # noqa: E402
 
 import configurator  # noqa: E402
 import sample  # noqa: E402
-from fradique import (  # noqa: E402  # noqa: E402
+from fradique import (  # noqa: E402
     checkpoint,
     corpus,
     dataset,

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,12 +41,11 @@ def why_not() -> str | None:
         return "network namespaces need root on Linux"
     if not shutil.which("ip"):
         return "there is no `ip` (Debian's iproute2)"
-    name = f"{A}-try"
-    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return f"no network namespace can be made: {done.stderr.strip()}"
-    subprocess.run(["ip", "netns", "delete", name], check=False)
-    return None
+    try:
+        with cable():
+            return None
+    except subprocess.CalledProcessError as error:
+        return f"no two network namespaces with a cable can be made: {error.stderr.strip()}"
 
 
 @contextmanager
@@ -52,6 +53,7 @@ def cable() -> Iterator[None]:
     """The two hosts, with a cable between them."""
     (a, address_a), (b, address_b) = HOSTS.items()
     ends = ("fradique0", "fradique1")
+    sweep()
     try:
         for words_ in (
             f"netns add {a}",
@@ -71,8 +73,16 @@ def cable() -> Iterator[None]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
+def sweep() -> None:
+    """Remove the hosts of processes that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
+    for name in re.findall(r"^fradique-\d+-[ab]\b", listed, re.M):
+        if not Path(f"/proc/{name.split('-')[1]}").exists():
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
 def ip(words_: str) -> None:
-    subprocess.run(["ip", *words_.split()], check=True)
+    subprocess.run(["ip", *words_.split()], check=True, capture_output=True, text=True)
 
 
 def link(state: str) -> None:
@@ -110,6 +120,8 @@ def cut(folder: Path, data: Path, seconds: float, steps: int, truth: dict[int, f
         time.sleep(seconds)
         reached = step(out)
         link("up")
+        if reached >= steps:
+            return ["the run had ended before its cable was cut"]
         for process in processes:
             process.wait(timeout=300)
     except subprocess.TimeoutExpired:
@@ -139,6 +151,7 @@ def main() -> int:
     parser.add_argument("--cut", default="5,40", help="seconds, parted by commas")
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts go in any case
     if reason := why_not():
         print(f"two hosts: skipped, {reason}")
         return 0
