@@ -1,11 +1,14 @@
 """What is made of torchrun's words: who starts again what it began, and who is missing."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import run_training
+from conftest import ROOT, run_training
 
 import train
 from fradique import checkpoint, ranks, restart, run
@@ -120,3 +123,14 @@ def test_the_loss_of_a_rank_is_told_from_an_error_of_our_own(three_of_four, erro
 def test_an_error_of_our_own_passes(three_of_four):
     with pytest.raises(RuntimeError, match="shapes"), ranks.named_if_lost():
         raise RuntimeError("shapes do not fit")
+
+
+def test_a_rank_that_answers_no_more_is_named_and_the_run_goes_on_to_the_last_bit():
+    """One of two under torchrun, stopped; `make faults` does so with four, and kills them too."""
+    words = "--ranks 2 --rounds 1 --parallel ddp --signals SIGSTOP --patience 8"
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "ranks.py"), *words.split()]
+    environment = os.environ | {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"
+    }  # for which torchrun asks the stopped one
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 of 1 runs" in done.stdout, done.stdout + done.stderr

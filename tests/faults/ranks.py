@@ -1,7 +1,8 @@
 """Lose a rank of four: one that is killed, and one that is stopped and answers no more. torchrun starts all
 of them again, and the run ends with the weights and losses of an undisturbed one, bit for bit.
 
-    python tests/faults/ranks.py [--rounds 3] [--seed 0]
+    python tests/faults/ranks.py [--rounds 3] [--seed 0] [--ranks 4] [--parallel ddp,fsdp]
+        [--signals SIGKILL,SIGSTOP] [--patience 15]
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from pathlib import Path
 
 from harness import children, losses, prepare, ranks_of, run, start, step, stop, sums, wait_for, words
 
-RANKS, PATIENCE = 4, 15  # seconds for which a rank waits for another
-STEPS = {"max_iters": 60, "dropout": 0.1, "dist_timeout": PATIENCE}
+STEPS = {"max_iters": 60, "dropout": 0.1}
 
 
 def main() -> int:
@@ -28,22 +28,27 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--parallel", default="ddp,fsdp")
+    parser.add_argument("--signals", default="SIGKILL,SIGSTOP")
+    parser.add_argument("--patience", type=int, default=15, help="seconds for which a rank waits for another")
     args = parser.parse_args()
     rng, cases, failed = random.Random(args.seed), 0, 0
+    steps = STEPS | {"dist_timeout": args.patience}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = prepare(folder)
-        for parallel in ("ddp", "fsdp"):
+        for parallel in args.parallel.split(","):
             whole = folder / parallel
-            run(words(data, whole, parallel=parallel, **STEPS), RANKS)
+            run(words(data, whole, parallel=parallel, **steps), args.ranks)
             truth = (sums(whole), losses(whole))
             for number in range(args.rounds):
-                for what in (signal.SIGKILL, signal.SIGSTOP):
+                for what in (signal.Signals[name] for name in args.signals.split(",")):
                     out = folder / f"{parallel}-{what.name}-{number}"
-                    lost, at = rng.randrange(RANKS), rng.randrange(1, 55)
-                    flags = words(data, out, parallel=parallel, **STEPS)
+                    lost, at = rng.randrange(args.ranks), rng.randrange(1, 55)
+                    flags = words(data, out, parallel=parallel, **steps)
                     start_time = time.monotonic()
-                    problems = case(flags, out, what, lost, at, truth)
+                    problems = case(flags, args.ranks, out, what, lost, at, truth)
                     cases, failed = cases + 1, failed + bool(problems)
                     print(
                         f"{parallel}, {what.name} of rank {lost} at step {at}: "
@@ -51,13 +56,16 @@ def main() -> int:
                         f"({time.monotonic() - start_time:.0f} s)",
                         flush=True,
                     )
-    print(f"ranks: {cases - failed} of {cases} runs that lost a rank of {RANKS} ended as the undisturbed one")
+    well = f"{cases - failed} of {cases} runs"
+    print(f"ranks: {well} that lost a rank of {args.ranks} ended as the undisturbed one")
     return 1 if failed else 0
 
 
-def case(flags: list[str], out: Path, what: signal.Signals, lost: int, at: int, truth: tuple) -> list[str]:
+def case(
+    flags: list[str], ranks: int, out: Path, what: signal.Signals, lost: int, at: int, truth: tuple
+) -> list[str]:
     """What was not as it should be."""
-    process = start(flags, RANKS, restarts=3)
+    process = start(flags, ranks, restarts=3)
     assert wait_for(lambda: step(out) >= at, process), process.communicate()
     os.kill(ranks_of(process.pid)[lost], what)
     said = process.communicate(timeout=300)[0]
