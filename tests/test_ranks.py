@@ -127,7 +127,7 @@ def test_an_error_of_our_own_passes(three_of_four):
 
 def test_a_rank_that_answers_no_more_is_named_and_the_run_goes_on_to_the_last_bit():
     """One of two under torchrun, stopped; `make faults` does so with four, and kills them too."""
-    words = "--ranks 2 --rounds 1 --parallel ddp --signals SIGSTOP --patience 8"
+    words = "--ranks 2 --rounds 1 --parallel ddp --signals SIGSTOP --patience 12"
     command = [sys.executable, str(ROOT / "tests" / "faults" / "ranks.py"), *words.split()]
     environment = os.environ | {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"
