@@ -13,7 +13,7 @@ help:
 	@echo "make demo       install into .venv, train a small writer for a minute, show what it writes"
 	@echo "make test       run all tests"
 	@echo "make check      ruff (lint and format), then all tests"
-	@echo "make faults     what docs/RELIABILITY.md promises: kills, signals, full disks, lost ranks (two hours)"
+	@echo "make faults     what docs/RELIABILITY.md promises: kills, signals, full disks, lost ranks (some hours)"
 	@echo "make reference  build GPT-2 in C: reference/build/gpt2"
 	@echo "make clean      remove .venv and caches; corpora and runs stay"
 
