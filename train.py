@@ -674,4 +674,4 @@ def report_evaluation(t: Training) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, TrainSettings, base=restart.settings_of_the_run))
+    ranks.end(command(main, TrainSettings, base=restart.settings_of_the_run))

@@ -3,6 +3,7 @@
 torchrun starts them and starts them again when one is lost; here is only what it leaves to the program.
 """
 
+import atexit
 import os
 import re
 import socket
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,19 @@ def leave() -> None:
     _joined.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(status: int) -> NoReturn:
+    """End this process. One of several runs its exit handlers, and does not take the interpreter down: a
+    thread of torch's that wants it meanwhile would abort the process, and a run that is done would be told
+    as one that failed."""
+    if here()[2] == 1:
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 def restarts() -> int:

@@ -134,3 +134,23 @@ def test_a_rank_that_answers_no_more_is_named_and_the_run_goes_on_to_the_last_bi
     }  # for which torchrun asks the stopped one
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "1 of 1 runs" in done.stdout, done.stdout + done.stderr
+
+
+ENDING = """
+import atexit, sys
+from fradique import ranks
+class Last:
+    def __del__(self):
+        print("taken down")
+last = Last()
+atexit.register(print, "handlers ran")
+ranks.end(3)
+"""
+
+
+@pytest.mark.parametrize(("world", "said"), [("1", "handlers ran\ntaken down\n"), ("2", "handlers ran\n")])
+def test_one_of_several_processes_ends_without_taking_the_interpreter_down(world, said):
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world}
+    command = [sys.executable, "-c", ENDING]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, said, "")
