@@ -5,7 +5,6 @@ renamed; `manifest.json`, with the sha256 of every other file, is written last. 
 name is complete, and a file that was damaged later is found out by its sum.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -116,7 +115,7 @@ def _complete(beside: Path, folder: Path, checkpoint: Checkpoint) -> None:
     (beside / "state.json").write_text(as_json(checkpoint.state), encoding="utf-8")
     for path in beside.glob("*.safetensors"):  # written for the owner alone; others may read them too
         shutil.copymode(beside / "model.json", path)
-    sums = {path.name: sha256(path) for path in sorted(beside.iterdir())}
+    sums = {path.name: reading.sum_of(path) for path in sorted(beside.iterdir())}
     manifest = as_json({"format": FORMAT, "run": checkpoint.run, "sha256": sums})
     (beside / "manifest.json").write_text(manifest, encoding="utf-8")
     for path in [*beside.iterdir(), beside]:
@@ -197,14 +196,6 @@ def prune(run: Path, keep: int) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
 def verify(folder: Path, run: str | None = None) -> None:
     """Raise ValueError naming the first file of a checkpoint that is missing or has another sum; or where it
     is of another run than `run`, if that is given."""
@@ -218,7 +209,7 @@ def verify(folder: Path, run: str | None = None) -> None:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
         try:
-            found = sha256(folder / name)
+            found = reading.sum_of(folder / name)
         except OSError as error:
             raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from error
         if sums.get(name) != found:

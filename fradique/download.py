@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fradique import reading
+
 MAX_BYTES = 64 << 20
 TIMEOUT = 30.0  # seconds without an answer
 PATIENCE = 900.0  # seconds for the whole of a file: 64 MB at 75 kB a second
@@ -54,7 +56,7 @@ def fetch(
     and what was at `path` before stays.
     """
     _check_scheme(url)
-    if path.is_file() and sum_of(path) == sha256:
+    if path.is_file() and reading.sum_of(path) == sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path, older=2 * max(patience, PATIENCE))
@@ -85,15 +87,6 @@ def _sweep(path: Path, older: float) -> None:
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > older:
                 left.unlink()
-
-
-def sum_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_scheme(url: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fradique import checkpoint, layouts
 from fradique.download import MAX_BYTES
+from fradique.reading import sum_of
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SMALL = ("config.json", "tokenizer.json", "vocab.json")
@@ -117,11 +118,8 @@ def _check_sum(path: Path, expected: str) -> None:
         digest = hashlib.sha1(b"blob %d\0" % kept.stat().st_size, usedforsecurity=False)
     else:
         return
-    with kept.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
+    if (found := sum_of(kept, digest)) != expected:
         raise ValueError(
-            f"{path} is damaged: its sum is {digest.hexdigest()}, and the Hugging Face hub gave it as "
+            f"{path} is damaged: its sum is {found}, and the Hugging Face hub gave it as "
             f"{expected}. It was not used; delete {kept} and run this again"
         )

@@ -1,7 +1,8 @@
-"""Small files that anybody may have written: plain ones, no larger than need be; JSON; plain names."""
+"""Files that anybody may have written: small plain ones, JSON, plain names; and the sum of any."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -41,3 +42,12 @@ def is_plain_name(name: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether `value` is a whole number that counts something, no larger than a file can be."""
     return type(value) is int and 0 <= value < 1 << 63
+
+
+def sum_of(path: Path, digest: Any = None) -> str:
+    """The sum of a file, in hexadecimal digits: of hashlib's sha256, or of another `digest` of its."""
+    digest = hashlib.sha256() if digest is None else digest
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
