@@ -18,19 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fradique import generation, kernels, pointwise
-from fradique.generation import KVCache
-from fradique.linear import Linear
+from fradique.generation import generate
+from fradique.generation.kv_cache import KVCache
+from fradique.nn import attention, cross_entropy, functional
+from fradique.nn.functional import ACTIVATIONS, GATED
+from fradique.nn.linear import Linear
 
-ACTIVATIONS = {
-    "gelu": pointwise.gelu,  # the exact form, with erf: nanoGPT's
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's (Hendrycks & Gimpel 2016)
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # Primer (So et al. 2021)
-    "swiglu": F.silu,  # these two are of the gate that the other half of c_fc passes through (Shazeer 2020)
-    "geglu": F.gelu,
-}
-GATED = ("swiglu", "geglu")
 NORMS = ("layernorm", "rmsnorm")
 NORM_PLACES = ("pre", "post", "deepnorm")
 POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "relative", "none")
@@ -169,7 +162,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # what autocast made smaller is widened again: torch has no fast kernel for two dtypes, and says so
-        return pointwise.rms_norm(x.to(self.weight.dtype), self.weight, NORM_EPS)
+        return functional.rms_norm(x.to(self.weight.dtype), self.weight, NORM_EPS)
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
@@ -177,7 +170,7 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionInputs:
     """What all layers are told of the positions: which keys a query sees, and how rope turns both."""
 
     # bool (T, S), true where seen; or (1, n_head, T, S), added to the scores; None: causal
@@ -191,7 +184,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
-        self.attend = kernels.attention if config.flash else plain_attention
+        self.attend = attention.attention if config.flash else plain_attention
         self.heads = (config.n_head, config.kv_heads, config.kv_heads)  # of q, k, v
         self.widths = tuple(count * config.head_dim for count in self.heads)
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)
@@ -200,11 +193,11 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, sight: Sight, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: AttentionInputs, cache: KVCache | None = None) -> Tensor:
         y = self.mix(self.c_attn(x), sight, cache)  # (B, T, C)
-        return pointwise.dropout(self.c_proj(y), self.dropout, self.training)
+        return functional.dropout(self.c_proj(y), self.dropout, self.training)
 
-    def mix(self, stacked: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+    def mix(self, stacked: Tensor, sight: AttentionInputs, cache: KVCache | None) -> Tensor:
         """Queries, keys and values side by side, (B, T, sum(widths)) -> what each query reads, (B, T, C)."""
         B, T, _ = stacked.shape
         heads = stacked.view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -212,7 +205,7 @@ class CausalSelfAttention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if sight.rotation is not None:
-            q, k = (pointwise.rotate(part, *sight.rotation) for part in (q, k))
+            q, k = (functional.apply_rope(part, *sight.rotation) for part in (q, k))
         if q.dtype != v.dtype:  # norms may answer in float32 where autocast is on
             q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
@@ -234,7 +227,7 @@ def plain_attention(
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_head, T, S)
     if mask is None:
-        mask = kernels.causal_mask(q.size(2), k.size(2), q.device)
+        mask = attention.causal_mask(q.size(2), k.size(2), q.device)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
     return weights.to(v.dtype) @ v
@@ -253,7 +246,7 @@ class MLP(nn.Module):
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return pointwise.dropout(self.c_proj(self.bend(self.c_fc(x))), self.dropout, self.training)
+        return functional.dropout(self.c_proj(self.bend(self.c_fc(x))), self.dropout, self.training)
 
     def bend(self, x: Tensor) -> Tensor:
         """The activation of x (B, T, inner); of gate and value, (B, T, 2 inner), where it is gated."""
@@ -276,7 +269,7 @@ class Block(nn.Module):
         # DeepNorm weighs the stream so that many layers of post-norm can be trained (GLM-130B, §2.1)
         self.stream_weight = math.sqrt(2 * config.n_layer) if config.norm_place == "deepnorm" else 1.0
 
-    def forward(self, x: Tensor, sight: Sight, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: AttentionInputs, cache: KVCache | None = None) -> Tensor:
         if self.ln_2 is None:  # side by side: one norm, one sum (GPT-J; PaLM, §2)
             return self._add(x, self.ln_1, lambda h: self.attn(h, sight, cache) + self.mlp(h))
         x = self._add(x, self.ln_1, lambda h: self.attn(h, sight, cache))
@@ -408,7 +401,7 @@ class GPT(nn.Module):
         prefix = min(self.config.prefix_len, prefix)
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
         x = self._embed(idx, positions)  # (B, T, C)
-        sight = Sight(
+        sight = AttentionInputs(
             mask=self._mask(positions, start, seen, prefix),
             rotation=self._rotation(positions),
         )
@@ -427,7 +420,7 @@ class GPT(nn.Module):
             targets = torch.where(positions < prefix - 1, -1, targets)
         if not with_logits:
             cap = self.config.logit_softcap
-            return None, kernels.linear_cross_entropy(x, self.lm_head.weight, targets, cap)
+            return None, cross_entropy.linear_cross_entropy(x, self.lm_head.weight, targets, cap)
         logits = self._logits(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
@@ -442,7 +435,7 @@ class GPT(nn.Module):
             x = x * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd).to(x.dtype)
         if self.config.embd_norm:
             x = self.transformer["ln_e"](x)
-        return pointwise.dropout(x, self.config.dropout, self.training)
+        return functional.dropout(x, self.config.dropout, self.training)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rope":
@@ -523,4 +516,4 @@ class GPT(nn.Module):
 
     def stream(self, idx: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
         """Yield the next token of every row, (B,), as each is drawn: see `generation.stream`."""
-        return generation.stream(self, idx, max_new_tokens, **options)
+        return generate.stream(self, idx, max_new_tokens, **options)

@@ -14,8 +14,12 @@ from pathlib import Path
 import torch
 
 from configurator import Resolved, command, setting
-from fradique import checkpoint, decoding, limits, pretrained, run, runtime
-from fradique import tokenizer as tokenizers
+from fradique.checkpointing import checkpoint, run_folder
+from fradique.generation import packed_weights
+from fradique.pretrained import loader
+from fradique.runtime import device as devices
+from fradique.runtime import memory_limits
+from fradique.tokenizer import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
 LONGEST_PROMPT = 4 << 20  # bytes; the model reads the end of it
@@ -46,30 +50,30 @@ class SampleSettings:
     seed: int = setting(1337, "the same seed gives the same text", lo=0, hi=2**62)
 
     device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N", group="machine")
-    dtype: str = setting("auto", "auto: what the card has; on a CPU float32, or packed bfloat16 from 5M parameters where it has that", choices=("auto", *runtime.DTYPES))
+    dtype: str = setting("auto", "auto: what the card has; on a CPU float32, or packed bfloat16 from 5M parameters where it has that", choices=("auto", *devices.DTYPES))
     cache: bool = setting(True, "keep keys and values; False: compute the whole context for each token")
     debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
 
 
 @dataclass(frozen=True)
-class Writer:
+class LoadedModel:
     """A model that is ready to write, and the tokenizer that goes with it."""
 
     model: GPT
     tokenizer: tokenizers.Tokenizer
-    runtime: runtime.Runtime
+    runtime: devices.Runtime
     lowered: bool = False  # the weights themselves are in the runtime's dtype, and need no autocast
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext() if self.lowered else self.runtime.autocast()
 
 
-def open_writer(
+def load_model(
     source: str, *, checkpoint_name: str = "best", device: str = "auto", dtype: str = "auto"
-) -> Writer:
+) -> LoadedModel:
     """A run folder, or weights of others, as model and tokenizer. Raises ValueError where they do not fit."""
-    weights = pretrained.load(source, checkpoint_name)
+    weights = loader.load_weights(source, checkpoint_name)
     if weights.tokenizer is None:
         raise ValueError(
             f"{source} comes without a tokenizer that this program knows (characters, GPT-2's, or a BPE of its "
@@ -81,17 +85,17 @@ def open_writer(
         raise ValueError(f"{source} holds no model: {'; '.join(problems)}")
     with torch.device("meta"):  # no memory, no initial weights: those that were loaded become its own
         model = GPT(config)
-    checkpoint.adopt(model, weights.tensors, weights.source)
+    checkpoint.assign_parameters(model, weights.tensors, weights.source)
     if weights.tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {weights.tokenizer.vocab_size} tokens and the model "
             f"{model.config.vocab_size}: they do not belong together"
         )
-    place = runtime.start(device=device, dtype=dtype)  # n_embd unset: a CPU keeps to float32
-    return Writer(model.to(place.device).eval(), weights.tokenizer, place)
+    place = devices.setup_runtime(device=device, dtype=dtype)  # n_embd unset: a CPU keeps to float32
+    return LoadedModel(model.to(place.device).eval(), weights.tokenizer, place)
 
 
-def quicken(writer: Writer, dtype: str) -> Writer:
+def prepare_for_inference(writer: LoadedModel, dtype: str) -> LoadedModel:
     """The writer with weights of 16 bits, where that writes faster; it can then do nothing else.
 
     On CUDA they take the runtime's dtype, but for float16, whose range the stream between the layers can leave.
@@ -100,9 +104,9 @@ def quicken(writer: Writer, dtype: str) -> Writer:
     model, place = writer.model, writer.runtime
     if place.device.type == "cuda" and place.dtype != torch.float16:
         return replace(writer, model=model.to(place.dtype), lowered=True)
-    if dtype != "auto" or not decoding.worth_packing(model, place.device):
+    if dtype != "auto" or not packed_weights.should_pack(model, place.device):
         return writer
-    decoding.pack(model)
+    packed_weights.pack_weights(model)
     return replace(writer, runtime=replace(place, dtype=torch.bfloat16), lowered=True)
 
 
@@ -121,7 +125,7 @@ def read_prompt(start: str) -> str:
         raise ValueError(f"{name} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
 
 
-class Row:
+class StreamedSample:
     """The text of one sample as it grows, cut at `stop`."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str) -> None:
@@ -151,10 +155,10 @@ class Row:
         return text[: len(text) - keep]
 
 
-def write(writer: Writer, prompt: str, settings: SampleSettings) -> Iterator[list[str]]:
+def generate_text(writer: LoadedModel, prompt: str, settings: SampleSettings) -> Iterator[list[str]]:
     """Continue `prompt`: what each of the num_samples rows has to show next, again and again until the end."""
     ids = torch.from_numpy(tokenizers.encode_prompt(writer.tokenizer, prompt).astype("int64"))  # (T,)
-    rows = [Row(writer.tokenizer, settings.stop) for _ in range(settings.num_samples)]
+    rows = [StreamedSample(writer.tokenizer, settings.stop) for _ in range(settings.num_samples)]
     generator = torch.Generator(writer.runtime.device)
     generator.manual_seed(settings.seed)
     stream = writer.model.stream(
@@ -178,24 +182,24 @@ def write(writer: Writer, prompt: str, settings: SampleSettings) -> Iterator[lis
     yield [row.flush() for row in rows]
 
 
-@limits.explained
+@memory_limits.report_oom
 def main(resolved: Resolved[SampleSettings]) -> int:
     settings = resolved.settings
     source = settings.init_from
     if source == "resume":
         source = settings.out_dir
-        run.saved_settings(Path(source))  # a mistyped folder gets a message, and is not looked for on the hub
-    writer = open_writer(
+        run_folder.saved_settings(Path(source))  # a mistyped folder gets a message, and is not looked for on the hub
+    writer = load_model(
         source, checkpoint_name=settings.checkpoint, device=settings.device, dtype=settings.dtype
     )
-    writer = quicken(writer, settings.dtype)
+    writer = prepare_for_inference(writer, settings.dtype)
     prompt = read_prompt(settings.start)
     if settings.temperature == 0 and settings.num_samples > 1:
         settings = replace(settings, num_samples=1)
         print("temperature 0 writes the same text every time: one sample", file=sys.stderr)
     print(prompt, end="", flush=True)
     others = [""] * (settings.num_samples - 1)
-    for first, *rest in write(writer, prompt, settings):
+    for first, *rest in generate_text(writer, prompt, settings):
         print(first, end="", flush=True)  # the first sample is shown as it grows, the others after it
         others = [text + piece for text, piece in zip(others, rest, strict=True)]
     print()

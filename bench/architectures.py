@@ -28,6 +28,7 @@ import torch
 
 import train
 from configurator import resolve
+from fradique.training import setup
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,25 +72,25 @@ def width_for(config: GPTConfig, target: int) -> int:
     return max(8, 8 * round((target - at_8) / (at_16 - at_8) + 1))
 
 
-def set_up(settings: train.TrainSettings, target: int | None) -> train.Training:
+def set_up(settings: train.TrainSettings, target: int | None) -> train.Trainer:
     """A run as train.py makes it, its MLP as wide as `target` asks; what it says is not shown."""
     with contextlib.redirect_stdout(io.StringIO()):
-        t = train.set_up(settings)
+        t = setup.setup_training(settings)
         if target is None:
             return t
         t.close()
         inner = width_for(t.model.config, target)
-        return train.set_up(replace(settings, n_inner=inner, overwrite=True))
+        return setup.setup_training(replace(settings, n_inner=inner, overwrite=True))
 
 
-def one_step(t: train.Training) -> float:
+def one_step(t: train.Trainer) -> float:
     """Train a step; its loss."""
     loss, _ = train.train_step(t, train.learning_rate(t))
     t.state.step += 1
     return loss.item()
 
 
-def write_tokens(t: train.Training, count: int) -> None:
+def write_tokens(t: train.Trainer, count: int) -> None:
     prompt = torch.zeros(1, 1, dtype=torch.long, device=t.runtime.device)
     with t.runtime.autocast():
         t.model.generate(prompt, count, temperature=0)[0, -1].item()  # waits for a card

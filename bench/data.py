@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fradique import bpe, dataset, tokenizer
-from fradique.sources import python_library
-from fradique.text import Text, cut_pieces, files_text, find_files
+from fradique.data import dataset
+from fradique.data import sampler as samplers
+from fradique.data.sources import python_library
+from fradique.data.text import Text, cut_pieces, files_text, find_files
+from fradique.tokenizer import bpe, tokenizer
 
 Rates = dict[str, float]
 
@@ -37,7 +39,7 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
     char = tokenizer.CharTokenizer("".join(sorted(set().union(*map(set, pieces)))))
     gpt2 = tokenizer.GPT2Tokenizer()
     own = tokenizer.train_bpe(pieces, 4096)
-    _, tiktoken_gpt2 = bpe.gpt2()
+    _, tiktoken_gpt2 = bpe.gpt2_encoding()
     theirs = huggingface.Tokenizer.from_str(json.dumps(own.to_json()["model"]))
     small = list(cut_pieces(pieces, 4096))  # as Hugging Face's encoder likes them best
     tokens = sum(map(len, gpt2.encode_batch(pieces, threads)))
@@ -72,7 +74,7 @@ def measure_loading(rounds: int) -> Rates:
         path = Path(folder) / "train.bin"
         np.random.default_rng(0).integers(50257, size=LOADED_TOKENS).astype("<u2").tofile(path)
         split = dataset.Split([path], "uint16", 50257, None)
-        sampler = dataset.Sampler(split, BLOCK_SIZE, BATCH_SIZE, 1, seed=0)
+        sampler = samplers.Sampler(split, BLOCK_SIZE, BATCH_SIZE, 1, seed=0)
         tokens = split.shards[0]
 
         def ours() -> None:

@@ -29,9 +29,11 @@ from torch.distributed.tensor import DTensor
 import train
 from bench import machine
 from bench.train import ROOT, each_config, name_of, one_step, settings_for
-from fradique import keeping, memory, ranks, starting
-from fradique.metrics import human
-from fradique.training import Training
+from fradique.distributed import process_group
+from fradique.runtime import memory_estimate
+from fradique.training import outputs, setup
+from fradique.training.logger import format_count
+from fradique.training.trainer import Trainer
 from model import GPTConfig
 
 # GPT-2's sizes (Radford et al. 2019): layers, heads, width. The vocabulary is padded as train.py pads it.
@@ -51,7 +53,7 @@ def table() -> list[dict[str, Any]]:
     return [
         {
             "model": name,
-            "parameters": memory.parameters(shape).total,
+            "parameters": memory_estimate.count_parameters(shape).total,
             "parallel": parallel,
             "cards": world,
             "gradient_checkpointing": again,
@@ -65,8 +67,8 @@ def table() -> list[dict[str, Any]]:
         for again in (False, True)
         for batch in BATCHES
         for estimated in [
-            memory.estimate(
-                memory.Plan(
+            memory_estimate.estimate_memory(
+                memory_estimate.MemoryPlan(
                     shape, batch, 5 * world, parallel=parallel, world=world, gradient_checkpointing=again
                 )
             )
@@ -82,7 +84,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
         for parallel, world in SHARING:
             mine = [r for r in rows if (r["model"], r["parallel"], r["cards"]) == (name, parallel, world)]
             each = {(r["batch_size"], r["gradient_checkpointing"]): r["bytes"] / 2**30 for r in mine}
-            size = f"{name}, {human(mine[0]['parameters'])}"
+            size = f"{name}, {format_count(mine[0]['parameters'])}"
             cards = "1" if world == 1 else f"{world}, {parallel}"
             cells = [f"{each[batch, False]:.1f} ({each[batch, True]:.1f})" for batch in BATCHES]
             lines.append(
@@ -99,19 +101,19 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
     peak and the estimate, in bytes."""
     before = machine.peak_memory(torch.device("cpu"))
     with contextlib.redirect_stdout(io.StringIO()):
-        own = scratch / f"rank-{ranks.here()[0]}"  # for a corpus of its own; the run is one
+        own = scratch / f"rank-{process_group.rank_info()[0]}"  # for a corpus of its own; the run is one
         asked = dataclasses.replace(settings_for(argv, own), out_dir=str(scratch / "run"))
-        t = train.set_up(dataclasses.replace(asked, eval_iters=1, compile=False))
+        t = setup.setup_training(dataclasses.replace(asked, eval_iters=1, compile=False))
         device = t.runtime.device
         train.evaluate_and_save(t)
         for _ in range(STEPS):
             one_step(t)
         machine.wait(device)
         peak = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
-        keeping.save(t)
+        outputs.save_checkpoint(t)
         with_checkpoint = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
-        plan = starting.memory_plan(t.settings, t.model.config, None, device, t.runtime.world)
-        estimated = memory.estimate(plan)
+        plan = setup.memory_plan(t.settings, t.model.config, None, device, t.runtime.world)
+        estimated = memory_estimate.estimate_memory(plan)
         tensors = staying(t) + recorded(lambda: one_step(t))[0] if device.type == "cpu" else peak
         t.close()
         t.forward = t.model
@@ -124,19 +126,21 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "plan": {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "shape"},
         "shape": dataclasses.asdict(plan.shape),
-        "parameters": memory.parameters(plan.shape).total,
+        "parameters": memory_estimate.count_parameters(plan.shape).total,
         "imports_bytes": before,
         "measured_bytes": peak,
         "with_checkpoint_bytes": with_checkpoint,
         "estimated_bytes": told,
         "ratio": told / peak,
         "tensors_bytes": tensors,  # of a step, by torch's own record
-        "estimated_tensors_bytes": max(m.allocated for m in memory.moments(plan) if m.moment != "evaluation"),
+        "estimated_tensors_bytes": max(
+            m.allocated for m in memory_estimate.estimate_moments(plan) if m.moment != "evaluation"
+        ),
         "estimate": dataclasses.asdict(estimated),
     }
 
 
-def staying(t: Training) -> int:
+def staying(t: Trainer) -> int:
     """Bytes of this process's weights and optimizer state."""
     kept = [p.detach() for p in t.model.parameters()]
     kept += [x for one in t.optimizers for state in one.state.values() for x in state.values()]
@@ -187,7 +191,7 @@ def report(result: dict[str, Any]) -> str:
     plan, shape = result["plan"], result["shape"]
     mib = {name.removesuffix("_bytes"): value / 2**20 for name, value in result.items() if "_bytes" in name}
     return (
-        f"{result['config']}: {human(result['parameters'])} parameters, {shape['n_layer']} layers, "
+        f"{result['config']}: {format_count(result['parameters'])} parameters, {shape['n_layer']} layers, "
         f"{shape['n_embd']} wide, {plan['batch_size']} x {shape['block_size']} tokens, "
         f"vocabulary {shape['vocab_size']}, {plan['dtype']}, {plan['optimizer']}, {plan['world']} processes"
         f"{', gradient checkpointing' if plan['gradient_checkpointing'] else ''}: "

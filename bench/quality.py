@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from bench import machine
-from fradique import metrics, runtime
+from fradique.checkpointing import metrics_file
+from fradique.runtime import device
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +47,7 @@ def measure(config: str, budget: str, corpus: str, flags: Sequence[str], to: flo
         seconds = time.perf_counter() - start
         if done.returncode:
             raise SystemExit(f"train.py {' '.join(words)} ended with status {done.returncode}: {done.stderr}")
-        lines = metrics.read(folder)
+        lines = metrics_file.read_metrics(folder)
     last = lines[-1]
     found = {
         "config": Path(config).stem,
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report(found), flush=True)
         results.append(found)
     print(table(results))
-    where = {"machine": machine.describe(runtime.choose_device("auto")), "torch": torch.__version__}
+    where = {"machine": machine.describe(device.choose_device("auto")), "torch": torch.__version__}
     print(json.dumps({"bench": "quality", **where, "results": results}))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import sample
 from bench import machine
-from fradique import runtime
+from fradique.runtime import device as devices
 from model import GPT, GPTConfig
 
 SHAPES = {
@@ -89,16 +89,16 @@ def by_turns(
     return mine, theirs
 
 
-def writer_of(args: argparse.Namespace) -> sample.Writer:
+def writer_of(args: argparse.Namespace) -> sample.LoadedModel:
     """The model of a run, or one of a shape with random weights, as sample.py would open it."""
     if args.out_dir:
-        writer = sample.open_writer(args.out_dir, device=args.device, dtype=args.dtype)
+        writer = sample.load_model(args.out_dir, device=args.device, dtype=args.dtype)
     else:
         torch.manual_seed(0)
-        place = runtime.start(device=args.device, dtype=args.dtype)
+        place = devices.setup_runtime(device=args.device, dtype=args.dtype)
         model = GPT(SHAPES[args.shape]).to(place.device).eval()
-        writer = sample.Writer(model, tokenizer=None, runtime=place)
-    return sample.quicken(writer, args.dtype)
+        writer = sample.LoadedModel(model, tokenizer=None, runtime=place)
+    return sample.prepare_for_inference(writer, args.dtype)
 
 
 def nanogpt(config: GPTConfig, folder: Path, device: torch.device) -> Write:
@@ -106,12 +106,12 @@ def nanogpt(config: GPTConfig, folder: Path, device: torch.device) -> Write:
     ours = sys.modules.pop("model")  # its module has the name of ours
     sys.path.insert(0, str(folder))
     try:
-        import model as theirs
+        import model
     finally:
         sys.path.remove(str(folder))
         sys.modules["model"] = ours
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
-    made = theirs.GPT(theirs.GPTConfig(**{name: getattr(config, name) for name in names}))
+    made = model.GPT(model.GPTConfig(**{name: getattr(config, name) for name in names}))
     made.to(device).eval()
 
     def write(idx: Tensor, count: int) -> None:

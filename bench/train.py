@@ -29,7 +29,8 @@ import torch
 import train
 from bench import machine, textbook
 from configurator import resolve
-from fradique.metrics import human
+from fradique.training import setup
+from fradique.training.logger import format_count
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUND_SECONDS = 1.0  # as many steps make a round as fill this
@@ -43,7 +44,7 @@ def measure(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
         said = io.StringIO()
         start = time.perf_counter()
         with contextlib.redirect_stdout(said):
-            t = train.set_up(settings)
+            t = setup.setup_training(settings)
         one_step(t)
         machine.wait(t.runtime.device)
         ready = time.perf_counter() - start
@@ -85,12 +86,12 @@ def write_random_corpus(folder: Path, characters: bool) -> None:
         (folder / "tokenizer.json").write_text(json.dumps({"format": 1, "kind": "char", "chars": chars}))
 
 
-def one_step(t: train.Training) -> None:
+def one_step(t: train.Trainer) -> None:
     train.train_step(t, train.learning_rate(t))
     t.state.step += 1
 
 
-def shape_of(t: train.Training) -> dict[str, Any]:
+def shape_of(t: train.Trainer) -> dict[str, Any]:
     """What a textbook GPT of the same size needs to know. Other architectures are measured beside GPT-2's."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
     return {name: getattr(t.model.config, name) for name in names} | {
@@ -101,7 +102,7 @@ def shape_of(t: train.Training) -> dict[str, Any]:
 
 
 def rounds(
-    t: train.Training, others: dict[str, textbook.Beside], count: int
+    t: train.Trainer, others: dict[str, textbook.Beside], count: int
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Seconds a step, round by round, of ours and of the others by turns. Each works as long as the others:
     after a pause the first step takes longer, and a training run makes none."""
@@ -121,7 +122,7 @@ def rounds(
     return spent.pop(""), spent
 
 
-def figures(t: train.Training, ours: list[float], theirs: dict[str, list[float]]) -> dict[str, Any]:
+def figures(t: train.Trainer, ours: list[float], theirs: dict[str, list[float]]) -> dict[str, Any]:
     """What is told of a config."""
     step, tokens = statistics.median(ours), train.tokens_per_step(t.settings)
     flops = t.model.flops_per_token() * tokens / step
@@ -144,7 +145,7 @@ def figures(t: train.Training, ours: list[float], theirs: dict[str, list[float]]
     }
 
 
-def write_trace(t: train.Training, name: str) -> None:
+def write_trace(t: train.Trainer, name: str) -> None:
     """Two steps as torch's profiler saw them, for chrome://tracing or https://ui.perfetto.dev."""
     with torch.profiler.profile() as profiler:
         for _ in range(2):
@@ -187,12 +188,12 @@ def each_config(argv: Sequence[str]) -> list[list[str]]:
 
 def report(result: dict[str, Any]) -> str:
     """A result as people read it."""
-    peaks = ", ".join(f"{name} {human(peak)}FLOP/s" for name, peak in result["matmul_peaks"].items())
+    peaks = ", ".join(f"{name} {format_count(peak)}FLOP/s" for name, peak in result["matmul_peaks"].items())
     lines = [
-        f"{result['config']}: {human(result['parameters'])} parameters, {result['dtype']}, "
+        f"{result['config']}: {format_count(result['parameters'])} parameters, {result['dtype']}, "
         f"{'compiled' if result['compile'] else 'eager'}, on {result['machine']}",
-        f"  {1000 * result['step_seconds']:.4g} ms a step, {human(result['tokens_per_second'])} tokens/s",
-        f"  {human(result['flops'])}FLOP/s, {result['share_of_peak']:.1%} of the matrix product's (peaks: {peaks})",
+        f"  {1000 * result['step_seconds']:.4g} ms a step, {format_count(result['tokens_per_second'])} tokens/s",
+        f"  {format_count(result['flops'])}FLOP/s, {result['share_of_peak']:.1%} of the matrix product's (peaks: {peaks})",
         f"  memory {result['peak_memory_bytes'] / 2**20:.0f} MiB at most; set-up and first step here "
         f"{result['set_up_seconds']:.1f} s",
     ]

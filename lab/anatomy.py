@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from configurator import Resolved, command, setting
-from fradique.metrics import human
-from lab import look
-from lab.curves import COLOURS
+from fradique.training.logger import format_count
+from fradique.training.loss_plot import COLORS
+from lab import common
 from model import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
-class AnatomySettings(look.LookSettings):
+class AnatomySettings(common.LookSettings):
     """python -m lab.anatomy --out_dir=out/<run> [--batch=12] [--tokens=256]"""
 
     batch: int = setting(1, "rows that go through it", lo=1, group="what goes through")
@@ -114,9 +114,9 @@ def tree(parts: Sequence[Part]) -> str:
             (
                 f"{'  ' * part.depth}{name}: {part.kind}",
                 " x ".join(map(str, part.shape)),
-                human(part.parameters),
+                format_count(part.parameters),
                 f"{part.parameters / whole.parameters:.1%}",
-                human(part.flops) if part.flops else "",
+                format_count(part.flops) if part.flops else "",
                 f"{part.flops / whole.flops:.1%}" if part.flops else "",
             )
         )
@@ -178,7 +178,7 @@ def boxes(parts: Sequence[Part], config: GPTConfig) -> tuple[list[Box], list[lis
     layer = "transformer.h.0"
 
     def box(path: str, title: str, told: str, colour: int) -> list[Box]:
-        return [Box(title, told, by_path[path], COLOURS[colour])] if path in by_path else []
+        return [Box(title, told, by_path[path], COLORS[colour])] if path in by_path else []
 
     C, H, inner = config.n_embd, config.n_head, config.inner
     shared = f", {config.kv_heads} for keys and values" if config.kv_heads != H else ""
@@ -255,8 +255,8 @@ def drawing(parts: Sequence[Part], config: GPTConfig, batch: int, tokens: int) -
     middle = LEFT + WIDTH / 2
     head = (
         f'<text x="{middle}" y="30" text-anchor="middle" class="soft">tokens {batch} x {tokens}</text>'
-        f'<text x="{BARS}" y="30" class="soft">share of {human(whole.parameters)} parameters</text>'
-        f'<text x="{BARS + 220}" y="30" class="soft">share of {human(whole.flops)} FLOPs</text>'
+        f'<text x="{BARS}" y="30" class="soft">share of {format_count(whole.parameters)} parameters</text>'
+        f'<text x="{BARS + 220}" y="30" class="soft">share of {format_count(whole.flops)} FLOPs</text>'
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 {y + 30}" width="960" height="{y + 30}">'
@@ -297,7 +297,7 @@ def draw_box(box: Box, y: float, whole: Part, times: int) -> str:
         bars += (
             f'<rect class="share" x="{x}" y="{y + 14}" width="{max(0.5, 100 * share):.1f}" height="16" '
             f'fill="{box.colour}"/><text x="{x + 100 * share + 8:.1f}" y="{y + 27}" class="soft">'
-            f"{human(part) if part else '0'} ({share:.1%})</text>"
+            f"{format_count(part) if part else '0'} ({share:.1%})</text>"
         )
     return (
         f'<rect class="box" x="{LEFT}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="7" fill="{box.colour}"/>'
@@ -308,17 +308,17 @@ def draw_box(box: Box, y: float, whole: Part, times: int) -> str:
 
 def main(resolved: Resolved[AnatomySettings]) -> int:
     settings = resolved.settings
-    config = look.open_model(settings).model.config
+    config = common.open_model(settings).model.config
     tokens = settings.tokens or config.block_size
     parts = anatomy(config, settings.batch, tokens)
     print(tree(parts))
-    path = look.place(settings, "anatomy").with_suffix(".svg")
+    path = common.place(settings, "anatomy").with_suffix(".svg")
     text = drawing(parts, config, settings.batch, tokens)
-    look.write(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    common.write(path, lambda beside: beside.write_text(text, encoding="utf-8"))
     columns = {
         name: np.array([getattr(part, name) for part in parts]) for name in ("path", "parameters", "flops")
     }
-    look.save_arrays(settings.save_arrays, columns)
+    common.save_arrays(settings.save_arrays, columns)
     return 0
 
 

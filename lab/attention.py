@@ -21,8 +21,8 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from torch import Tensor
 
 from configurator import Resolved, command, setting
-from fradique import kernels
-from lab import look, pages
+from fradique.nn import attention as attention_ops
+from lab import common, html_page
 from model import GPT
 
 LABELS, NUMBERS = 48, 14  # tokens: with more, a map has no labels, or no numbers
@@ -35,7 +35,7 @@ HOW_TO_READ = (
 
 
 @dataclass(frozen=True)
-class AttentionSettings(look.LookSettings):
+class AttentionSettings(common.LookSettings):
     """python -m lab.attention --out_dir=out/<run> --start="A figura é poética" [--layer=0] [--head=0]"""
 
     start: str = setting("A figura é poética", "the text: itself, FILE:path, or -", group="text")
@@ -84,7 +84,7 @@ def softmax_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
     scores = q.float() @ k.float().transpose(-2, -1) / q.size(-1) ** 0.5
     if mask is None:
-        mask = kernels.causal_mask(q.size(2), k.size(2), q.device)
+        mask = attention_ops.causal_mask(q.size(2), k.size(2), q.device)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return torch.softmax(scores, dim=-1)
 
@@ -180,20 +180,22 @@ def draw_space(found: np.ndarray, names: list[str], shape: tuple[int, ...], path
 
 def main(resolved: Resolved[AttentionSettings]) -> int:
     settings = resolved.settings
-    writer = look.open_model(settings)
-    ids = look.prompt_ids(writer, settings.start)
-    weights = attention_weights(writer.model, look.as_batch(writer, ids))
-    names = look.labels(writer.tokenizer, ids)
+    writer = common.open_model(settings)
+    ids = common.prompt_ids(writer, settings.start)
+    weights = attention_weights(writer.model, common.as_batch(writer, ids))
+    names = common.labels(writer.tokenizer, ids)
     pairs = chosen(weights, settings.layer, settings.head)
-    path = look.place(settings, "attention")
-    look.write(path.with_suffix(".png"), lambda beside: draw_maps(weights, names, pairs, beside))
-    pages.write(path.with_suffix(".html"), "What each token reads", [pages.maps(weights, names, pairs)])
+    path = common.place(settings, "attention")
+    common.write(path.with_suffix(".png"), lambda beside: draw_maps(weights, names, pairs, beside))
+    html_page.write(
+        path.with_suffix(".html"), "What each token reads", [html_page.maps(weights, names, pairs)]
+    )
     space = path.with_name(path.name + "-3d")
     seen = fibres(weights)
-    look.write(space.with_suffix(".png"), lambda beside: draw_space(seen, names, weights.shape, beside))
-    parts = [pages.note(HOW_TO_READ), pages.space(seen, names, weights.shape)]
-    pages.write(space.with_suffix(".html"), "Attention through the layers", parts)
-    look.save_arrays(settings.save_arrays, {"weights": weights, "ids": ids, "tokens": np.array(names)})
+    common.write(space.with_suffix(".png"), lambda beside: draw_space(seen, names, weights.shape, beside))
+    parts = [html_page.note(HOW_TO_READ), html_page.space(seen, names, weights.shape)]
+    html_page.write(space.with_suffix(".html"), "Attention through the layers", parts)
+    common.save_arrays(settings.save_arrays, {"weights": weights, "ids": ids, "tokens": np.array(names)})
     return 0
 
 

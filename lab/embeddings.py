@@ -23,19 +23,19 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from configurator import Resolved, command, setting
-from fradique import run
-from lab import look, pages
-from lab.curves import COLOURS
-from lab.groups import groups
+from fradique.checkpointing import run_folder
+from fradique.training.loss_plot import COLORS
+from lab import common, html_page
+from lab.token_groups import groups
 from model import GPT, GPTConfig
-from sample import Writer
+from sample import LoadedModel
 
 Projections = dict[tuple[str, str, str], np.ndarray]  # (tokens or positions, pca or tsne, when) -> (n, 2)
 MARKS = "osD^vPX*"  # beside colours, for those who cannot tell them
 
 
 @dataclass(frozen=True)
-class EmbeddingSettings(look.LookSettings):
+class EmbeddingSettings(common.LookSettings):
     """python -m lab.embeddings --out_dir=out/<run> [--groups="vowels=aeiou;digits=0123456789"]"""
 
     most: int = setting(
@@ -131,7 +131,7 @@ def style(kinds: np.ndarray) -> dict[str, tuple[str, str]]:
     """Group -> colour and mark, the largest group first."""
     found, counts = np.unique(kinds, return_counts=True)
     order = found[np.argsort(-counts, kind="stable")]
-    return {kind: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, kind in enumerate(order.tolist())}
+    return {kind: (COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]) for i, kind in enumerate(order.tolist())}
 
 
 def draw_tokens(axes: Axes, places: np.ndarray, names: list[str], kinds: np.ndarray) -> None:
@@ -158,7 +158,7 @@ def draw_positions(axes: Axes, places: np.ndarray) -> None:
 
 def scatter(places: np.ndarray, names: list[str], kinds: np.ndarray, title: str) -> str:
     """Tokens to point at."""
-    made = pages.go.Figure()
+    made = html_page.go.Figure()
     for kind, (colour, _) in style(kinds).items():
         here = kinds == kind
         shown = [name for name, one in zip(names, here, strict=True) if one]
@@ -169,16 +169,16 @@ def scatter(places: np.ndarray, names: list[str], kinds: np.ndarray, title: str)
             text=shown,
             textposition="top right",
             marker={"color": colour, "size": 7},
-            hovertemplate=f"<b>%{{text}}</b><extra>{pages.escape(kind)}</extra>",
+            hovertemplate=f"<b>%{{text}}</b><extra>{html_page.escape(kind)}</extra>",
             name=kind,
         )
     made.update_layout(title=title, xaxis={"visible": False}, yaxis={"visible": False, "scaleanchor": "x"})
-    return pages.figure(made)
+    return html_page.figure(made)
 
 
 def thread(places: np.ndarray, title: str) -> str:
     """Positions joined in order, to point at."""
-    made = pages.go.Figure()
+    made = html_page.go.Figure()
     made.add_scatter(
         x=places[:, 0],
         y=places[:, 1],
@@ -190,7 +190,7 @@ def thread(places: np.ndarray, title: str) -> str:
         showlegend=False,
     )
     made.update_layout(title=title, xaxis={"visible": False}, yaxis={"visible": False, "scaleanchor": "x"})
-    return pages.figure(made)
+    return html_page.figure(made)
 
 
 def clouds(projections: Projections, names: list[str], kinds: np.ndarray) -> list[str]:
@@ -203,12 +203,12 @@ def clouds(projections: Projections, names: list[str], kinds: np.ndarray) -> lis
     ]
 
 
-def two_times(writer: Writer, settings: EmbeddingSettings) -> dict[str, Vectors]:
+def two_times(writer: LoadedModel, settings: EmbeddingSettings) -> dict[str, Vectors]:
     """The embeddings before training, where the run tells how it began, and after."""
     after = {"after training": vectors(writer.model, settings.most)}
     if settings.init_from:
         return after
-    saved = run.saved_settings(Path(settings.out_dir))
+    saved = run_folder.saved_settings(Path(settings.out_dir))
     if saved.get("init_from") != "scratch":
         return after
     began = before_training(writer.model.config, saved["seed"])
@@ -217,19 +217,19 @@ def two_times(writer: Writer, settings: EmbeddingSettings) -> dict[str, Vectors]
 
 def main(resolved: Resolved[EmbeddingSettings]) -> int:
     settings = resolved.settings
-    writer = look.open_model(settings)
+    writer = common.open_model(settings)
     count = min(settings.most, writer.tokenizer.vocab_size)
     kinds = groups(writer.tokenizer, range(count), settings.groups)
-    names = look.labels(writer.tokenizer, np.arange(count))
+    names = common.labels(writer.tokenizer, np.arange(count))
     found = two_times(writer, settings)
     found = {when: Vectors(both.tokens[:count], both.positions) for when, both in found.items()}
     projections = all_projections(found, settings)
-    path = look.place(settings, "embeddings")
-    look.write(path.with_suffix(".png"), lambda beside: draw(projections, names, kinds, beside))
+    path = common.place(settings, "embeddings")
+    common.write(path.with_suffix(".png"), lambda beside: draw(projections, names, kinds, beside))
     parts = clouds(projections, names, kinds)
-    pages.write(path.with_suffix(".html"), "Where the tokens are", parts)
+    html_page.write(path.with_suffix(".html"), "Where the tokens are", parts)
     arrays = {" ".join(key): places for key, places in projections.items()}
-    look.save_arrays(settings.save_arrays, arrays | {"tokens": np.array(names), "groups": kinds})
+    common.save_arrays(settings.save_arrays, arrays | {"tokens": np.array(names), "groups": kinds})
     return 0
 
 

@@ -20,9 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from configurator import Resolved, command, resolve, setting
-from fradique import checkpoint, metrics, run
-from fradique.metrics import human
-from lab import curves, look, pages
+from fradique.checkpointing import checkpoint, metrics_file, run_folder
+from fradique.training import loss_plot, time_budget
+from fradique.training.logger import format_count
+from lab import common, curves, html_page
 from train import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +65,9 @@ def prepare(config: str, flags: Sequence[str]) -> tuple[TrainSettings, list[str]
     """
     settings = resolve(TrainSettings, [config, *flags]).settings
     folder = Path(settings.out_dir)
-    if settings.overwrite or not (folder / run.SETTINGS).exists():
+    if settings.overwrite or not (folder / run_folder.SETTINGS_FILE).exists():
         return settings, [config, *flags]
-    saved = run.saved_settings(folder)
+    saved = run_folder.saved_settings(folder)
     differ = [
         f"{name} = {saved[name]!r}, now {value!r}"
         for name, value in asdict(settings).items()
@@ -77,7 +78,7 @@ def prepare(config: str, flags: Sequence[str]) -> tuple[TrainSettings, list[str]
             f"{folder} holds a run with other settings ({'; '.join(differ[:3])}): give --overwrite to train "
             "all anew, or move it away"
         )
-    if any("final_loss" in record for record in metrics.read(folder)):
+    if any("final_loss" in record for record in metrics_file.read_metrics(folder)):
         return settings, None
     return settings, [f"--out_dir={folder}", "--init_from=resume"]
 
@@ -91,11 +92,11 @@ def train(words: Sequence[str]) -> None:
 
 def stage(folder: Path) -> Stage:
     """Read what a run came to, from its metrics and its best weights' description."""
-    records = metrics.read(folder)
+    records = metrics_file.read_metrics(folder)
     final = next(record for record in reversed(records) if "final_loss" in record)
     evaluated = {record["step"]: record for record in records if "eval_val_loss" in record}
     best = evaluated[min(evaluated, key=lambda step: evaluated[step]["eval_val_loss"])]
-    samples = metrics.read_samples(folder)
+    samples = metrics_file.read_samples(folder)
     return Stage(
         name=folder.name,
         parameters=parameters(folder),
@@ -111,7 +112,7 @@ def stage(folder: Path) -> Stage:
 
 def parameters(folder: Path) -> int:
     """How many numbers the best weights of a run are."""
-    held = checkpoint.load(folder / "best", with_optimizer=False)
+    held = checkpoint.read_checkpoint(folder / "best", with_optimizer=False)
     return sum(tensor.numel() for tensor in held.model.values())
 
 
@@ -126,12 +127,12 @@ def rows(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
     return [
         (
             one.name,
-            human(one.parameters),
+            format_count(one.parameters),
             f"{one.best_val_loss:.3f}",
             f"{one.bits_per_byte:.3f}",
             f"{one.best_step:,}",
-            metrics.duration(one.seconds),
-            look.visible(one.sample[:SHOWN]) + ("…" if len(one.sample) > SHOWN else ""),
+            time_budget.format_duration(one.seconds),
+            common.visible(one.sample[:SHOWN]) + ("…" if len(one.sample) > SHOWN else ""),
         )
         for one in stages
     ]
@@ -150,13 +151,15 @@ def draw(stages: Sequence[Stage], path: Path) -> None:
     ordered = sorted(stages, key=lambda one: one.parameters)
     sizes = [one.parameters for one in ordered]
     losses.plot(
-        sizes, [one.best_val_loss for one in ordered], "o-", color=curves.COLOURS[0], label="validation"
+        sizes, [one.best_val_loss for one in ordered], "o-", color=loss_plot.COLORS[0], label="validation"
     )
-    losses.plot(sizes, [one.train_loss for one in ordered], "s--", color=curves.COLOURS[1], label="training")
-    losses.set_ylabel(curves.Y_TITLE)
+    losses.plot(
+        sizes, [one.train_loss for one in ordered], "s--", color=loss_plot.COLORS[1], label="training"
+    )
+    losses.set_ylabel(loss_plot.Y_TITLE)
     losses.set_title("loss at the best step: the gap is what is learnt by heart", fontsize=10)
     losses.legend(frameon=False)
-    times.plot(sizes, [one.seconds for one in ordered], "o-", color=curves.COLOURS[2])
+    times.plot(sizes, [one.seconds for one in ordered], "o-", color=loss_plot.COLORS[2])
     times.set_ylim(0, 1.15 * max(one.seconds for one in ordered))
     times.set_ylabel("seconds")
     times.set_title("time of the whole run", fontsize=10)
@@ -174,7 +177,7 @@ def name_points(axes: Axes, sizes: Sequence[int], heights: Sequence[float], name
     axes.set_xscale("log")
     low, high = min(sizes), max(sizes)
     axes.set_xlim(low / 1.8, high * 1.8)
-    axes.set_xticks(sizes, [human(size) for size in sizes])
+    axes.set_xticks(sizes, [format_count(size) for size in sizes])
     axes.minorticks_off()
     axes.set_xlabel("parameters")
     axes.grid(alpha=0.25)
@@ -188,10 +191,10 @@ def name_points(axes: Axes, sizes: Sequence[int], heights: Sequence[float], name
 
 def parts(stages: Sequence[Stage], folders: Sequence[Path]) -> list[str]:
     """The page: table, curves, samples."""
-    found = [pages.table(rows(stages), HEAD), "<h2>How the loss fell</h2>"]
-    found.append(curves.figure([curves.read(folder) for folder in folders]))
+    found = [html_page.table(rows(stages), HEAD), "<h2>How the loss fell</h2>"]
+    found.append(curves.figure([loss_plot.read_curves(folder) for folder in folders]))
     for one in stages:
-        found += [f"<h2>{pages.escape(one.name)} writes</h2>", pages.sample(one.sample)]
+        found += [f"<h2>{html_page.escape(one.name)} writes</h2>", html_page.sample(one.sample)]
     return found
 
 
@@ -211,13 +214,13 @@ def main(resolved: Resolved[JourneySettings], configs: Sequence[str], flags: Seq
             train(words)
     stages = [stage(folder) for folder in folders]
     print(f"\n{table(stages)}\n")
-    path = look.place_in("out", settings.to, "journey")
-    look.write(path.with_suffix(".png"), lambda beside: draw(stages, beside))
-    pages.write(path.with_suffix(".html"), "How large a writer?", parts(stages, folders))
+    path = common.place_in("out", settings.to, "journey")
+    common.write(path.with_suffix(".png"), lambda beside: draw(stages, beside))
+    html_page.write(path.with_suffix(".html"), "How large a writer?", parts(stages, folders))
     columns: dict[str, Any] = {
         f.name: np.array([getattr(one, f.name) for one in stages]) for f in fields(Stage)
     }
-    look.save_arrays(settings.save_arrays, columns)
+    common.save_arrays(settings.save_arrays, columns)
     return 0
 
 

@@ -24,11 +24,12 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from configurator import Resolved, command, setting
-from fradique import run, snapshots
-from fradique import tokenizer as tokenizers
-from lab import curves, film, look
+from fradique.checkpointing import embedding_snapshots, run_folder
+from fradique.tokenizer import tokenizer as tokenizers
+from fradique.training import loss_plot
+from lab import animation, common
 from lab.embeddings import HOW, draw_positions, draw_tokens, project
-from lab.groups import groups
+from lab.token_groups import groups
 
 SIZE, DPI = (10.8, 5.4), 100
 MOST_FRAMES = 240  # with those between two snapshots
@@ -125,7 +126,7 @@ def frames(scene: Scene) -> Iterator[np.ndarray]:
         height = 0.8 if scene.positions is None else 0.3
         draw_loss(figure.add_axes((0.63, 0.9 - height, 0.34, height)), scene.evaluated, step, scene.steps[-1])
         figure.suptitle(f"{scene.title}: step {step:,.0f}", x=left, y=0.975, ha="left", fontsize=12)
-        yield look.pixels(figure)
+        yield common.pixels(figure)
 
 
 def hold(axes: Axes, places: np.ndarray, title: str) -> None:
@@ -145,8 +146,8 @@ def draw_loss(axes: Axes, evaluated: dict[str, np.ndarray], step: float, last: f
         return
     now = float(np.interp(step, steps, losses))
     seen = steps <= step
-    axes.plot([*steps[seen], step], [*losses[seen], now], color=curves.COLOURS[0])
-    axes.plot(step, now, "o", color=curves.COLOURS[1])
+    axes.plot([*steps[seen], step], [*losses[seen], now], color=loss_plot.COLORS[0])
+    axes.plot(step, now, "o", color=loss_plot.COLORS[1])
     axes.annotate(f"{now:.2f}", (step, now), (5, 5), textcoords="offset points", fontsize=8)
     spread = max(1e-3, float(np.ptp(losses)))
     axes.set_xlim(0, max(1.0, 1.12 * last))
@@ -156,14 +157,14 @@ def draw_loss(axes: Axes, evaluated: dict[str, np.ndarray], step: float, last: f
 def scene_of(settings: MovieSettings) -> Scene:
     """Read a run's snapshots and follow its points. Raises ValueError where there are too few."""
     folder = Path(settings.out_dir)
-    run.saved_settings(folder)  # a folder that is no run is told so
-    kept = snapshots.read(folder)
+    run_folder.saved_settings(folder)  # a folder that is no run is told so
+    kept = embedding_snapshots.read_snapshots(folder)
     if len(kept) < 2:
         raise ValueError(
             f"{folder} holds one snapshot, of step {kept[0].step}: a film needs two; train with a smaller "
             "--snapshot_interval"
         )
-    tokenizer = tokenizers.load(folder / run.TOKENIZER)
+    tokenizer = tokenizers.load_tokenizer(folder / run_folder.TOKENIZER_FILE)
     count = min(settings.most, tokenizer.vocab_size, len(kept[0].tokens))
     follow = {"how": settings.how, "perplexity": settings.perplexity, "seed": settings.seed}
     length = min(MOST_FRAMES, max(2, round(settings.seconds * settings.fps)))
@@ -177,26 +178,26 @@ def scene_of(settings: MovieSettings) -> Scene:
         steps=between(steps[:, None, None], length)[:, 0, 0],
         tokens=between(paths_of([one.tokens[:count] for one in kept], **follow), length),
         positions=positions,
-        names=look.labels(tokenizer, np.arange(count)),
+        names=common.labels(tokenizer, np.arange(count)),
         kinds=groups(tokenizer, range(count), settings.groups),
-        evaluated=curves.read(folder).evaluated,
+        evaluated=loss_plot.read_curves(folder).evaluated,
     )
 
 
 def main(resolved: Resolved[MovieSettings]) -> int:
     settings = resolved.settings
     scene = scene_of(settings)
-    path = look.place_in(settings.out_dir, settings.to, "movie")
+    path = common.place_in(settings.out_dir, settings.to, "movie")
     pictures = list(frames(scene))
     seconds = settings.seconds / len(pictures)
-    look.write(path.with_suffix(".gif"), lambda beside: film.gif(pictures, beside, seconds, hold=2.0))
+    common.write(path.with_suffix(".gif"), lambda beside: animation.gif(pictures, beside, seconds, hold=2.0))
     try:
-        look.write(path.with_suffix(".mp4"), lambda beside: film.mp4(pictures, beside, seconds))
+        common.write(path.with_suffix(".mp4"), lambda beside: animation.mp4(pictures, beside, seconds))
     except ImportError as error:
         print(error)
     arrays = {"steps": scene.steps, "tokens": scene.tokens, "names": np.array(scene.names)}
     arrays |= {"groups": scene.kinds} | ({} if scene.positions is None else {"positions": scene.positions})
-    look.save_arrays(settings.save_arrays, arrays)
+    common.save_arrays(settings.save_arrays, arrays)
     return 0
 
 

@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from configurator import Resolved, command, setting
-from fradique import evaluation, metrics, run, snapshots
-from fradique import tokenizer as tokenizers
-from fradique.metrics import human
-from lab import anatomy, attention, curves, embeddings, film, look, movie, pages, tokens
-from lab.groups import groups
-from lab.pages import escape
+from fradique.checkpointing import embedding_snapshots, metrics_file, run_folder
+from fradique.tokenizer import tokenizer as tokenizers
+from fradique.training import evaluation, loss_plot, time_budget
+from fradique.training.logger import format_count
+from lab import anatomy, animation, attention, common, curves, embeddings, html_page, movie, tokens
+from lab.html_page import escape
+from lab.token_groups import groups
 from model import GPTConfig
-from sample import Writer
+from sample import LoadedModel
 from train import TrainSettings
 
 READ = 40  # tokens whose attention is shown, at most
@@ -38,7 +39,7 @@ FILM = {"seconds": 6.0, "fps": 8}
 
 
 @dataclass(frozen=True)
-class ReportSettings(look.LookSettings):
+class ReportSettings(common.LookSettings):
     """python -m lab.report --out_dir=out/<run> [--start="A figura é poética"]"""
 
     start: str = setting("", "the text that is looked at; empty: the run's last sample", group="text")
@@ -57,8 +58,8 @@ def settings_section(saved: dict[str, Any]) -> Section:
     return (
         "Settings",
         [
-            pages.table(rows, ("changed", "here", "default")),
-            pages.folded(f"the other {len(rest)}, as they are by default", pages.table(rest)),
+            html_page.table(rows, ("changed", "here", "default")),
+            html_page.folded(f"the other {len(rest)}, as they are by default", html_page.table(rest)),
         ],
     )
 
@@ -66,7 +67,7 @@ def settings_section(saved: dict[str, Any]) -> Section:
 def summary(records: list[dict], config: GPTConfig, parameters: int) -> str:
     """What the run came to, in a line or two."""
     heads = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
-    said = [f"{human(parameters)} parameters ({heads}, {config.block_size} tokens of context)"]
+    said = [f"{format_count(parameters)} parameters ({heads}, {config.block_size} tokens of context)"]
     final = next((one for one in reversed(records) if {"final_loss", "seconds"} <= one.keys()), None)
     if final:
         said.append(
@@ -75,8 +76,8 @@ def summary(records: list[dict], config: GPTConfig, parameters: int) -> str:
         )
         if final.get("final_bits_per_byte"):
             said[-1] += f", {final['final_bits_per_byte']:.3f} bits per byte"
-        said.append(f"{final['step']:,} steps in {metrics.duration(final['seconds'])}")
-    return pages.note("; ".join(said))
+        said.append(f"{final['step']:,} steps in {time_budget.format_duration(final['seconds'])}")
+    return html_page.note("; ".join(said))
 
 
 def samples_section(samples: list[tuple[int, str]]) -> Section:
@@ -85,45 +86,45 @@ def samples_section(samples: list[tuple[int, str]]) -> Section:
     shown = []
     for step, text in some:
         opened = step == samples[-1][0]
-        shown.append(pages.folded(f"step {step:,}", pages.sample(text[:LONGEST_TEXT]), opened))
-    return "What it wrote on the way", shown or [pages.note("No sample was kept.")]
+        shown.append(html_page.folded(f"step {step:,}", html_page.sample(text[:LONGEST_TEXT]), opened))
+    return "What it wrote on the way", shown or [html_page.note("No sample was kept.")]
 
 
-def text_ids(writer: Writer, start: str, samples: list[tuple[int, str]]) -> np.ndarray:
+def text_ids(writer: LoadedModel, start: str, samples: list[tuple[int, str]]) -> np.ndarray:
     """The text that is looked at, (T,): what was asked for, else the last sample, as long as the block."""
     if start:
-        return look.prompt_ids(writer, start)
+        return common.prompt_ids(writer, start)
     text = samples[-1][1].strip() if samples else ""
     ids = tokenizers.encode_prompt(writer.tokenizer, text).astype(np.int64)
     return ids[: min(writer.model.config.block_size, LONGEST_READ)]
 
 
-def text_sections(writer: Writer, ids: np.ndarray) -> list[Section]:
+def text_sections(writer: LoadedModel, ids: np.ndarray) -> list[Section]:
     """The text coloured by loss, and what may follow it."""
     tokenizer = writer.tokenizer
-    logits = tokens.logits_of(writer.model, look.as_batch(writer, ids), tokenizer.vocab_size)
+    logits = tokens.logits_of(writer.model, common.as_batch(writer, ids), tokenizer.vocab_size)
     order = tokens.distribution(logits[-1]).argsort()[::-1][:16].copy()
     found: list[Section] = []
     if len(ids) > 1:
         parts = tokens.text_by_loss(tokenizer, ids, tokens.foresee(logits, ids))
         found.append(("How well a text was foreseen", parts))
-    bars = tokens.next_tokens(logits[-1], order, look.labels(tokenizer, order))
+    bars = tokens.next_tokens(logits[-1], order, common.labels(tokenizer, order))
     found.append(("What may follow it", [bars]))
     return found
 
 
-def attention_section(writer: Writer, ids: np.ndarray) -> Section:
+def attention_section(writer: LoadedModel, ids: np.ndarray) -> Section:
     ids = ids[:READ]
-    names = look.labels(writer.tokenizer, ids)
-    weights = attention.attention_weights(writer.model, look.as_batch(writer, ids))
+    names = common.labels(writer.tokenizer, ids)
+    weights = attention.attention_weights(writer.model, common.as_batch(writer, ids))
     pairs = attention.chosen(weights, -1, -1)
     if len(pairs) > MOST_MAPS:
         half = MOST_MAPS // 2
         pairs = pairs[:half] + pairs[-half:]
-    space = pages.space(attention.fibres(weights, faint=fitting(weights)), names, weights.shape)
+    space = html_page.space(attention.fibres(weights, faint=fitting(weights)), names, weights.shape)
     return (
         "What each token reads",
-        [pages.maps(weights, names, pairs), pages.note(attention.HOW_TO_READ), space],
+        [html_page.maps(weights, names, pairs), html_page.note(attention.HOW_TO_READ), space],
     )
 
 
@@ -133,10 +134,10 @@ def fitting(weights: np.ndarray, most: int = 6000) -> float:
     return max(attention.FAINT, float(strongest[min(most, len(strongest) - 1)]))
 
 
-def embeddings_section(writer: Writer, folder: Path) -> Section:
+def embeddings_section(writer: LoadedModel, folder: Path) -> Section:
     settings = embeddings.EmbeddingSettings(out_dir=str(folder), most=MOST_POINTS)
     count = min(MOST_POINTS, writer.tokenizer.vocab_size)
-    names = look.labels(writer.tokenizer, np.arange(count))
+    names = common.labels(writer.tokenizer, np.arange(count))
     kinds = groups(writer.tokenizer, range(count))
     after = {"after training": embeddings.vectors(writer.model, count)}
     parts = embeddings.clouds(embeddings.all_projections(after, settings), names, kinds)
@@ -146,21 +147,21 @@ def embeddings_section(writer: Writer, folder: Path) -> Section:
 def film_section(folder: Path) -> Section:
     """The film of the embeddings, where there are snapshots; else how to have them."""
     title = "How they came there"
-    if len(snapshots.paths(folder)) < 2:
-        return title, [pages.note("With --snapshot_interval=50 in training, a film of it would be here.")]
+    if len(embedding_snapshots.snapshot_paths(folder)) < 2:
+        return title, [html_page.note("With --snapshot_interval=50 in training, a film of it would be here.")]
     scene = movie.scene_of(movie.MovieSettings(out_dir=str(folder), **FILM))
     held = io.BytesIO()
-    film.gif(movie.frames(scene), held, 1 / FILM["fps"], hold=2.0)
-    return title, [pages.picture(held.getvalue(), "gif", "embeddings through training")]
+    animation.gif(movie.frames(scene), held, 1 / FILM["fps"], hold=2.0)
+    return title, [html_page.picture(held.getvalue(), "gif", "embeddings through training")]
 
 
 def anatomy_section(config: GPTConfig) -> Section:
     parts = anatomy.anatomy(config, 1, config.block_size)
     svg = anatomy.drawing(parts, config, 1, config.block_size)
-    drawing = pages.picture(svg.encode(), "svg+xml", "the model's parts, from tokens to logits")
+    drawing = html_page.picture(svg.encode(), "svg+xml", "the model's parts, from tokens to logits")
     return "What it is made of", [
         drawing,
-        pages.folded("as text", f"<pre>{escape(anatomy.tree(parts))}</pre>"),
+        html_page.folded("as text", f"<pre>{escape(anatomy.tree(parts))}</pre>"),
     ]
 
 
@@ -183,7 +184,7 @@ def speed_section(records: list[dict], about: dict[str, Any]) -> Section:
     rows += [("note", str(note)) for note in (notes if isinstance(notes, list) else [])]
     rows += [(name, str(version)) for name, version in about["versions"].items()]
     rows.append(("git commit", str(about["git_commit"])))
-    return "Speed and machine", [pages.table(rows)]
+    return "Speed and machine", [html_page.table(rows)]
 
 
 def main(resolved: Resolved[ReportSettings]) -> int:
@@ -191,15 +192,15 @@ def main(resolved: Resolved[ReportSettings]) -> int:
     if settings.init_from:
         raise ValueError("a report is of a run: give --out_dir, and no --init_from")
     folder = Path(settings.out_dir)
-    saved = run.saved_settings(folder)
-    about = run.about(folder)
-    records, samples = metrics.read(folder), metrics.read_samples(folder)
-    writer = look.open_model(settings)
+    saved = run_folder.saved_settings(folder)
+    about = run_folder.run_metadata(folder)
+    records, samples = metrics_file.read_metrics(folder), metrics_file.read_samples(folder)
+    writer = common.open_model(settings)
     config = writer.model.config
     ids = text_ids(writer, settings.start, samples)
     sections = [
         settings_section(saved),
-        ("How the loss fell", [curves.figure([curves.read(folder)])]),
+        ("How the loss fell", [curves.figure([loss_plot.read_curves(folder)])]),
         samples_section(samples),
         *text_sections(writer, ids),
         attention_section(writer, ids),
@@ -213,9 +214,9 @@ def main(resolved: Resolved[ReportSettings]) -> int:
     parts.append(f"<nav>{' · '.join(links)}</nav>")
     for title, inside in sections:
         parts += [f'<h2 id="{anchor(title)}">{escape(title)}</h2>', *inside]
-    path = look.place(settings, "report").with_suffix(".html")
-    pages.write(path, folder.name, parts)
-    look.save_arrays(settings.save_arrays, {"ids": ids})
+    path = common.place(settings, "report").with_suffix(".html")
+    html_page.write(path, folder.name, parts)
+    common.save_arrays(settings.save_arrays, {"ids": ids})
     return 0
 
 

@@ -19,16 +19,16 @@ import torch
 from matplotlib.figure import Figure
 
 from configurator import Resolved, command, setting
-from lab import look, pages
-from lab.curves import COLOURS
-from sample import Writer
+from fradique.training.loss_plot import COLORS
+from lab import common, html_page
+from sample import LoadedModel
 
 NGRAMS = (1, 2, 3, 4)
 LONG = 8  # tokens of a run that count as repeated where they stood before
 
 
 @dataclass(frozen=True)
-class SamplingSettings(look.LookSettings):
+class SamplingSettings(common.LookSettings):
     """python -m lab.sampling --out_dir=out/<run> --start="A casa" [--temperatures=0,0.8,1.2]"""
 
     start: str = setting("A casa", "the prompt: text, FILE:path, or -", group="text")
@@ -38,7 +38,7 @@ class SamplingSettings(look.LookSettings):
     seed: int = setting(1337, "the same seed gives the same texts", lo=0, hi=2**62)
 
     def problems(self) -> list[str]:
-        return look.problems_of_numbers("temperatures", self.temperatures, least=0.0)
+        return common.problems_of_numbers("temperatures", self.temperatures, least=0.0)
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ def measure(ids: Sequence[int]) -> Repetition:
 
 
 def write_samples(
-    writer: Writer, prompt: np.ndarray, temperature: float, settings: SamplingSettings
+    writer: LoadedModel, prompt: np.ndarray, temperature: float, settings: SamplingSettings
 ) -> np.ndarray:
     """Texts (N, tokens) behind the prompt (T,); one where nothing is drawn."""
     rows = 1 if temperature == 0 else settings.samples
     generator = torch.Generator(writer.runtime.device)
     generator.manual_seed(settings.seed)
-    idx = look.as_batch(writer, prompt).repeat(rows, 1)
+    idx = common.as_batch(writer, prompt).repeat(rows, 1)
     made = writer.model.generate(
         idx, settings.tokens, temperature, n_vocab=writer.tokenizer.vocab_size, generator=generator
     )
@@ -133,7 +133,7 @@ def draw(found: dict[float, Repetition], path: Path) -> None:
     for i, (label, values) in enumerate(series.items()):
         places = np.arange(len(values)) + (i - (len(series) - 1) / 2) * width
         hatch = "//" if label == "repeated" else None
-        axes.bar(places, values, width * 0.9, label=label, color=COLOURS[i], hatch=hatch)
+        axes.bar(places, values, width * 0.9, label=label, color=COLORS[i], hatch=hatch)
     axes.set_xticks(range(len(found)), [name_of(temperature) for temperature in found], fontsize=9)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of the text")
@@ -147,32 +147,32 @@ def marked(names: list[str], again: np.ndarray) -> str:
     """A text as HTML, its repeated tokens marked."""
     spans = []
     for name, repeated in zip(names, again, strict=True):
-        end = "<br>" if name == look.LINE_END else ""
-        text = pages.escape(name.replace("␣", " "))
+        end = "<br>" if name == common.LINE_END else ""
+        text = html_page.escape(name.replace("␣", " "))
         spans.append((f"<mark>{text}</mark>" if repeated else text) + end)
     return f'<p class="text">{"".join(spans)}</p>'
 
 
 def main(resolved: Resolved[SamplingSettings]) -> int:
     settings = resolved.settings
-    writer = look.open_model(settings)
-    prompt = look.prompt_ids(writer, settings.start)
+    writer = common.open_model(settings)
+    prompt = common.prompt_ids(writer, settings.start)
     texts = {
         temperature: write_samples(writer, prompt, temperature, settings)
-        for temperature in look.numbers(settings.temperatures)
+        for temperature in common.numbers(settings.temperatures)
     }
     found = {
         temperature: mean([measure(ids.tolist()) for ids in rows]) for temperature, rows in texts.items()
     }
     print(table(found))
-    path = look.place(settings, "sampling")
-    look.write(path.with_suffix(".png"), lambda beside: draw(found, beside))
-    parts = [pages.note(f"Marked: what ends {LONG} tokens that stood in the text before.")]
+    path = common.place(settings, "sampling")
+    common.write(path.with_suffix(".png"), lambda beside: draw(found, beside))
+    parts = [html_page.note(f"Marked: what ends {LONG} tokens that stood in the text before.")]
     for temperature, rows in texts.items():
         parts.append(f"<h2>{name_of(temperature)}</h2>")
-        parts += [marked(look.labels(writer.tokenizer, ids), repeats(ids.tolist())) for ids in rows[:2]]
-    pages.write(path.with_suffix(".html"), "Greedy, and drawn", parts)
-    look.save_arrays(
+        parts += [marked(common.labels(writer.tokenizer, ids), repeats(ids.tolist())) for ids in rows[:2]]
+    html_page.write(path.with_suffix(".html"), "Greedy, and drawn", parts)
+    common.save_arrays(
         settings.save_arrays, {name_of(temperature): rows for temperature, rows in texts.items()}
     )
     return 0

@@ -19,11 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from configurator import Resolved, command, setting
-from fradique import bpe, metrics, text
-from fradique import tokenizer as tokenizers
-from fradique.metrics import human
-from lab import look, pages
-from lab.curves import COLOURS
+from fradique.checkpointing import metrics_file
+from fradique.data import text
+from fradique.tokenizer import bpe
+from fradique.tokenizer import tokenizer as tokenizers
+from fradique.training.logger import format_count
+from fradique.training.loss_plot import COLORS
+from lab import common, html_page
 
 SHOWN = {"png": 330, "html": 3000}  # characters of the text that are drawn
 COLUMNS = 66  # characters of a line of the picture
@@ -87,14 +89,14 @@ def cut_all(content: str, bpe_size: int) -> list[Cut]:
 def cut(name: str, tokenizer: tokenizers.Tokenizer, content: str) -> Cut:
     ids = tokenizer.encode(content)
     first = ids[: SHOWN["html"]]  # no more can be shown: a token is a byte at least
-    return Cut(name, tokenizer.vocab_size, ids, look.labels(tokenizer, first), len(content.encode()))
+    return Cut(name, tokenizer.vocab_size, ids, common.labels(tokenizer, first), len(content.encode()))
 
 
 def compare(folders: list[Path]) -> list[tuple[str, float, float]]:
     """Name, loss in nats a token and bits per byte of each run that has ended, the best first."""
     found = []
     for folder in folders:
-        last = [record for record in metrics.read(folder) if "final_bits_per_byte" in record]
+        last = [record for record in metrics_file.read_metrics(folder) if "final_bits_per_byte" in record]
         if not last:
             raise ValueError(f"{folder} holds no run that has ended: only those have bits per byte")
         found.append((folder.name, last[-1]["final_loss"], last[-1]["final_bits_per_byte"]))
@@ -122,7 +124,7 @@ def table(cuts: list[Cut], n_embd: int, n_layer: int) -> str:
                 f"{one.vocab_size:,}",
                 f"{len(one.ids):,}",
                 f"{one.bytes_per_token:.2f}",
-                human(one.vocab_size * n_embd),
+                format_count(one.vocab_size * n_embd),
                 f"{one.embedding_share(n_embd, n_layer):.1%}",
             ]
         )
@@ -146,7 +148,7 @@ def draw(cuts: list[Cut], path: Path) -> None:
         axes.text(0, top + 0.4, told, fontsize=10, va="center", weight="bold")
         for x, line, piece, number in places:
             y = top + 1 + line
-            colour = COLOURS[number % len(COLOURS)]
+            colour = COLORS[number % len(COLORS)]
             axes.add_patch(Rectangle((x, y), len(piece), 0.92, facecolor=colour, alpha=0.38, linewidth=0))
             for i, char in enumerate(piece):
                 axes.text(
@@ -178,10 +180,10 @@ def coloured(one: Cut) -> str:
         if total > SHOWN["html"]:
             break
         told = f"token {one.ids[i]}: {len(piece)} characters"
-        end = "<br>" if piece.endswith(look.LINE_END) else ""
+        end = "<br>" if piece.endswith(common.LINE_END) else ""
         spans.append(
-            f'<span class="token" style="background:{COLOURS[i % len(COLOURS)]}55" title="{told}">'
-            f"{pages.escape(piece)}</span>{end}"
+            f'<span class="token" style="background:{COLORS[i % len(COLORS)]}55" title="{told}">'
+            f"{html_page.escape(piece)}</span>{end}"
         )
     return f'<p class="text">{"".join(spans)}</p>'
 
@@ -197,16 +199,16 @@ def main(resolved: Resolved[TokenizersSettings]) -> int:
         runs = compare([Path(name) for name in settings.out_dir.split(",") if name])
         for name, loss, bits in runs:
             print(f"{name}: {bits:.3f} bits per byte (loss {loss:.3f} nats a token)")
-            parts.append(pages.note(f"{name}: {bits:.3f} bits per byte (loss {loss:.3f} nats a token)"))
+            parts.append(html_page.note(f"{name}: {bits:.3f} bits per byte (loss {loss:.3f} nats a token)"))
     path = Path(settings.to)
     path.parent.mkdir(parents=True, exist_ok=True)
-    look.write(path.with_suffix(".png"), lambda beside: draw(cuts, beside))
+    common.write(path.with_suffix(".png"), lambda beside: draw(cuts, beside))
     for one in cuts:
         parts.append(
-            f"<h2>{pages.escape(one.name)}: {one.bytes_per_token:.2f} bytes a token</h2>{coloured(one)}"
+            f"<h2>{html_page.escape(one.name)}: {one.bytes_per_token:.2f} bytes a token</h2>{coloured(one)}"
         )
-    pages.write(path.with_suffix(".html"), "One text in three vocabularies", parts)
-    look.save_arrays(settings.save_arrays, {one.name: one.ids for one in cuts})
+    html_page.write(path.with_suffix(".html"), "One text in three vocabularies", parts)
+    common.save_arrays(settings.save_arrays, {one.name: one.ids for one in cuts})
     return 0
 
 

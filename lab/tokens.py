@@ -22,15 +22,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from configurator import Resolved, command, setting
-from fradique import tokenizer as tokenizers
-from fradique.generation import filter_logits
-from lab import film, look, pages
-from lab.curves import COLOURS
+from fradique.generation.sampling import filter_logits
+from fradique.tokenizer import tokenizer as tokenizers
+from fradique.training.loss_plot import COLORS
+from lab import animation, common, html_page
 from model import GPT
 
 
 @dataclass(frozen=True)
-class TokenSettings(look.LookSettings):
+class TokenSettings(common.LookSettings):
     """python -m lab.tokens --out_dir=out/<run> --start="A figura é po" [--top=16]"""
 
     start: str = setting("A figura é po", "the text: itself, FILE:path, or -", group="text")
@@ -48,7 +48,7 @@ class TokenSettings(look.LookSettings):
     )
 
     def problems(self) -> list[str]:
-        return look.problems_of_numbers("temperatures", self.temperatures, least=0.0, above=True)
+        return common.problems_of_numbers("temperatures", self.temperatures, least=0.0, above=True)
 
 
 # Compute
@@ -80,7 +80,7 @@ def entropy(probabilities: np.ndarray) -> float:
 
 def panels(logits: torch.Tensor, settings: TokenSettings) -> dict[str, np.ndarray]:
     """The distributions that are shown: title -> (V,)."""
-    found = {f"temperature {t:g}": distribution(logits, t) for t in look.numbers(settings.temperatures)}
+    found = {f"temperature {t:g}": distribution(logits, t) for t in common.numbers(settings.temperatures)}
     return found | {
         f"top-k {settings.top_k}": distribution(logits, top_k=settings.top_k),
         f"top-p {settings.top_p:g}": distribution(logits, top_p=settings.top_p),
@@ -121,7 +121,7 @@ def draw_panel(
 ) -> None:
     """Bars of the tokens in `order`, with their probabilities, on a scale that ends above `most`."""
     shown = probabilities[order]
-    axes.barh(range(len(order)), shown, color=COLOURS[0], height=0.75)
+    axes.barh(range(len(order)), shown, color=COLORS[0], height=0.75)
     for i, p in enumerate(shown):
         axes.text(p + 0.02 * most, i, f"{p:.3f}" if p else "not drawn", va="center", fontsize=7)
     axes.set_yticks(range(len(order)), names, fontsize=8)
@@ -158,13 +158,13 @@ def draw_movie(logits: torch.Tensor, order: np.ndarray, names: list[str], path: 
         figure = Figure(figsize=(4.5, 0.22 * len(order) + 0.9), dpi=100, layout="constrained")
         axes = figure.add_subplot()
         draw_panel(axes, distribution(logits, temperature), order, names, f"temperature {temperature:.2f}")
-        frames.append(look.pixels(figure))
-    film.gif(frames, path, seconds=0.12)
+        frames.append(common.pixels(figure))
+    animation.gif(frames, path, seconds=0.12)
 
 
 def coloured(names: list[str], found: Foreseen, alternatives: list[list[str]]) -> str:
     """The text as HTML, each token on a ground that is the stronger, the worse it was foreseen."""
-    spans = [f'<span class="token">{pages.escape(names[0])}</span>']
+    spans = [f'<span class="token">{html_page.escape(names[0])}</span>']
     for i, name in enumerate(names[1:]):
         others = ", ".join(
             f"{other} {chance:.2f}" for other, chance in zip(alternatives[i], found.chances[i], strict=True)
@@ -174,10 +174,10 @@ def coloured(names: list[str], found: Foreseen, alternatives: list[list[str]]) -
             f"loss {found.loss[i]:.2f} nats; likeliest: {others}"
         )
         strength = min(1.0, found.loss[i] / 6)
-        end = "<br>" if name == look.LINE_END else ""
+        end = "<br>" if name == common.LINE_END else ""
         spans.append(
-            f'<span class="token" style="--loss:{strength:.2f}" title="{pages.escape(told)}">'
-            f"{pages.escape(name)}</span>{end}"
+            f'<span class="token" style="--loss:{strength:.2f}" title="{html_page.escape(told)}">'
+            f"{html_page.escape(name)}</span>{end}"
         )
     return f'<p class="text">{"".join(spans)}</p>'
 
@@ -185,15 +185,15 @@ def coloured(names: list[str], found: Foreseen, alternatives: list[list[str]]) -
 def bars(found: dict[float, np.ndarray], order: np.ndarray, names: list[str]) -> str:
     """Bars whose temperature is moved by hand: {temperature: (V,)}."""
     frames = [
-        pages.go.Frame(
-            data=[pages.go.Bar(x=p[order], y=names, orientation="h", marker={"color": COLOURS[0]})],
+        html_page.go.Frame(
+            data=[html_page.go.Bar(x=p[order], y=names, orientation="h", marker={"color": COLORS[0]})],
             name=f"{temperature:.2f}",
             layout={"title": {"text": f"temperature {temperature:.2f}: {entropy(p):.2f} bits"}},
         )
         for temperature, p in found.items()
     ]
     start = min(range(len(frames)), key=lambda i: abs(float(frames[i].name) - 1))
-    made = pages.go.Figure(data=frames[start].data, layout=frames[start].layout, frames=frames)
+    made = html_page.go.Figure(data=frames[start].data, layout=frames[start].layout, frames=frames)
     made.update_traces(hovertemplate="%{y}: %{x:.4f}<extra></extra>")
     at_once = {"frame": {"duration": 0, "redraw": True}, "mode": "immediate"}
     steps = [{"label": f.name, "method": "animate", "args": [[f.name], at_once]} for f in frames]
@@ -202,7 +202,7 @@ def bars(found: dict[float, np.ndarray], order: np.ndarray, names: list[str]) ->
         yaxis={"autorange": "reversed", "type": "category"},
         sliders=[{"active": start, "steps": steps, "currentvalue": {"prefix": "temperature "}}],
     )
-    return pages.figure(made, height=26 * len(order) + 220)
+    return html_page.figure(made, height=26 * len(order) + 220)
 
 
 def next_tokens(logits: torch.Tensor, order: np.ndarray, names: list[str]) -> str:
@@ -212,34 +212,36 @@ def next_tokens(logits: torch.Tensor, order: np.ndarray, names: list[str]) -> st
 
 def text_by_loss(tokenizer: tokenizers.Tokenizer, ids: np.ndarray, foreseen: Foreseen) -> list[str]:
     """The text of ids (T,) coloured by the loss of its tokens, and how to read it."""
-    others = [look.labels(tokenizer, row) for row in foreseen.alternatives]
+    others = [common.labels(tokenizer, row) for row in foreseen.alternatives]
     return [
-        pages.note("The stronger the ground, the larger the loss of the token; point at one to see more."),
-        coloured(look.labels(tokenizer, ids), foreseen, others),
+        html_page.note(
+            "The stronger the ground, the larger the loss of the token; point at one to see more."
+        ),
+        coloured(common.labels(tokenizer, ids), foreseen, others),
     ]
 
 
 def main(resolved: Resolved[TokenSettings]) -> int:
     settings = resolved.settings
-    writer = look.open_model(settings)
+    writer = common.open_model(settings)
     tokenizer = writer.tokenizer
-    ids = look.prompt_ids(writer, settings.start)
-    logits = logits_of(writer.model, look.as_batch(writer, ids), tokenizer.vocab_size)
+    ids = common.prompt_ids(writer, settings.start)
+    logits = logits_of(writer.model, common.as_batch(writer, ids), tokenizer.vocab_size)
     found, last = panels(logits[-1], settings), logits[-1]
     order = distribution(last).argsort()[::-1][: settings.top].copy()
-    names = look.labels(tokenizer, order)
-    prompt = look.visible(tokenizer.decode(ids))
-    path = look.place(settings, "tokens")
-    look.write(path.with_suffix(".png"), lambda beside: draw_panels(found, order, names, prompt, beside))
-    look.write(path.with_suffix(".gif"), lambda beside: draw_movie(last, order, names, beside))
+    names = common.labels(tokenizer, order)
+    prompt = common.visible(tokenizer.decode(ids))
+    path = common.place(settings, "tokens")
+    common.write(path.with_suffix(".png"), lambda beside: draw_panels(found, order, names, prompt, beside))
+    common.write(path.with_suffix(".gif"), lambda beside: draw_movie(last, order, names, beside))
     arrays = {f"probabilities of {title}": p for title, p in found.items()} | {"ids": ids}
-    parts = [f"<h2>What may follow “{pages.escape(prompt[-60:])}”</h2>", next_tokens(last, order, names)]
+    parts = [f"<h2>What may follow “{html_page.escape(prompt[-60:])}”</h2>", next_tokens(last, order, names)]
     if len(ids) > 1:
         foreseen = foresee(logits, ids)
         parts += ["<h2>How well the text was foreseen</h2>", *text_by_loss(tokenizer, ids, foreseen)]
         arrays |= {"loss": foreseen.loss, "rank": foreseen.rank, "alternatives": foreseen.alternatives}
-    pages.write(path.with_suffix(".html"), "Next tokens", parts)
-    look.save_arrays(settings.save_arrays, arrays)
+    html_page.write(path.with_suffix(".html"), "Next tokens", parts)
+    common.save_arrays(settings.save_arrays, arrays)
     return 0
 
 

@@ -1,67 +1,89 @@
-"""The rooms: who may import whom, and that importing does nothing."""
+"""The import order: which package may import which, that there are no cycles, and no import side effects."""
 
 import ast
-import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from support import ROOT, imported_names
 
+# From left to right as in CONTRIBUTING.md. A module imports from its own package and from earlier rows only;
+# packages of the same row do not import each other.
+ORDER = (
+    ("configurator", "fradique.io"),
+    ("fradique.distributed", "fradique.tokenizer", "fradique.nn"),
+    ("fradique.generation",),
+    ("model",),
+    ("fradique.data", "fradique.optim"),
+    ("fradique.runtime",),
+    ("fradique.checkpointing",),
+    ("fradique.pretrained",),
+    ("fradique.training",),
+    ("sample", "train"),
+    ("bench", "lab"),
+)
+LEVEL = {package: level for level, row in enumerate(ORDER) for package in row}
+FILES = [
+    p for pattern in ("*.py", "fradique/**/*.py", "lab/**/*.py", "bench/**/*.py") for p in ROOT.glob(pattern)
+]
 MODULES = {
-    str(path.relative_to(ROOT)): path
-    for path in sorted(ROOT.glob("*.py"))
-    + sorted(ROOT.glob("fradique/*.py"))
-    + sorted(ROOT.glob("lab/*.py"))
-    + sorted(ROOT.glob("bench/*.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(FILES)
 }
-# The table of the rooms: what each may import of ours.
-MAY_IMPORT = {
-    "configurator.py": set(),
-    "model.py": {"fradique"},
-    "sample.py": {"configurator", "fradique", "model"},
-    "train.py": {"configurator", "fradique", "model", "lab"},
-    "fradique": {"fradique"},
-    "lab": {"configurator", "fradique", "model", "sample", "train", "lab"},
-    "bench": {"configurator", "fradique", "model", "sample", "train", "bench"},
+THIRD_PARTY_OF = {  # what these may import beside the standard library and the project
+    "configurator": set(),
+    "model": {"torch"},
+    "fradique.nn": {"torch"},
+    "fradique.generation": {"torch"},
+    "fradique.io": set(),
 }
-OURS = {"configurator", "model", "sample", "train", "fradique", "lab", "bench", "reference"}
 
 
-def imported(path):
-    """The top-level names of everything that a file imports, also inside functions."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
-    return names
+def package_of(module):
+    """fradique.io.files -> fradique.io; lab.tokens -> lab; train -> train."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "fradique" else parts[0]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_what_its_room_may(name):
-    room = name.split("/")[0]
-    assert imported(MODULES[name]) & OURS <= MAY_IMPORT[room]
+IMPORTS = {module: imported_names(path, MODULES) for module, path in MODULES.items()}
 
 
-def test_the_model_knows_torch_alone():
-    third_party = imported(ROOT / "model.py") - set(sys.stdlib_module_names)
-    assert third_party == {"torch", "fradique"}
-    assert re.findall(r"^ *from fradique.*", (ROOT / "model.py").read_text(), re.M) == [
-        "from fradique import generation, kernels, pointwise",
-        "from fradique.generation import KVCache",
-        "from fradique.linear import Linear",
-    ]
-    for name in ("kernels.py", "pointwise.py", "generation.py", "linear.py"):
-        assert imported(ROOT / "fradique" / name) - set(sys.stdlib_module_names) - {"fradique"} == {"torch"}
-        ours = re.findall(r"^ *from fradique.*", (ROOT / "fradique" / name).read_text(), re.M)
-        beside = ["from fradique import pointwise", "from fradique.linear import weight_gradient"]
-        assert ours == (beside if name == "kernels.py" else [])
+def test_every_package_has_a_place_in_the_order():
+    assert {package_of(module) for module in MODULES} - {"fradique"} == set(LEVEL)
 
 
-def test_the_configurator_knows_the_standard_library_alone():
-    assert imported(ROOT / "configurator.py") <= set(sys.stdlib_module_names)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_packages_to_its_left(module):
+    own = package_of(module)
+    others = {package_of(name) for name in IMPORTS[module] if name in MODULES} - {own}
+    assert {name for name in others if LEVEL[name] >= LEVEL[own]} == set()
+
+
+def test_no_module_imports_itself_through_others():
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            path.append(module)
+            for name in sorted(IMPORTS[module] & MODULES.keys()):
+                visit(name)
+            done.add(path.pop())
+
+    for module in MODULES:
+        visit(module)
+
+
+def test_the_reference_imports_nothing_of_the_project():
+    for path in ROOT.glob("reference/**/*.py"):
+        assert not {package_of(name) for name in imported_names(path)} & {*LEVEL, "fradique"}, path
+
+
+@pytest.mark.parametrize("package", THIRD_PARTY_OF)
+def test_low_packages_need_little_beside_the_standard_library(package):
+    for module in (m for m in MODULES if package_of(m) == package):
+        top = {name.split(".")[0] for name in IMPORTS[module] if name not in MODULES}
+        assert top - set(sys.stdlib_module_names) <= THIRD_PARTY_OF[package], module
 
 
 def test_nothing_is_pickled_and_what_is_unpickled_is_restricted():
@@ -78,9 +100,11 @@ def test_every_corpus_has_a_short_prepare():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path
 
 
-THIRD_PARTY = {
+PRELOADED = {
     "": "numpy, torch, torch.distributed, safetensors.torch, tqdm, torch.nn.parallel",
-    "fradique.sharding": "torch.distributed.checkpoint, torch.distributed.tensor, torch.distributed.fsdp",
+    "fradique.distributed.fsdp": "torch.distributed.checkpoint, torch.distributed.tensor, "
+    "torch.distributed.fsdp",
+    "fradique.training.loss_plot": "matplotlib.figure, matplotlib.axes",
     "lab": "matplotlib.figure, matplotlib.axes, matplotlib.backends.backend_agg, plotly.graph_objects, "
     "plotly.offline, sklearn.manifold, sklearn.decomposition",
 }
@@ -132,9 +156,9 @@ def importers():
 
 
 def what_importing_says(importers, module):
-    kind = next((k for k in THIRD_PARTY if k and module.startswith(k)), "")
+    kind = next((k for k in PRELOADED if k and module.startswith(k)), "")
     if kind not in importers:
-        third_party = ", ".join(filter(None, (THIRD_PARTY[""], kind and THIRD_PARTY[kind])))
+        third_party = ", ".join(filter(None, (PRELOADED[""], kind and PRELOADED[kind])))
         command = [sys.executable, "-c", QUIET.format(third_party=third_party)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         importers[kind] = subprocess.Popen(command, text=True, cwd=ROOT, **pipes)
@@ -147,8 +171,7 @@ def what_importing_says(importers, module):
     return int(line.split()[1]), "".join(said)[:-1]  # but for the end of the line before the status
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if not n.endswith("__init__.py")])
-def test_importing_a_module_touches_nothing_and_says_nothing(importers, name):
-    """No file, no environment variable, no process, no device, no word: audited from inside."""
-    module = name.removesuffix(".py").replace("/", ".")
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "fradique.pretrained.__main__"])
+def test_importing_a_module_touches_nothing_and_prints_nothing(importers, module):
+    """No file, no environment variable, no process, no device, no output: audited from inside."""
     assert what_importing_says(importers, module) == (0, "")

@@ -12,18 +12,18 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a fresh clone, without an installation
 
-from fradique.prepare import Recipe, main  # noqa: E402
-from fradique.sources import ECA, downloaded  # noqa: E402
+from fradique.data.prepare import CorpusSpec, main  # noqa: E402
+from fradique.data.sources import ECA, download_text  # noqa: E402
 
 # 4,096 tokens: 3.2 characters a token on the validation split. 8,192 would give 3.6, and take twice the
 # embedding (3.1M parameters at 384 wide, a third of a 6-layer model) with half the examples of each token.
-RECIPE = Recipe(
+CORPUS = CorpusSpec(
     folder=FOLDER,
     about=__doc__,
     tokenizer="bpe:4096",
-    text=downloaded(ECA),
+    text=download_text(ECA),
     then="python train.py config/train_eca.py",
 )
 
 if __name__ == "__main__":
-    sys.exit(main(RECIPE))
+    sys.exit(main(CORPUS))

@@ -13,16 +13,16 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a fresh clone, without an installation
 
-from fradique.prepare import Recipe, main  # noqa: E402
-from fradique.sources import SHAKESPEARE, downloaded  # noqa: E402
+from fradique.data.prepare import CorpusSpec, main  # noqa: E402
+from fradique.data.sources import SHAKESPEARE, download_text  # noqa: E402
 
-RECIPE = Recipe(
+CORPUS = CorpusSpec(
     folder=FOLDER,
     about=__doc__,
     tokenizer="char",
-    text=downloaded(SHAKESPEARE),
+    text=download_text(SHAKESPEARE),
     then="python train.py config/train_shakespeare_char.py",
 )
 
 if __name__ == "__main__":
-    sys.exit(main(RECIPE))
+    sys.exit(main(CORPUS))

@@ -77,13 +77,13 @@ class Disk:
             )
             import train
 
-            real = train.Training.close
+            real = train.Trainer.close
 
-            def close(t: train.Training) -> None:
+            def close(t: train.Trainer) -> None:
                 real(t)
                 report.write_bytes(self.library.disk_names())
 
-            train.Training.close = close
+            train.Trainer.close = close
 
         assert ended(fork(words(self.data, out, **SIZE), self.said, before)) == 0, self.said.read_text()
         return report.read_text().splitlines()

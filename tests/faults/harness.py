@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import make_text, write_corpus  # noqa: E402
+from support import make_text, write_corpus  # noqa: E402
 
-from fradique import checkpoint, metrics  # noqa: E402
+from fradique.checkpointing import checkpoint, metrics_file  # noqa: E402
 
 # A run of some seconds: two layers, an evaluation and a checkpoint every five steps.
 RUN = {
@@ -66,7 +66,7 @@ def fork(flags: Sequence[str], said: Path, before: Callable[[], None] = lambda: 
     """train.py in a copy of this process, which need not import torch again: its pid. What it says goes to
     the end of the file `said`. `before` runs in it first."""
     import train  # once, before the first fork
-    from fradique import restart
+    from fradique.training import setup
 
     pid = os.fork()
     if pid:
@@ -77,7 +77,7 @@ def fork(flags: Sequence[str], said: Path, before: Callable[[], None] = lambda: 
         for stream in (1, 2):
             os.dup2(number, stream)
         before()
-        status = train.command(train.main, train.TrainSettings, flags, base=restart.settings_of_the_run)
+        status = train.command(train.main, train.TrainSettings, flags, base=setup.saved_run_settings)
     except BaseException:
         import traceback
 
@@ -104,7 +104,7 @@ def run(flags: Sequence[str], ranks: int = 1, **options: object) -> str:
 def step(out: Path) -> int:
     """The last step that a run has logged; -1 before the first."""
     try:
-        return max((r["step"] for r in metrics.read(out)), default=-1)
+        return max((r["step"] for r in metrics_file.read_metrics(out)), default=-1)
     except (OSError, ValueError):
         return -1
 
@@ -162,11 +162,11 @@ def stop(process: subprocess.Popen) -> None:
 
 def losses(out: Path) -> dict[int, float]:
     """Step -> training loss."""
-    return {r["step"]: r["loss"] for r in metrics.read(out) if "loss" in r}
+    return {r["step"]: r["loss"] for r in metrics_file.read_metrics(out) if "loss" in r}
 
 
 def sums(out: Path) -> dict[str, str]:
     """The files of the last checkpoint that hold numbers, with their sums."""
-    folder = checkpoint.newest(out, warn=print)
+    folder = checkpoint.newest_checkpoint(out, warn=print)
     manifest = json.loads((folder / "manifest.json").read_text())["sha256"]
     return {"step": folder.name} | {k: v for k, v in manifest.items() if k.endswith("safetensors")}

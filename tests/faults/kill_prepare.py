@@ -27,8 +27,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fradique import prepare
-from fradique.documents import read_documents
+from fradique.data import prepare
+from fradique.data.documents import read_documents
 
 SHARDS = 12
 MOST_KILLS = 6  # of one worker, in a corpus
@@ -55,11 +55,11 @@ def write_source(kind: str, folder: Path, rng: random.Random) -> Path:
     return folder
 
 
-def recipe(kind: str, folder: Path) -> prepare.Recipe:
+def recipe(kind: str, folder: Path) -> prepare.CorpusSpec:
     """A corpus of documents, or of a text of one's own."""
     if kind == "documents":
-        return prepare.Recipe(folder, "", "gpt2", "", documents=lambda: iter([]))
-    return prepare.Recipe(folder, "", kind, "")
+        return prepare.CorpusSpec(folder, "", "gpt2", "", documents=lambda: iter([]))
+    return prepare.CorpusSpec(folder, "", kind, "")
 
 
 def start(kind: str, source: Path, out: Path, worker: str) -> int:

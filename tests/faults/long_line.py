@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from fradique.data import build, dataset, text
 
-from fradique import corpus, dataset, text
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 LINE = "amor\0luz\U0001f984éç日本"  # no space: no place to cut it
 
@@ -33,7 +33,7 @@ def main(size: int, tokenizer: str, folder: Path) -> None:
         for _ in range(size // len(block)):
             file.write(block)
     began, at_first = time.monotonic(), resident()
-    meta = corpus.prepare_text(text.files_text([source], "a line"), folder / "made", tokenizer, 0.1)
+    meta = build.prepare_text(text.files_text([source], "a line"), folder / "made", tokenizer, 0.1)
     made = dataset.open_corpus(folder / "made", 256)
     there = made.train.count_text_bytes(made.tokenizer) + made.val.count_text_bytes(made.tokenizer)
     assert there == source.stat().st_size == sum(split["bytes"] for split in meta["splits"].values())

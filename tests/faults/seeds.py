@@ -130,9 +130,9 @@ def meta_pkl() -> list[bytes]:
 
 
 def tokenizer_json() -> list[bytes]:
-    from fradique import tokenizer as tokenizers
+    from fradique.tokenizer import tokenizer
 
-    bpe = tokenizers.train_bpe(["aa ab aab aabb"], 261).to_json()
+    bpe = tokenizer.train_bpe(["aa ab aab aabb"], 261).to_json()
     return as_bytes({"format": 1, "kind": "char", "chars": CHARS}, {"format": 1, "kind": "gpt2"}, bpe)
 
 

@@ -31,21 +31,15 @@ import seeds  # noqa: E402
 
 import configurator  # noqa: E402
 import sample  # noqa: E402
-from fradique import (  # noqa: E402
-    checkpoint,
-    corpus,
-    dataset,
-    documents,
-    export,
-    metrics,
-    optimizer,
-    run,
-    snapshots,
-    text,
-)
-from fradique import tokenizer as tokenizers  # noqa: E402
-from fradique.state import TrainState  # noqa: E402
-from lab import curves, look, report  # noqa: E402
+from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file, run_folder  # noqa: E402
+from fradique.data import build, dataset, documents, text  # noqa: E402
+from fradique.data import sampler as samplers  # noqa: E402
+from fradique.optim import optimizer  # noqa: E402
+from fradique.pretrained import export  # noqa: E402
+from fradique.tokenizer import tokenizer as tokenizers  # noqa: E402
+from fradique.training import loss_plot, setup, time_budget  # noqa: E402
+from fradique.training.trainer import TrainState  # noqa: E402
+from lab import common, report  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
@@ -112,7 +106,7 @@ def settings(data: bytes) -> None:
         with told():
             resolved = configurator.resolve(cls, [f"{w}=1" if "=" not in w else w for w in words])
             json.dumps(asdict(resolved.settings), allow_nan=False).encode()
-            metrics.seconds(getattr(resolved.settings, "time_budget", ""))
+            time_budget.parse_duration(getattr(resolved.settings, "time_budget", ""))
     saved = parts_of(data)
     if saved is not None:
         with told():
@@ -162,7 +156,7 @@ def token_file(data: bytes) -> None:
 def open_and_read(here: Path, block_size: int = 8) -> None:
     with told():
         opened = dataset.open_corpus(here, max(1, block_size))
-        sampler = dataset.Sampler(opened.train, max(1, block_size), 2, 1, seed=1)
+        sampler = samplers.Sampler(opened.train, max(1, block_size), 2, 1, seed=1)
         x, _ = next(sampler.micro_batches(3))
         expect(int(x.max()) < opened.tokenizer.vocab_size, "a token beyond the vocabulary")
         expect(
@@ -175,13 +169,13 @@ def open_and_read(here: Path, block_size: int = 8) -> None:
 def meta_pkl(data: bytes) -> None:
     with folder() as here, told():
         (here / "meta.pkl").write_bytes(data)
-        use(tokenizers.from_meta_pkl(here / "meta.pkl"))
+        use(tokenizers.read_meta_pkl(here / "meta.pkl"))
 
 
 def tokenizer_json(data: bytes) -> None:
     with folder() as here, told():
         (here / "tokenizer.json").write_bytes(data)
-        use(tokenizers.load(here / "tokenizer.json"))
+        use(tokenizers.load_tokenizer(here / "tokenizer.json"))
 
 
 def use(tokenizer: tokenizers.Tokenizer) -> None:
@@ -199,14 +193,16 @@ def safetensors_file(data: bytes) -> None:
     """Weights of others, with their config.json and without, and snapshots of a run."""
     with folder() as here:
         (here / "model.safetensors").write_bytes(data)
-        (here / export.OUR_TOKENIZER).write_bytes(seeds.tokenizer_json()[0])
+        (here / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
         load_weights(here)
         write_json(here / "config.json", seeds.HF_CONFIG)
         load_weights(here)
-        (here / snapshots.FOLDER).mkdir()
-        shutil.copyfile(here / "model.safetensors", here / snapshots.FOLDER / "step-1.safetensors")
+        (here / embedding_snapshots.SNAPSHOT_FOLDER).mkdir()
+        shutil.copyfile(
+            here / "model.safetensors", here / embedding_snapshots.SNAPSHOT_FOLDER / "step-1.safetensors"
+        )
         with told():
-            for one in snapshots.read(here):
+            for one in embedding_snapshots.read_snapshots(here):
                 expect(one.tokens.ndim == 2 and bool(np.isfinite(one.tokens).all()), "no table of embeddings")
 
 
@@ -218,7 +214,7 @@ def hf_json(data: bytes) -> None:
             (here / "config.json").write_bytes(data)
             parts = {}
         (here / seeds.SHARD).write_bytes(seeds.HF_WEIGHTS)
-        (here / export.OUR_TOKENIZER).write_bytes(seeds.tokenizer_json()[0])
+        (here / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
         for name in {"config.json", "model.safetensors.index.json", "tokenizer.json"} & parts.keys():
             write_json(here / name, parts[name])
         if not (here / "model.safetensors.index.json").exists():
@@ -241,14 +237,14 @@ def ckpt_pt(data: bytes) -> None:
         load_weights(here / "ckpt.pt")
         (here / "ckpt.pt").unlink()
         write_json(here / "config.json", seeds.HF_CONFIG)
-        (here / export.OUR_TOKENIZER).write_bytes(seeds.tokenizer_json()[0])
+        (here / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
         load_weights(here)
         expect(not canary.exists(), "a pickle was run")
 
 
 def load_weights(source: Path) -> None:
     with told():
-        writer = sample.open_writer(str(source), device="cpu", dtype="float32")
+        writer = sample.load_model(str(source), device="cpu", dtype="float32")
         expect(
             all(bool(p.isfinite().all()) for p in writer.model.parameters()), "weights that are not finite"
         )
@@ -269,7 +265,7 @@ def checkpoint_json(data: bytes) -> None:
             write_json(step / name, parts[name])
         seeds.write_manifest(step, (parts or {}).get("manifest.json"))
         with told():
-            held = checkpoint.load(checkpoint.newest(here, warn=lambda _: None))
+            held = checkpoint.read_checkpoint(checkpoint.newest_checkpoint(here, warn=lambda _: None))
             state = TrainState.read(held.state)
             json.dumps(asdict(state), allow_nan=False)
             expect(type(state.step) is int and 0 <= state.step < 2**63, "a step that is none")
@@ -280,15 +276,14 @@ def checkpoint_json(data: bytes) -> None:
 
 def continue_run(here: Path) -> None:
     """What resuming does before it trains: the settings, the model, its weights, the optimizer's state."""
-    saved = run.saved_settings(here)
+    saved = run_folder.saved_settings(here)
     resolved = configurator.resolve(TrainSettings, ["--device=cpu"], saved, "settings.json")
-    import train
 
     opened = dataset.Corpus(here, None, None, tokenizers.CharTokenizer(seeds.CHARS))
-    model, found, held = train.make_model(
+    model, found, held = setup.make_model(
         replace(resolved.settings, out_dir=str(here), init_from="resume"), opened
     )
-    built = optimizer.build(
+    built = optimizer.build_optimizers(
         model,
         name=found.optimizer,
         learning_rate=1e-3,
@@ -317,29 +312,31 @@ def run_json(data: bytes) -> None:
     parts = parts_of(data)
     with folder() as here:
         if parts is None:
-            for name in (run.SETTINGS, metrics.METRICS, metrics.SAMPLES):
+            for name in (run_folder.SETTINGS_FILE, metrics_file.METRICS_FILE, metrics_file.SAMPLES_FILE):
                 (here / name).write_bytes(data)
             parts = {}
-        if run.SETTINGS in parts:
-            write_json(here / run.SETTINGS, parts[run.SETTINGS])
-        records = parts.get(metrics.METRICS)
+        if run_folder.SETTINGS_FILE in parts:
+            write_json(here / run_folder.SETTINGS_FILE, parts[run_folder.SETTINGS_FILE])
+        records = parts.get(metrics_file.METRICS_FILE)
         if isinstance(records, list):
-            (here / metrics.METRICS).write_text("".join(json.dumps(one) + "\n" for one in records))
-        if isinstance(parts.get(metrics.SAMPLES), str):
-            (here / metrics.SAMPLES).write_bytes(parts[metrics.SAMPLES].encode("utf-8", "surrogatepass"))
+            (here / metrics_file.METRICS_FILE).write_text("".join(json.dumps(one) + "\n" for one in records))
+        if isinstance(parts.get(metrics_file.SAMPLES_FILE), str):
+            (here / metrics_file.SAMPLES_FILE).write_bytes(
+                parts[metrics_file.SAMPLES_FILE].encode("utf-8", "surrogatepass")
+            )
         with told():
-            configurator.resolve(TrainSettings, [], run.saved_settings(here), "settings.json")
+            configurator.resolve(TrainSettings, [], run_folder.saved_settings(here), "settings.json")
         with told():
-            curves.picture([curves.read(here)])
+            loss_plot.plot_losses([loss_plot.read_curves(here)])
         with told():
-            report.settings_section(run.saved_settings(here))
-            found = metrics.read(here)
-            report.speed_section(found, run.about(here))
+            report.settings_section(run_folder.saved_settings(here))
+            found = metrics_file.read_metrics(here)
+            report.speed_section(found, run_folder.run_metadata(here))
             report.summary(found, GPTConfig(n_layer=1, n_head=1, n_embd=8), 1)
-            report.samples_section(metrics.read_samples(here))
+            report.samples_section(metrics_file.read_samples(here))
         with told():
-            metrics.rewind(here, 3)
-            expect(all(one["step"] <= 3 for one in metrics.read(here)), "not forgotten")
+            metrics_file.rewind_metrics(here, 3)
+            expect(all(one["step"] <= 3 for one in metrics_file.read_metrics(here)), "not forgotten")
 
 
 # Text
@@ -358,9 +355,9 @@ def prompt(data: bytes) -> None:
         prompt_of(tokenizer, sample.read_prompt(f"FILE:{here / 'prompt'}"), stop)
     with told():
         sample.read_prompt(f"FILE:{stop}") if not stop.startswith("/") else None
-        metrics.seconds(words)
-        tokenizers.parse(words)
-        expect(len(str(look.problems_of_numbers("sizes", words, 0.0))) < 500, "a long message")
+        time_budget.parse_duration(words)
+        tokenizers.parse_spec(words)
+        expect(len(str(common.problems_of_numbers("sizes", words, 0.0))) < 500, "a long message")
 
 
 def prompt_of(tokenizer: tokenizers.Tokenizer, start: str, stop: str) -> None:
@@ -368,12 +365,12 @@ def prompt_of(tokenizer: tokenizers.Tokenizer, start: str, stop: str) -> None:
     expect(len(ids) > 0, "no token")
     if start and tokenizers._ByteLevelBPE in type(tokenizer).__mro__:
         expect(tokenizer.decode(tokenizer.encode(start)) == start, "decode(encode(text)) is not the text")
-    row, shown = sample.Row(tokenizer, stop), ""
+    row, shown = sample.StreamedSample(tokenizer, stop), ""
     for token in ids[:200].tolist():
         shown += row.feed(token)
     shown += row.flush()
     expect(not stop or stop not in shown, "went on after the stop")
-    look.labels(tokenizer, ids[:50])
+    common.labels(tokenizer, ids[:50])
 
 
 def corpus_text(data: bytes) -> None:
@@ -392,7 +389,7 @@ def corpus_text(data: bytes) -> None:
         with told():
             files = text.find_files([path])
             name = ("char", "bpe:260", "gpt2")[kind % 3]
-            made = corpus.prepare_text(text.files_text(files, "a text"), here / "made", name, 0.1)
+            made = build.prepare_text(text.files_text(files, "a text"), here / "made", name, 0.1)
             opened = dataset.open_corpus(here / "made", 1)
             ids = np.concatenate([*opened.train.shards, *opened.val.shards])
             expect(opened.tokenizer.decode(ids) == whole, "a corpus that is not the text")

@@ -1,0 +1,167 @@
+"""The files for schedulers: their parsers and schemas take them, and their flags are those that there are."""
+
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from support import ROOT
+from torch.distributed.run import get_args_parser
+
+import train
+from configurator import resolve
+from fradique.data import prepare
+
+CLUSTER = ROOT / "config" / "cluster"
+SCRIPTS = sorted(path for path in CLUSTER.iterdir() if path.suffix in (".sh", ".sbatch"))
+
+
+# What run.sh trains where it is given nothing.
+DEFAULTS = re.search(r"  set -- (config/.*)", (CLUSTER / "run.sh").read_text())[1].split()
+
+
+def words_of(name, command):
+    """The words after `command` in a script, its continued lines joined, its variables as they stand."""
+    text = (CLUSTER / name).read_text().replace("\\\n", " ")
+    line = next(line for line in text.splitlines() if command in line)
+    return shlex.split(line.split(command, 1)[1], comments=True)
+
+
+def documents():
+    return list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))
+
+
+def job():
+    (found,) = (d for d in documents() if d["kind"] == "Job")
+    return found["spec"]
+
+
+def container():
+    (found,) = job()["template"]["spec"]["containers"]
+    return found
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_one_for_bash(path):
+    if not shutil.which("bash"):
+        pytest.skip("there is no bash")
+    assert path.read_text().startswith("#!/bin/bash\n")
+    subprocess.run(["bash", "-n", path], check=True)
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_torchrun_knows_the_flags_that_it_is_given():
+    words = [
+        word.replace("$NODES", "2").replace("$PROCESSES", "8").replace("$RESTARTS", "3")
+        for word in words_of("run.sh", "-m torch.distributed.run")
+    ]
+    args = get_args_parser().parse_args(words)
+    assert (args.nnodes, args.nproc_per_node, args.max_restarts) == ("2", "8", 3)
+    assert args.rdzv_backend == "c10d" and args.training_script == "train.py"
+
+
+def test_train_knows_the_settings_that_it_is_given():
+    for flags in (container()["args"], DEFAULTS):
+        known = [
+            flag
+            for flag in flags
+            if not flag.startswith("--parallel") or hasattr(train.TrainSettings, "parallel")
+        ]
+        resolve(train.TrainSettings, [flag for flag in known if flag.startswith("--")])
+        assert all((ROOT / flag).exists() for flag in flags if flag.endswith(".py"))
+
+
+def run_sh(tmp_path, *words, **environment):
+    """What run.sh does, with a Python that writes down how it was called: its calls, a list of words each."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >> {shlex.quote(str(tmp_path / "calls"))}\n')
+    fake.chmod(0o755)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": str(fake),
+        "RUN_ID": "x",
+        "RENDEZVOUS": "a:1",
+    } | environment
+    done = subprocess.run(
+        [CLUSTER / "run.sh", *words], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+def test_a_job_begins_a_run_and_goes_on_with_one_that_is_there(tmp_path):
+    out = tmp_path / "out"
+    check, start = run_sh(tmp_path, "config/x.py", "--n_layer=2", OUT_DIR=str(out), NODES="3")
+    assert check == ["train.py", "config/x.py", "--n_layer=2", f"--out_dir={out}", "--print_settings"]
+    assert "--nnodes=3" in start and start[-4:] == [
+        "train.py",
+        "config/x.py",
+        "--n_layer=2",
+        f"--out_dir={out}",
+    ]
+    out.mkdir()
+    (out / "settings.json").touch()  # stopped before its first checkpoint
+    assert run_sh(tmp_path, OUT_DIR=str(out))[-1][-1] == "--overwrite=True"
+    (out / "step-00000010").mkdir()
+    assert run_sh(tmp_path, OUT_DIR=str(out))[-1][-1] == "--init_from=resume"
+
+
+def test_prepare_knows_the_flags_that_it_is_given():
+    text = (CLUSTER / "slurm_prepare.sbatch").read_text()
+    assert re.search(
+        r'--shards "\$\{SHARDS:-64\}" --worker "\$SLURM_ARRAY_TASK_ID/\$SLURM_ARRAY_TASK_COUNT"', text
+    )
+    source = (ROOT / "fradique" / "prepare.py").read_text()
+    if '"--worker"' not in source:
+        pytest.skip(f"{prepare.__name__} has no --worker yet")
+    assert '"--shards"' in source
+
+
+def test_sbatch_takes_the_options_of_the_scripts():
+    if not shutil.which("sbatch"):
+        pytest.skip("there is no sbatch")
+    if subprocess.run(["sinfo"], capture_output=True, check=False).returncode:
+        pytest.skip("no Slurm controller answers")
+    for path in SCRIPTS:
+        if path.suffix == ".sbatch":
+            done = subprocess.run(
+                ["sbatch", "--test-only", path], capture_output=True, text=True, check=False
+            )
+            assert "invalid" not in done.stderr.lower() and "unrecognized" not in done.stderr.lower(), (
+                done.stderr
+            )
+
+
+def test_the_manifests_follow_the_schema_of_kubernetes():
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    for document in documents():
+        validate.validate(document, validate.latest_version(), strict=True)
+
+
+def test_a_manifest_with_a_mistake_does_not_follow_the_schema():
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    (wrong,) = (d for d in documents() if d["kind"] == "Job")
+    wrong["spec"]["completionMod"] = wrong["spec"].pop("completionMode")
+    with pytest.raises(validate.ValidationError):
+        validate.validate(wrong, validate.latest_version(), strict=True)
+
+
+def test_the_parts_of_the_manifests_fit_together():
+    service, claim, _ = documents()
+    pod, environment = job()["template"]["spec"], {e["name"]: e["value"] for e in container()["env"]}
+    assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"]
+    assert job()["completionMode"] == "Indexed" and job()["completions"] == job()["parallelism"]
+    assert environment["NODES"] == str(job()["completions"])
+    assert environment["PROCESSES"] == str(container()["resources"]["limits"]["nvidia.com/gpu"])
+    assert (
+        environment["RENDEZVOUS"]
+        == f"fradique-0.{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    )
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert environment["OUT_DIR"].startswith(container()["volumeMounts"][0]["mountPath"])
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
+    assert (CLUSTER / container()["command"][0].rpartition("/")[2]).stat().st_mode & 0o111

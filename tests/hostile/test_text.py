@@ -1,0 +1,193 @@
+"""Text of every kind: each Unicode string comes back as it was, and what is no text gets a message."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from support import ROOT
+
+import sample
+from configurator import command, resolve
+from fradique.data.build import prepare_text
+from fradique.data.dataset import open_corpus
+from fradique.data.text import files_text, find_files, read_file
+from fradique.tokenizer import tokenizer as tokenizers
+from fradique.training import time_budget
+from sample import SampleSettings, StreamedSample, read_prompt
+from train import TrainSettings
+
+some = hypothesis_settings(derandomize=True, deadline=None, max_examples=150, database=None)
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+TRICKY = (
+    "\0",
+    "\r\n\r",
+    "\ufeff",
+    "\U0001f984\U0010ffff",
+    "e\u0301\u0323",
+    "<|endoftext|>",
+    " " * 70_000,
+    "\x85\u2028\xa0",
+)
+GPT2 = tokenizers.GPT2Tokenizer()
+OWN = tokenizers.train_bpe(["Era uma vez um gato, uma casa, um gato, uma casa."], 290)
+SCRIPT = ROOT / "tests" / "faults" / "long_line.py"
+POOR = tokenizers.train_bpe(["aa aa"], 258)  # of a text that has next to no characters
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2, OWN, POOR], ids=["gpt2", "own", "poor"])
+@some
+@given(text=any_text)
+@example(TRICKY[0])
+@example(TRICKY[1])
+@example(TRICKY[2])
+@example(TRICKY[3])
+@example(TRICKY[4])
+@example(TRICKY[5])
+@example(TRICKY[6])
+@example(TRICKY[7])
+def test_every_text_comes_back_from_its_tokens(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode("utf-8")
+    assert int(tokenizer.byte_lengths()[ids].sum()) == len(text.encode("utf-8"))
+
+
+@some
+@given(text=any_text, rest=any_text)
+def test_characters_come_back_and_one_that_is_unknown_is_named(text, rest):
+    if text:
+        tokenizer = tokenizers.CharTokenizer("".join(sorted(set(text))))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        unknown = [c for c in rest if c not in text]
+        if unknown:
+            with pytest.raises(ValueError, match=f"U\\+{ord(unknown[0]):04X}"):
+                tokenizer.encode(rest)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [GPT2, OWN, tokenizers.CharTokenizer("abc ")], ids=["gpt2", "own", "char"]
+)
+@pytest.mark.parametrize("text", ["\ud800", "abc\udfff", "\udc80" * 3, "a\ud83e \udd84"])
+def test_half_of_a_surrogate_pair_is_named(tokenizer, text):
+    with pytest.raises(ValueError, match="half of a surrogate pair") as caught:
+        tokenizers.encode_prompt(tokenizer, text)
+    assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize(
+    "word", ["--start=\udcff", "--start=a\ud800", "--out_dir=out/\udcfe", "--stop=a\udfff"]
+)
+def test_a_flag_that_is_no_text_is_named(word):
+    with pytest.raises(ValueError, match="not UTF-8") as caught:
+        resolve(SampleSettings, [word])
+    assert word.partition("=")[0] in str(caught.value)
+
+
+def test_a_flag_that_goes_on_and_on_is_told_in_short():
+    for word in ("--n_layer=" + "9" * 1_000_000, "--" + "x" * 1_000_000 + "=1", "--dtype=" + "x" * 1_000_000):
+        with pytest.raises(ValueError) as caught:
+            resolve(TrainSettings, [word])
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 1_000_000, "1" * 1_000_000 + "h", "9" * 400 + "h", "1h" * 100_000, "0s", "-1s"]
+)
+def test_a_length_of_time_that_is_none_is_refused_at_once(text):
+    with pytest.raises(ValueError, match="no length of time") as caught:
+        time_budget.parse_duration(text)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_command_line_that_is_no_text_gets_one_message_that_can_be_written(capsys):
+    assert (
+        command(sample.main, SampleSettings, [b"--start=\xff\x1b[2J".decode("utf-8", "surrogateescape")]) == 2
+    )
+    told = capsys.readouterr().err
+    assert "--start=\\udcff\\x1b[2J: must be text" in told and "Traceback" not in told
+
+
+def test_a_prompt_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"abc\xff")
+    with pytest.raises(ValueError, match=r"prompt\.txt is not UTF-8: byte 3 is 0xff"):
+        read_prompt(f"FILE:{path}")
+
+
+def test_a_stop_of_a_million_characters_holds_nothing_up():
+    row = StreamedSample(GPT2, "a" * 1_000_000)
+    shown = "".join(row.feed(token) for token in GPT2.encode("Era uma vez a").tolist()) + row.flush()
+    assert shown == "Era uma vez a"
+
+
+# Files of text
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 5, 7, 1 << 20])
+def test_broken_utf8_is_found_wherever_a_block_ends(tmp_path, block):
+    for bad in (
+        b"\xff",
+        b"\xc3",
+        b"\xe2\x82",
+        b"\xf0\x9f\xa6",
+        b"\xed\xa0\x80",
+        b"\xc0\x80",
+        b"\xf4\x90\x80\x80",
+    ):
+        for before in (b"", b"a", "é\U0001f984".encode(), b"\xef\xbb\xbf"):
+            path = tmp_path / "text.txt"
+            path.write_bytes(before + bad + b"z")
+            with pytest.raises(UnicodeDecodeError) as truth:
+                (before + bad + b"z").decode("utf-8")
+            with pytest.raises(
+                ValueError, match=rf"text\.txt is not UTF-8 .* at offset {truth.value.start} "
+            ):
+                list(read_file(path, block))
+
+
+@pytest.mark.parametrize(
+    "text", ["\n" * 50, "\r\n" * 50, "\0" * 50, "a\r\nb\rc\nd" * 9, "\ufeff\ufeffabc" * 9, "\U0001f984" * 50]
+)
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+def test_a_text_of_odd_characters_becomes_a_corpus_and_comes_back(tmp_path, text, kind):
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    prepare_text(files_text(find_files([tmp_path / "text.txt"]), "text"), tmp_path / "made", kind, 0.2)
+    corpus = open_corpus(tmp_path / "made", 1)
+    ids = np.concatenate([*corpus.train.shards, *corpus.val.shards])
+    assert corpus.tokenizer.decode(ids) == text.removeprefix("\ufeff")
+
+
+def test_one_line_of_64_megabytes_takes_less_memory_than_it_has_bytes(tmp_path):
+    command = [sys.executable, str(SCRIPT), str(64 << 20), "char", str(tmp_path / "made")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    at_first, at_most = map(int, re.findall(r"\d+", done.stdout.rpartition("resident:")[2]))
+    assert at_most - at_first < 64, done.stdout
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")]
+)
+def test_a_lack_of_memory_gets_one_message_and_another_fault_does_not(error, capsys):
+    def fail(resolved):
+        raise error
+
+    assert command(fail, SampleSettings, []) == 2
+    told = capsys.readouterr().err
+    assert "not enough memory" in told and "Traceback" not in told
+    with pytest.raises(RuntimeError, match="a bug"):
+        error = RuntimeError("a bug")
+        command(fail, SampleSettings, [])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--n_layer=1e9", "--n_embd=1e308", "--batch_size=1e15", "--block_size=1e15", "--n_head=1e30"]
+)
+def test_a_size_beyond_all_machines_is_refused_before_it_is_made(flag):
+    with pytest.raises(ValueError, match="must be between"):
+        resolve(TrainSettings, [flag])

@@ -1,0 +1,130 @@
+"""What a head looks at: against transformers, the plain path's softmax, and patterns known beforehand."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import NAMES, random_model
+from matplotlib.image import imread
+from support import run_lab, run_training
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from fradique.checkpointing import checkpoint
+from fradique.pretrained import loader
+from lab import attention
+from model import GPT, GPTConfig
+
+pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+pytest.importorskip("plotly", reason="the pages need plotly")
+
+
+def test_the_weights_are_those_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    shape = {
+        "n_positions": 16,
+        "n_embd": 24,
+        "n_layer": 3,
+        "n_head": 4,
+        "vocab_size": 50,
+        "initializer_range": 0.5,
+    }
+    config = GPT2Config(**shape, attn_implementation="eager", bos_token_id=0, eos_token_id=0)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    weights = loader.load_weights(str(tmp_path))
+    ours = GPT(GPTConfig(**weights.config))
+    checkpoint.copy_parameters(ours, weights.tensors, weights.source)
+    ids = torch.randint(50, (1, 11))
+    with torch.no_grad():
+        expected = torch.cat(theirs(ids, output_attentions=True).attentions)
+    found = attention.attention_weights(ours, ids)
+    assert found.std() > 0.1  # they differ from head to head and from token to token
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+class Softmaxes(TorchDispatchMode):
+    """Keeps what every softmax over four dimensions gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax.default and out.dim() == 4:
+            self.found.append(out[0].numpy())
+        return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_weights_are_those_of_the_plain_paths_softmax(name, architecture):
+    model = random_model(architecture(name, flash=True)).eval()
+    plain = random_model(architecture(name, flash=False)).eval()
+    plain.load_state_dict(model.state_dict())
+    ids = torch.randint(model.config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Softmaxes() as softmaxes:
+        plain(ids, prefix=ids.size(1))
+        logits = model(ids)[0]
+    found = attention.attention_weights(model, ids)
+    assert len(softmaxes.found) == model.config.n_layer
+    np.testing.assert_allclose(found, np.stack(softmaxes.found), atol=1e-5)
+    np.testing.assert_allclose(found.sum(-1), 1.0, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], logits)  # it is left as it was
+
+
+@pytest.mark.parametrize("position", ["none", "alibi"])
+def test_heads_that_ask_nothing_read_alike_or_by_distance(position):
+    """Queries of 0 leave what position alone says: all the same, or e^(-slope distance)."""
+    config = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4, position=position)
+    model = GPT(config)
+    with torch.no_grad():
+        model.transformer["h"][0].attn.c_attn.weight.zero_()
+    found = attention.attention_weights(model, torch.arange(5)[None])[0, 0]
+    distance = np.arange(5)[:, None] - np.arange(5)
+    slope = 2**-8 if position == "alibi" else 0.0  # of the only head (Press et al. 2022)
+    pattern = np.where(distance >= 0, np.exp(-slope * distance), 0)
+    np.testing.assert_allclose(found, pattern / pattern.sum(-1, keepdims=True), atol=1e-6)
+
+
+def test_fibres_lead_from_what_is_read_to_the_reader_and_never_back():
+    weights = np.tril(np.random.default_rng(0).random((2, 3, 6, 6)))
+    found = attention.fibres(weights, faint=0.2)
+    assert (found[:, 3] <= found[:, 2]).all()
+    assert len(found) == (weights >= 0.2).sum() and (np.diff(found[:, 4]) >= 0).all()
+    for layer, head, reader, read, weight in found:
+        assert weights[int(layer), int(head), int(reader), int(read)] == weight
+
+
+def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
+    run_training(settings)
+    to = tmp_path / "pictures" / "here"
+    done = run_lab(
+        "lab.attention", f"--out_dir={settings.out_dir}", "--start=amor casa", f"--to={to}",
+        f"--save_arrays={tmp_path / 'x.npz'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = [Path(path) for path in re.findall(r"^wrote (.+)$", done.stdout, re.M)]
+    names = {"here.png", "here.html", "here-3d.html", "here-3d.png", "x.npz"}
+    assert {path.name for path in written} == names
+    assert imread(to.with_suffix(".png")).std() > 0.05
+    arrays = np.load(tmp_path / "x.npz")
+    assert arrays["weights"].shape == (2, 2, 9, 9)
+    assert "".join(arrays["tokens"]) == "amor␣casa"
+    for path in (to.with_suffix(".html"), to.with_name("here-3d.html")):
+        text = path.read_text(encoding="utf-8")
+        assert r"\u2423" in text and len(text) < 15e6  # the space of the prompt, to be seen
+        assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", text)  # nothing is fetched
+    for words, message in (
+        (["--layer=2"], "--layer=2: this model has 2 layers, 0 to 1"),
+        (["--head=7"], "--head=7: this model has 2 heads, 0 to 1"),
+        (["--start=日本"], "is not among the"),
+        (["--start=amor amor amor amor"], "has 19 tokens and the model reads 16: shorten --start"),
+        ([f"--out_dir={tmp_path / 'nowhere'}"], "holds no run"),
+    ):
+        refused = run_lab("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *words)
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr

@@ -1,0 +1,176 @@
+"""The lab's pages in a browser: no error in its console, the view in space turns, hovering tells."""
+
+import io
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from support import TrainSettings, make_text, run_training
+
+from configurator import command
+from lab import attention, curves, embeddings, report, sampling, tokens
+
+pytest.importorskip("plotly", reason="the pages need plotly")
+pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
+pytest.importorskip("selenium", reason="a browser is driven by selenium")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="no Chromium here: apt-get install chromium chromium-driver"
+    ),
+    pytest.mark.xdist_group("browser"),  # one browser for them all
+]
+ERRORS = ("SEVERE", "ERROR")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,900"):
+        options.add_argument(f"--{word}")
+    for word in ("use-angle=swiftshader", "enable-unsafe-swiftshader"):  # WebGL without a graphics card
+        options.add_argument(f"--{word}")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")  # no network
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, data_dir):
+    """A run with everything in it, and the lab's pages of it."""
+    folder = tmp_path_factory.mktemp("pages") / "run"
+    settings = replace(
+        TrainSettings(),
+        **{"out_dir": str(folder), "data_dir": str(data_dir), "dataset": "tiny", "device": "cpu"},
+        **{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "compile": False},
+        **{"max_iters": 20, "eval_interval": 5, "eval_iters": 2, "gradient_accumulation_steps": 1},
+        **{"warmup_iters": 2, "sample_interval": 10, "snapshot_interval": 10},
+    )
+    run_training(settings)
+    text = make_text(3)[:14]
+    for module, cls, words in (
+        (curves, curves.CurveSettings, []),
+        (attention, attention.AttentionSettings, [f"--start={text}"]),
+        (tokens, tokens.TokenSettings, [f"--start={text}"]),
+        (sampling, sampling.SamplingSettings, [f"--start={text[:4]}", "--tokens=30"]),
+        (embeddings, embeddings.EmbeddingSettings, []),
+        (report, report.ReportSettings, []),
+    ):
+        assert command(module.main, cls, [f"--out_dir={folder}", *words]) == 0
+    return folder
+
+
+def opened(browser, path: Path):
+    browser.get(path.as_uri())
+    deadline = time.monotonic() + 30
+    script = "return [...document.querySelectorAll('.js-plotly-plot')].every(d => d._fullLayout)"
+    while not browser.execute_script(script):
+        assert time.monotonic() < deadline, "the figures were not drawn"
+        time.sleep(0.1)
+    time.sleep(0.5)  # colours are given after the first drawing
+    return browser
+
+
+def errors(browser):
+    return [line for line in browser.get_log("browser") if line["level"] in ERRORS]
+
+
+NAMES = ["loss", "attention", "attention-3d", "tokens", "sampling", "embeddings", "report"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_opens_without_an_error_and_is_read_in_both_schemes(browser, pages, name, scheme):
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    opened(browser, pages / f"{name}.html")
+    assert not errors(browser)
+    style = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    ink, paper = browser.execute_script(style)
+    light = [sum(map(int, colour[4:-1].split(","))) for colour in (ink, paper)]
+    assert (light[0] < light[1]) == (scheme == "light")
+    fonts = browser.execute_script(
+        "return [...document.querySelectorAll('.js-plotly-plot')].map(d => d._fullLayout.font.color)"
+    )
+    inks = {"light": "#1b1b1b", "dark": "#ececec"}
+    assert set(fonts) <= {inks[scheme]}
+    for figure in browser.find_elements(By.CSS_SELECTOR, ".js-plotly-plot"):
+        assert is_drawn(figure)
+    width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.execute_script(width) <= 0  # nothing runs out of the page
+
+
+def is_drawn(figure):
+    """Whether there is something to see in a figure: not one colour all over."""
+    picture = Image.open(io.BytesIO(figure.screenshot_as_png)).convert("RGB")
+    pixels = picture.width * picture.height
+    (most, _), *_ = sorted(picture.getcolors(pixels), reverse=True)
+    return most < 0.995 * pixels
+
+
+def camera(browser):
+    return browser.execute_script(
+        "const d = [...document.querySelectorAll('.js-plotly-plot')].find(d => d._fullLayout.scene);"
+        "return d._fullLayout.scene._scene.getCamera().eye"
+    )
+
+
+def test_the_view_in_space_turns_with_the_mouse(browser, pages):
+    opened(browser, pages / "attention-3d.html")
+    before = camera(browser)
+    scene = browser.find_element(By.CSS_SELECTOR, ".js-plotly-plot canvas")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", scene)
+    drag = ActionChains(browser).move_to_element(scene).click_and_hold()
+    for _ in range(5):
+        drag = drag.move_by_offset(30, 10)
+    drag.release().perform()
+    time.sleep(0.5)
+    after = camera(browser)
+    assert sum(abs(before[axis] - after[axis]) for axis in "xyz") > 0.1
+    assert not errors(browser)
+
+
+def test_hovering_over_a_map_tells_the_weight(browser, pages):
+    opened(browser, pages / "attention.html")
+    plot = browser.find_element(By.CSS_SELECTOR, ".js-plotly-plot .nsewdrag")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    size = plot.size
+    # below the diagonal: tokens read what stands before them
+    ActionChains(browser).move_to_element_with_offset(
+        plot, -int(0.2 * size["height"]), int(0.2 * size["height"])
+    ).perform()
+    deadline = time.monotonic() + 5
+    told = ""
+    while "reads" not in told and time.monotonic() < deadline:
+        time.sleep(0.1)
+        labels = browser.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext")
+        told = " ".join(label.text for label in labels)
+    assert "reads" in told and ": 0." in told
+
+
+def test_the_map_of_another_head_is_chosen_by_its_button(browser, pages):
+    opened(browser, pages / "attention.html")
+    read = "return JSON.stringify(document.querySelector('.js-plotly-plot')._fullData[0].z)"
+    first = browser.execute_script(read)
+    browser.find_element(By.CSS_SELECTOR, ".updatemenu-header").click()
+    browser.find_elements(By.CSS_SELECTOR, ".updatemenu-dropdown-button")[3].click()
+    time.sleep(0.5)
+    assert browser.execute_script(read) != first and not errors(browser)
+
+
+def test_each_token_tells_its_loss(browser, pages):
+    opened(browser, pages / "tokens.html")
+    titles = [span.get_attribute("title") for span in browser.find_elements(By.CSS_SELECTOR, ".token")]
+    assert len(titles) == 14 and all("probability" in title and "rank" in title for title in titles[1:])

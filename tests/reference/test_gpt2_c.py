@@ -1,0 +1,422 @@
+"""reference/gpt2.c, built with every warning an error and with sanitizers: against transformers' GPT-2,
+against files that lie, and with wrong signs planted."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from gpt2_oracle import SIZES, gpt2, loss_of
+from safetensors.numpy import load_file, save_file
+from support import ROOT
+
+FILE = ROOT / "reference" / "gpt2.c"
+COMPILER = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Werror"]
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler here: apt-get install gcc")
+
+
+def build(out, *flags, source=FILE):
+    done = subprocess.run(
+        [COMPILER, *WARNINGS, *flags, str(source), "-o", str(out), "-lm"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small GPT-2 in model.safetensors, 100 tokens in tokens.bin, and the program, plain and sanitized."""
+    folder = tmp_path_factory.mktemp("gpt2_c")
+    np.random.default_rng(3).integers(50, size=100).astype("<u2").tofile(folder / "tokens.bin")
+    build(folder / "gpt2", *SANITIZERS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return gpt2(folder)
+
+
+def run(folder, *options, program="gpt2", heads=True, refused=False):
+    """What the program does; no sanitizer may say a word. Where it is to end with a message it need not free
+    what it has."""
+    command = [str(folder / program), *map(str, options), *(["--heads=2"] if heads else [])]
+    environment = os.environ | {"ASAN_OPTIONS": f"detect_leaks={int(not refused)}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert "Sanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr
+    return done
+
+
+def figures(word, text):
+    return [float(figure) for figure in re.findall(word + r" ([\d.]+)", text)]
+
+
+def tokens_of(folder):
+    return np.fromfile(folder / "tokens.bin", "<u2").astype(np.int64)
+
+
+def test_loss_and_logits_are_those_of_transformers(folder, theirs):
+    done = run(
+        folder, "loss", "model.safetensors", "tokens.bin", "--block=9", "--batch=4", "--logits=logits.bin"
+    )
+    assert done.returncode == 0, done.stderr
+    tokens = tokens_of(folder)
+    logits, loss = loss_of(theirs, tokens[:99].reshape(11, 9), tokens[1:100].reshape(11, 9))
+    assert figures("loss", done.stdout)[0] == pytest.approx(loss.item(), abs=1e-5)
+    ours = np.fromfile(folder / "logits.bin", np.float32).reshape(11, 9, 50)
+    assert ours == pytest.approx(logits.detach().numpy(), abs=1e-4)
+
+
+def theirs_far_from(folder, theirs, path) -> dict[str, float]:
+    """How far each gradient in a file is from that of transformers, relative to its size."""
+    theirs.zero_grad()
+    tokens = tokens_of(folder)
+    _, loss = loss_of(theirs, tokens[:27].reshape(3, 9), tokens[1:28].reshape(3, 9))
+    loss.backward()
+    ours = load_file(path)
+    named = dict(theirs.transformer.named_parameters())
+    assert set(ours) == set(named)
+    apart = {}
+    for name, parameter in named.items():
+        gradient = parameter.grad.numpy()
+        apart[name] = float(np.linalg.norm(ours[name] - gradient) / np.linalg.norm(gradient))
+    return apart
+
+
+ONE_STEP = (
+    "train",
+    "model.safetensors",
+    "tokens.bin",
+    "--steps=1",
+    "--block=9",
+    "--batch=3",
+    "--gradients=g.safetensors",
+)
+
+
+def test_every_gradient_is_that_of_transformers(folder, theirs):
+    done = run(folder, *ONE_STEP)
+    assert done.returncode == 0, done.stderr
+    apart = theirs_far_from(folder, theirs, folder / "g.safetensors")
+    assert all(distance < 1e-3 for distance in apart.values()), apart  # and none is no number
+
+
+def test_with_openmp_and_wide_vectors_it_is_the_same(folder, theirs):
+    """The program as `make reference` builds it; its tiles are of another size, and it shares work."""
+    build(folder / "fast", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
+    run(folder, *ONE_STEP)
+    slow = load_file(folder / "g.safetensors")
+    done = run(folder, *ONE_STEP, program="fast")
+    assert done.returncode == 0, done.stderr
+    fast = load_file(folder / "g.safetensors")
+    for name, gradient in slow.items():
+        assert fast[name] == pytest.approx(gradient, rel=1e-3, abs=1e-5), name
+    apart = theirs_far_from(folder, theirs, folder / "g.safetensors")
+    assert all(distance < 1e-3 for distance in apart.values()), apart
+
+
+@pytest.mark.parametrize("program", ["gpt2", "fast"])
+def test_a_model_wide_enough_for_every_loop_is_that_of_transformers(folder, tmp_path, program):
+    """More inputs than are laid out at a time (768), vectors longer than those of the machine, several shares
+    of work: of a gradient, of a loss, and of writing token by token."""
+    if not (folder / program).exists():
+        build(folder / program, "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
+    wide = gpt2(tmp_path, vocab_size=900, n_embd=256, n_head=4, n_layer=1)
+    np.random.default_rng(4).integers(900, size=100).astype("<u2").tofile(tmp_path / "tokens.bin")
+    for name in ("gpt2", "fast"):
+        if (folder / name).exists():
+            (tmp_path / name).symlink_to(folder / name)
+    done = run(tmp_path, *ONE_STEP, program=program, heads=False)
+    assert done.returncode == 0, done.stderr
+    apart = theirs_far_from(tmp_path, wide, tmp_path / "g.safetensors")
+    assert all(distance < 1e-3 for distance in apart.values()), apart
+    done = run(tmp_path, "generate", "model.safetensors", "tokens.bin", program=program, heads=False)
+    assert done.returncode == 0, done.stderr
+    written, window = tokens_of(tmp_path)[:8].tolist(), 8
+    for _ in range(40):
+        window = 8 if window > 16 else window
+        with torch.no_grad():
+            written.append(int(wide(torch.tensor([written[-window:]])).logits[0, -1].argmax()))
+        window += 1
+    assert [int(part) for part in done.stdout.split(",")] == written[8:]
+
+
+def test_ten_steps_of_adamw_follow_torch(folder, theirs):
+    done = run(
+        folder, "train", "model.safetensors", "tokens.bin", "--steps=10", "--block=8", "--batch=3",
+        "--learning_rate=0.01", "--out=trained.safetensors",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    matrices = [p for p in theirs.parameters() if p.ndim > 1]
+    vectors = [p for p in theirs.parameters() if p.ndim == 1]
+    before = {name: weight.clone() for name, weight in theirs.state_dict().items()}
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    torchs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    tokens, losses = tokens_of(folder), figures("loss", done.stdout)
+    assert len(losses) == 10
+    for step, mine in enumerate(losses):
+        starts = [(step * 3 + row) % 12 * 8 for row in range(3)]  # windows side by side, then the first again
+        rows = np.stack([tokens[start : start + 9] for start in starts])
+        _, loss = loss_of(theirs, rows[:, :-1], rows[:, 1:])
+        torchs.zero_grad()
+        loss.backward()
+        torchs.step()
+        assert mine == pytest.approx(loss.item(), abs=1e-4), step
+    after = {
+        name: parameter.detach().numpy().copy() for name, parameter in theirs.transformer.named_parameters()
+    }
+    theirs.load_state_dict(before)
+    trained = load_file(folder / "trained.safetensors")
+    for name, weight in after.items():
+        if name.endswith(
+            "c_attn.bias"
+        ):  # softmax does not see the keys' bias: its gradient is noise around 0
+            weight[12:24] = trained[name][12:24] = 0
+        assert trained[name] == pytest.approx(weight, abs=2e-3), name
+
+
+@pytest.mark.parametrize("begin", [3, 16, 17, 40])
+def test_it_writes_what_transformers_writes_and_past_the_block_too(folder, theirs, begin):
+    done = run(folder, "generate", "model.safetensors", "tokens.bin", f"--prompt={begin}", "--count=30")
+    assert done.returncode == 0, done.stderr
+    written, window = tokens_of(folder)[:begin].tolist(), min(begin, 16)
+    for _ in range(30):
+        window = 8 if window > 16 else window  # the block is full: its last half is read anew
+        with torch.no_grad():
+            written.append(int(theirs(torch.tensor([written[-window:]])).logits[0, -1].argmax()))
+        window += 1
+    assert [int(part) for part in done.stdout.split(",")] == written[begin:]
+    assert len(set(written)) > 7
+
+
+def test_more_rows_at_a_time_than_there_are_take_no_more_memory(folder, theirs):
+    few = run(folder, "loss", "model.safetensors", "tokens.bin", "--batch=6")
+    many = run(folder, "loss", "model.safetensors", "tokens.bin", "--batch=1000000")
+    assert few.stdout == many.stdout and many.returncode == 0, many.stderr
+
+
+def test_what_it_writes_is_read_again(folder, theirs):
+    done = run(folder, "train", "model.safetensors", "tokens.bin", "--steps=0", "--out=same.safetensors")
+    assert done.returncode == 0, done.stderr
+    for name, weight in load_file(folder / "same.safetensors").items():
+        assert np.array_equal(weight, load_file(folder / "model.safetensors")["transformer." + name])
+    lines = [run(folder, "loss", f"{name}.safetensors", "tokens.bin").stdout for name in ("same", "model")]
+    assert lines[0] == lines[1] and "loss" in lines[0]
+
+
+# Files that lie
+
+
+def file_of(header, numbers=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + numbers
+
+
+def tensor(begin, end, shape=None, dtype="F32"):
+    return {"dtype": dtype, "shape": shape or [(end - begin) // 4], "data_offsets": [begin, end]}
+
+
+LIES = {
+    "empty": (b"", "too short"),
+    "seven bytes": (b"1234567", "too short"),
+    "header longer than 100 MB": (file_of(b"{}", length=100_000_001), "longer than 100 MB"),
+    "header of 2^64 - 1": (file_of(b"{}", length=2**64 - 1), "longer than 100 MB"),
+    "header past the end": (file_of(b"{}", length=3), "cut short"),
+    "no JSON": (file_of(b"hello"), "not the JSON"),
+    "no header": (file_of(b""), "not the JSON"),
+    "an unfinished name": (file_of(b'{"abc'), "ends inside a name"),
+    "a backslash at the end": (file_of(b'{"abc\\'), "ends inside a name"),
+    "a control character": (file_of(b'{"a\nb":{}}'), "control character"),
+    "an unfinished object": (file_of(b'{"a":{"dtype":"F32"'), "not the JSON"),
+    "something behind": (
+        file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}x', b"1234"),
+        "follows",
+    ),
+    "a comma too many": (
+        file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},}', b"1234"),
+        "not the JSON",
+    ),
+    "nothing in it": (file_of({}), "no tensors"),
+    "metadata alone": (file_of({"__metadata__": {"format": "pt"}}), "no tensors"),
+    "metadata with a number": (file_of(b'{"__metadata__":{"a":1}}'), "not the JSON"),
+    "an empty tensor's entry": (file_of({"a": {}}), "not the JSON"),
+    "no shape": (file_of({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234"), "lacks its dtype"),
+    "two dtypes": (file_of(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "twice"),
+    "an unknown key": (file_of({"a": tensor(0, 4) | {"x": 1}}, b"1234"), "unknown"),
+    "an unknown dtype": (file_of({"a": tensor(0, 4, dtype="F31")}, b"1234"), "unknown dtype"),
+    "a negative size": (file_of({"a": tensor(0, 4, [-1])}, b"1234"), "lacks a number"),
+    "a fraction": (file_of({"a": tensor(0, 4, [1.5])}, b"1234"), "not the JSON"),
+    "a size past 2^64": (file_of({"a": tensor(0, 4, [2**64])}, b"1234"), "too large"),
+    "a shape past 2^64": (file_of({"a": tensor(0, 4, [2**40, 2**40])}, b"1234"), "too large"),
+    "a shape that wraps round": (file_of({"a": tensor(0, 4, [2**62 + 1])}, b"1234"), "too large"),
+    "a shape with 9 dimensions": (file_of({"a": tensor(0, 4, [1] * 9)}, b"1234"), "too long"),
+    "three offsets": (file_of({"a": tensor(0, 4) | {"data_offsets": [0, 2, 4]}}, b"1234"), "too long"),
+    "one offset": (file_of({"a": tensor(0, 4) | {"data_offsets": [0]}}, b"1234"), "not two numbers"),
+    "offsets reversed": (file_of({"a": tensor(0, 4) | {"data_offsets": [4, 0]}}, b"1234"), "outside"),
+    "truncated": (file_of({"a": tensor(0, 8)}, b"1234"), "cut short"),
+    "oversized": (file_of({"a": tensor(0, 4)}, b"12345"), "longer than its header says"),
+    "another size than its shape": (file_of({"a": tensor(0, 4, [2])}, b"1234"), "not as large"),
+    "overlapping": (file_of({"a": tensor(0, 8), "b": tensor(4, 12)}, b"123456789012"), "overlap"),
+    "the same place twice": (file_of({"a": tensor(0, 4), "b": tensor(0, 4)}, b"1234"), "overlap"),
+    "a gap": (file_of({"a": tensor(0, 4), "b": tensor(8, 12)}, b"123456789012"), "gap"),
+    "a name twice": (
+        file_of(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+            b"12345678",
+        ),
+        "names a tensor twice",
+    ),
+    "nested a million deep": (file_of(b'{"a":' + b"[" * 1_000_000), "not the JSON"),
+    # a model of this width would take 77 GB: it is refused before there is memory for any of it
+    "a small file of a huge model": (
+        file_of(
+            {"wte.weight": tensor(0, 160000, [1, 40000]), "wpe.weight": tensor(160000, 320000, [1, 40000])}
+            | {"h.0.ln_1.weight": tensor(320000, 320000, [0])},
+            bytes(320000),
+        ),
+        "ln_f.weight is missing",
+    ),
+    "no GPT-2": (file_of({"a": tensor(0, 4)}, b"1234"), "holds no GPT-2"),
+    "no layers": (
+        file_of({"wte.weight": tensor(0, 16, [2, 2]), "wpe.weight": tensor(16, 32, [2, 2])}, bytes(32)),
+        "no layer 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_file_that_lies_is_refused_with_a_message(folder, name):
+    content, words = LIES[name]
+    (folder / "lie.safetensors").write_bytes(content)
+    done = run(folder, "loss", "lie.safetensors", "tokens.bin", heads=False, refused=True)
+    assert done.returncode == 1 and words in done.stderr and done.stdout == "", done.stderr
+    assert done.stderr.startswith("gpt2: lie.safetensors")
+
+
+def test_a_file_cut_anywhere_is_refused(folder, theirs):
+    whole = (folder / "model.safetensors").read_bytes()
+    for length in (0, 8, 9, 100, len(whole) // 2, len(whole) - 1):
+        (folder / "lie.safetensors").write_bytes(whole[:length])
+        done = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
+        assert done.returncode == 1 and "lie.safetensors" in done.stderr
+
+
+def test_a_gpt2_with_something_wrong_is_refused(folder, theirs):
+    weights = load_file(folder / "model.safetensors")
+    name = "transformer.h.1.mlp.c_fc.bias"
+    layer = {k: v for k, v in weights.items() if k != "transformer.h.1.ln_1.weight"}
+    mask = {"transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}
+    save_file(
+        weights | mask | {"lm_head.weight": weights["transformer.wte.weight"]}, folder / "lie.safetensors"
+    )
+    assert run(folder, "loss", "lie.safetensors", "tokens.bin").returncode == 0  # this is none
+    cases = [
+        (layer, "holds what GPT-2 has not: transformer.h.1."),  # a layer that lacks its first part
+        (weights | {"x": np.zeros(1, np.float32)}, "holds what GPT-2 has not: x"),
+        ({k: v for k, v in weights.items() if k != name}, "h.1.mlp.c_fc.bias is missing"),
+        (weights | {name: weights[name][:12]}, "h.1.mlp.c_fc.bias has not the shape"),
+        (weights | {name: weights[name].astype(np.float16)}, "keeps h.1.mlp.c_fc.bias as F16: F32 is needed"),
+    ]
+    for tensors, words in cases:
+        save_file(tensors, folder / "lie.safetensors")
+        done = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["loss", "none.safetensors", "tokens.bin"], "none.safetensors cannot be read"),
+        (["loss", ".", "tokens.bin"], ". cannot be read"),
+        (["loss", "model.safetensors", "none.bin"], "none.bin cannot be read"),
+        (["loss", "model.safetensors", "odd.bin"], "odd number of bytes"),
+        (["loss", "model.safetensors", "few.bin"], "few.bin holds 5 tokens, and 17 are needed"),
+        (["loss", "model.safetensors", "high.bin"], "high.bin holds the token 50, and the model knows 50"),
+        (["loss", "model.safetensors", "tokens.bin", "--block=17"], "the model has a block of 16"),
+        (["train", "model.safetensors", "tokens.bin", "--block=17"], "the model has a block of 16"),
+        (["train", "model.safetensors", "tokens.bin", "--gradients=none/g"], "none/g cannot be written"),
+        (["loss", "model.safetensors", "tokens.bin", "--block=0"], "a whole number from 1"),
+        (["loss", "model.safetensors", "tokens.bin", "--batch=-3"], "a whole number from 1"),
+        (
+            ["loss", "model.safetensors", "tokens.bin", "--batch=99999999999999999999"],
+            "a whole number from 1",
+        ),
+        (["loss", "model.safetensors", "tokens.bin", "--bloc=3"], "--bloc=3 is no option"),
+        (["loss", "model.safetensors", "tokens.bin", "--heads=5"], "does not go into 5 heads"),
+        (["train", "model.safetensors", "tokens.bin", "--learning_rate=fast"], "a number from 0 on"),
+        (
+            ["train", "model.safetensors", "tokens.bin", "--steps=1", "--out=none/out"],
+            "none/out cannot be written",
+        ),
+        (["generate", "model.safetensors", "few.bin"], "few.bin holds 5 tokens, and 8 are needed"),
+    ],
+)
+def test_bad_input_gets_a_message(folder, theirs, options, words):
+    (folder / "odd.bin").write_bytes(b"123")
+    np.full(40, 50, "<u2").tofile(folder / "high.bin")
+    np.zeros(5, "<u2").tofile(folder / "few.bin")
+    done = run(folder, *options, heads="--heads=5" not in options, refused=True)
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+
+
+def test_without_arguments_it_tells_its_usage(folder):
+    done = run(folder, heads=False)
+    assert done.returncode == 2 and "usage: gpt2 loss|generate|train" in done.stderr
+
+
+# Mutations: a wrong sign in each backward pass
+
+SIGNS = [  # what stands in gpt2.c, once; and with a wrong sign
+    ("dw, O, true);\n", "dw, O, true);\n    for (size_t i = 0; i < I * O; i++) dw[i] = -dw[i];\n"),
+    ("dx, I, false);\n", "dx, I, false);\n    for (size_t i = 0; i < N * I; i++) dx[i] = -dx[i];\n"),
+    ("out[c] += a[n * C + c]", "out[c] -= a[n * C + c]"),
+    ("dx[t * C + c] += (dn", "dx[t * C + c] -= (dn"),
+    ("(dn - (float)mean - n[", "(dn + (float)mean - n["),
+    ("(dn - (float)mean - n[", "(dn - (float)mean + n["),
+    ("along += dn * n[", "along -= dn * n["),
+    ("mean += dn, along", "mean -= dn, along"),
+    ("dy[i] *= s + x[i]", "dy[i] *= s - x[i]"),
+    ("dy[i] *= s +", "dy[i] *= -s +"),
+    ("s * (1.0f - s) * slope", "s * (1.0f + s) * slope"),
+    ("slope = 1.5957691216f * (1.0f + 0.134145f", "slope = 1.5957691216f * (1.0f - 0.134145f"),
+    ("shared += p[i] * dp[i]", "shared -= p[i] * dp[i]"),
+    ("dp[i] = p[i] * (dp[i] - (float)shared)", "dp[i] = p[i] * (dp[i] + (float)shared)"),
+    ("dp[i] = p[i] * (dp[i]", "dp[i] = -p[i] * (dp[i]"),
+    ("weights + t * T, t + 1, 1.0f", "weights + t * T, t + 1, -1.0f"),
+    ("dqkv + at, 3 * C, false);", "dqkv + at + C, 3 * C, false);"),  # dq where dk belongs
+    ("dqkv + at + 2 * C, 3 * C, false);", "dqkv + at + C, 3 * C, false);"),
+    ("dwte[ids[n] * C + c] += dx", "dwte[ids[n] * C + c] -= dx"),
+    ("dwpe[n % T * C + c] += dx", "dwpe[n % T * C + c] -= dx"),
+    ("p[n * V + targets[n]] -= 1.0f", "p[n * V + targets[n]] += 1.0f"),
+    ("p[n * V + v] /= (float)N", "p[n * V + v] /= -(float)N"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", range(len(SIGNS)))
+def test_a_wrong_sign_in_any_backward_pass_is_noticed(folder, theirs, tmp_path, n):
+    before, after = SIGNS[n]
+    source = FILE.read_text(encoding="utf-8")
+    assert source.count(before) == 1, "the table of signs has fallen behind the code"
+    (tmp_path / "mutant.c").write_text(source.replace(before, after), encoding="utf-8")
+    build(folder / f"mutant{n}", "-O0", source=tmp_path / "mutant.c")
+    options = [*ONE_STEP[:-1], f"--gradients=g{n}.safetensors"]
+    done = run(folder, *options, program=f"mutant{n}")
+    assert done.returncode == 0, done.stderr
+    apart = theirs_far_from(folder, theirs, folder / f"g{n}.safetensors")
+    assert not all(distance < 1e-3 for distance in apart.values())
+    (folder / f"mutant{n}").unlink()
+
+
+def test_the_small_gpt2_is_what_these_tests_think(theirs):
+    assert (theirs.config.n_positions, theirs.config.n_head) == (SIZES["n_positions"], 2)

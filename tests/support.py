@@ -1,0 +1,168 @@
+"""Helpers for the tests: a tiny character corpus, runs in this process and in others, comparisons."""
+
+import ast
+import contextlib
+import importlib
+import io
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from configurator import command  # noqa: E402
+from fradique.checkpointing import checkpoint, metrics_file  # noqa: E402
+from fradique.training import setup  # noqa: E402
+from train import TrainSettings  # noqa: E402
+
+IN_GRAPH = "aot_eager_decomp_partition"  # what inductor does to a graph, without its C++
+COMPILING = [  # for tests that compile: torch's compiler warns of what it does itself
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+]
+WORDS = ("amor", "casa", "dia", "era", "figura", "gato", "hora", "ilha", "jardim", "lua", "mar", "poética")
+
+
+def make_text(n_words: int, seed: int = 0) -> str:
+    """Portuguese-looking text of words in random order, the same for the same seed."""
+    rng = random.Random(seed)
+    return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", ", ", ".\n"]) for _ in range(n_words))
+
+
+def write_corpus(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
+    """A character corpus as `prepare.py` makes it, written with nothing of ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chars = sorted(set(text))
+    ids = np.array([chars.index(c) for c in text], dtype="<u2")
+    cut = int(len(text) * (1 - val_fraction))
+    splits = {}
+    for name, part, part_text in (("train", ids[:cut], text[:cut]), ("val", ids[cut:], text[cut:])):
+        part.tofile(folder / f"{name}.bin")
+        size = len(part_text.encode())
+        shard = {"file": f"{name}.bin", "tokens": len(part), "bytes": size, "sha256": ""}
+        splits[name] = {"tokens": len(part), "bytes": size, "shards": [shard]}
+    meta = {"format": 1, "dtype": "uint16", "vocab_size": len(chars), "tokenizer": "char", "source": "a test"}
+    (folder / "meta.json").write_text(json.dumps(meta | {"splits": splits}))
+    tokenizer = {"format": 1, "kind": "char", "chars": "".join(chars)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def run_training(settings: TrainSettings) -> tuple[int, train.Trainer]:
+    """Set up and train in this process: the exit status, and the run with its final weights."""
+    t = setup.setup_training(settings)
+    try:
+        return train.train(t), t
+    finally:
+        t.close()
+
+
+def losses(folder: str | Path) -> dict[int, float]:
+    """Step -> training loss, from metrics.jsonl."""
+    return {r["step"]: r["loss"] for r in metrics_file.read_metrics(Path(folder)) if "loss" in r}
+
+
+def flags(settings: TrainSettings) -> list[str]:
+    """The settings as flags: what a test of the command line passes on."""
+    default = TrainSettings()
+    return [f"--{name}={value}" for name, value in vars(settings).items() if value != getattr(default, name)]
+
+
+def run_script(name: str, *words: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """A script of the repository, or a module (lab.curves), in a process of its own: status and output."""
+    program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+    command = [sys.executable, "-W", "error", *program, *map(str, words)]
+    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options
+    return subprocess.run(command, check=False, **options)
+
+
+def run_lab(name: str, *words: object) -> subprocess.CompletedProcess:
+    """A module of lab/ as its command runs, but in this process: a new one imports torch for seconds."""
+    module = importlib.import_module(name)
+    (settings,) = (
+        found
+        for found in vars(module).values()
+        if isinstance(found, type) and found.__module__ == name and hasattr(found, "debug")
+    )
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = command(module.main, settings, [str(word) for word in words])
+    return subprocess.CompletedProcess([name, *words], status, out.getvalue(), err.getvalue())
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_with_gradients(found, expected, inputs, tolerance):
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+    grad = normal(*found.shape, seed=9)
+    mine = torch.autograd.grad(found, inputs, grad.to(found.dtype), retain_graph=True)
+    truth = torch.autograd.grad(expected, inputs, grad.double(), retain_graph=True)
+    for a, b in zip(mine, truth, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=3 * tolerance)
+
+
+def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def same_folder(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold the same bits in weights and optimizer."""
+    one, two = checkpoint.read_checkpoint(a), checkpoint.read_checkpoint(b)
+    return all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+        for x, y in ((one.model, two.model), (one.optimizer, two.optimizer))
+    )
+
+
+def before_steps(monkeypatch, happens) -> None:
+    """Have `happens(t)` done before each step of training."""
+    real = train.train_step
+
+    def train_step(t, lr):
+        happens(t)
+        return real(t, lr)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Have the process get a signal in the middle of a step."""
+    before_steps(monkeypatch, lambda t: signal.raise_signal(number) if t.state.step == step else None)
+
+
+def imported_names(path: Path, modules: Collection[str] = ()) -> set[str]:
+    """The dotted names that a file imports, inside functions too; except for type annotations.
+
+    `modules`: the project's modules; of "from package import module" the module is named.
+    """
+    names, nodes = set(), [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in members if name in modules}
+            names |= submodules | ({node.module} if members - submodules else set())
+        nodes += ast.iter_child_nodes(node)
+    return names

@@ -1,0 +1,366 @@
+"""train.py as a newcomer meets it: every mistake gets one message, status 2, and loses nothing."""
+
+import ctypes
+import os
+import pickle
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import flags, make_text, run_script, run_training, write_corpus
+
+import train
+from configurator import command
+from fradique.checkpointing import checkpoint
+from fradique.training import setup
+
+
+def refused(settings, *words, **options):
+    """The message that a mistaken call gets."""
+    done = run_script("train.py", *flags(settings), *words, **options)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "--debug=True" in done.stderr
+    return done.stderr
+
+
+def test_all_mistakes_are_told_at_once_with_the_nearest_name(settings, tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text("n_layers = 4\nbias = 'high'\n")
+    message = refused(settings, config, "--n_embd=30", "--n_head=4", "--batchsize=3", "--learning_rate=-1")
+    assert message.startswith("error: 4 problems with the settings:\n  - ")
+    assert "mine.py line 1" in message and "did you mean 'n_layer'?" in message
+    assert "did you mean 'batch_size'?" in message
+    assert "mine.py line 2, bias = 'high': must be True or False" in message
+    assert "--learning_rate=-1: must be above 0.0" in message
+    assert not Path(settings.out_dir).exists()
+
+
+def test_a_width_that_the_heads_cannot_share_is_refused_with_one_that_they_can(settings):
+    message = refused(settings, "--n_embd=30", "--n_head=4")
+    assert "n_embd = 30 is not divisible by n_head = 4" in message and "28 or 32" in message
+
+
+def test_contradictions_are_told(settings):
+    assert "min_lr = 1.0 is above learning_rate" in refused(settings, "--min_lr=1.0")
+    assert "no length of time" in refused(settings, "--time_budget=soon")
+    assert any(
+        "give one of the two" in text
+        for text in replace(settings, overwrite=True, init_from="resume").problems()
+    )
+
+
+def test_a_missing_corpus_names_the_command(settings, tmp_path):
+    folder = tmp_path / "data" / "eca_char"
+    folder.mkdir(parents=True)
+    (folder / "prepare.py").touch()
+    message = refused(replace(settings, dataset="eca_char", data_dir="data"), cwd=tmp_path)
+    assert "make it with: python data/eca_char/prepare.py" in message
+
+
+def test_a_truncated_bin_is_refused(settings, tmp_path):
+    folder = write_corpus(tmp_path / "data" / "book", make_text(300))
+    (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
+    message = refused(replace(settings, data_dir=str(tmp_path / "data"), dataset="book"))
+    assert "val.bin has" in message and "truncated" in message
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_before_training(settings, tmp_path):
+    folder = write_corpus(tmp_path / "data" / "book", make_text(300))
+    ids = np.fromfile(folder / "train.bin", "<u2")
+    ids[77] = 999
+    ids.tofile(folder / "train.bin")
+    message = refused(replace(settings, data_dir=str(tmp_path / "data"), dataset="book"))
+    assert "token 999 at position 77 is beyond the vocabulary" in message
+
+
+def test_a_corpus_smaller_than_a_block_is_refused(settings):
+    assert "too few for one block of 100000" in refused(settings, "--block_size=100000")
+
+
+def test_an_out_dir_that_holds_a_run_is_not_touched_without_leave(settings):
+    run_training(replace(settings, max_iters=2))
+    before = sorted(p.name for p in Path(settings.out_dir).iterdir())
+    message = refused(settings)
+    assert "--init_from=resume" in message and "--overwrite" in message
+    assert sorted(p.name for p in Path(settings.out_dir).iterdir()) == before
+
+
+def test_files_that_are_not_a_run_are_never_deleted_without_leave(settings):
+    folder = Path(settings.out_dir)
+    folder.mkdir()
+    (folder / "samples.txt").write_text("mine")
+    refused(settings)
+    assert (folder / "samples.txt").read_text() == "mine"
+    (folder / "ckpt.pt").touch()
+    assert "holds a corpus or a run of nanoGPT" in refused(settings, "--overwrite")
+
+
+def test_a_corpus_is_no_place_for_a_run(settings):
+    corpus = Path(settings.data_dir) / settings.dataset
+    message = refused(replace(settings, out_dir=str(corpus)), "--overwrite")
+    assert "holds a corpus" in message and (corpus / "tokenizer.json").exists()
+
+
+def test_a_constant_rate_needs_no_floor(settings):
+    constant = replace(settings, lr_schedule="constant", learning_rate=1e-5)
+    assert constant.problems() == [] and replace(constant, lr_schedule="cosine").problems() != []
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused_before_training(settings):
+    assert "'W'" in refused(settings, "--sample_start=WXYZ")
+    assert not Path(settings.out_dir).exists()
+
+
+def test_overwrite_deletes_only_what_a_run_wrote(settings):
+    run_training(replace(settings, max_iters=2))
+    mine = Path(settings.out_dir) / "notes.txt"
+    mine.write_text("mine")
+    done = run_script("train.py", *flags(replace(settings, max_iters=1)), "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert mine.read_text() == "mine"
+    assert [p.name for p in checkpoint.step_folders(Path(settings.out_dir))] == [
+        "step-00000000",
+        "step-00000001",
+    ]
+
+
+def test_resuming_nothing_is_refused(settings):
+    assert "holds no run to go on with" in refused(replace(settings, init_from="resume"))
+
+
+def test_resuming_with_another_shape_names_the_tensors(settings):
+    run_training(replace(settings, max_iters=2))
+    message = refused(replace(settings, init_from="resume", n_embd=32, n_layer=3))
+    assert "does not fit this model" in message
+    assert "transformer.wpe.weight is (16, 16) there and (16, 32) in this model" in message
+    assert "transformer.h.2.ln_1.weight is missing" in message
+
+
+def test_resuming_on_a_corpus_with_another_tokenizer_is_refused(settings, tmp_path):
+    run_training(replace(settings, max_iters=2))
+    write_corpus(tmp_path / "data" / "other", make_text(300) + "ÀÁÂ")
+    other = replace(settings, init_from="resume", data_dir=str(tmp_path / "data"), dataset="other")
+    assert "another tokenizer" in refused(other)
+
+
+def test_starting_from_weights_with_another_tokenizer_is_refused(settings, tmp_path):
+    run_training(replace(settings, max_iters=2))
+    write_corpus(tmp_path / "data" / "other", make_text(300) + "ÀÁÂ")
+    other = replace(settings, data_dir=str(tmp_path / "data"), dataset="other", out_dir=str(tmp_path / "b"))
+    assert "tokenizer" in refused(replace(other, init_from=settings.out_dir))
+
+
+def test_a_block_longer_than_the_weights_have_is_refused(settings, tmp_path):
+    run_training(replace(settings, max_iters=2))
+    longer = replace(settings, init_from=settings.out_dir, out_dir=str(tmp_path / "b"), block_size=32)
+    assert "--block_size=16" in refused(longer)
+
+
+def test_an_out_dir_that_cannot_be_written_is_told(settings, tmp_path):
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(replace(settings, out_dir=str(tmp_path / "file")))
+    assert "Not a directory" in refused(replace(settings, out_dir=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody may write to")
+def test_a_read_only_out_dir_is_told(settings):
+    message = refused(replace(settings, out_dir="/proc/fradique"))
+    assert "/proc/fradique" in message
+
+
+@pytest.fixture
+def modes_bind(tmp_path):
+    """What a file's mode forbids is forbidden: to root too, which gives up CAP_DAC_OVERRIDE for so long."""
+    header, held = (
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+        (ctypes.c_uint32 * 6)(),
+    )  # of this thread, by version 3
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc and libc.capget(header, held) == 0:
+        effective, *others = held
+        libc.capset(header, (ctypes.c_uint32 * 6)(effective & ~(1 << 1), *others))
+    (tmp_path / "probe").mkdir(mode=0o555)
+    try:
+        (tmp_path / "probe" / "file").touch()
+    except PermissionError:
+        yield
+    else:
+        pytest.skip("this user may write into folders that are read-only")
+    finally:
+        if libc:
+            libc.capset(header, held)
+
+
+@pytest.mark.parametrize("words", [[], ["--overwrite"], ["--init_from=resume", "--max_iters=4"]])
+def test_an_out_dir_that_is_read_only_is_told_and_left_as_it_was(settings, words, modes_bind, capsys):
+    folder = Path(settings.out_dir)
+    folder.mkdir()
+    if words:
+        run_training(replace(settings, max_iters=2))
+
+    def content():
+        return {
+            p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in folder.rglob("[!.]*")
+        }
+
+    before = content()
+    folder.chmod(0o555)
+    capsys.readouterr()
+    argv = [*flags(settings), *words]
+    assert command(train.main, train.TrainSettings, argv, base=setup.saved_run_settings) == 2
+    folder.chmod(0o755)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out_dir={folder} cannot be written to: ") and "Permission denied" in said
+    assert "choose another --out_dir" in said and "Traceback" not in said
+    assert content() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX's")
+def test_a_full_disk_is_told_and_the_earlier_checkpoint_stays(settings):
+    """A second run may write files of at most 8 kB: less than its checkpoint, more than its settings."""
+    resource = pytest.importorskip("resource")
+    run_training(replace(settings, max_iters=5))
+    folder = Path(settings.out_dir)
+    done = run_script(
+        "train.py",
+        "--init_from=resume",
+        f"--out_dir={folder}",
+        "--max_iters=10",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert checkpoint.read_checkpoint(checkpoint.newest_checkpoint(folder, print)).state["step"] == 5
+    assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_weights_that_are_nowhere_are_refused(settings):
+    assert "no/such/folder/x" in refused(replace(settings, init_from="no/such/folder/x"))
+
+
+def test_help_and_print_settings_touch_nothing(settings):
+    done = run_script("train.py", "--help")
+    assert done.returncode == 0 and "--n_layer" in done.stdout and "optimizer:" in done.stdout
+    done = run_script("train.py", *flags(settings), "--print_settings")
+    assert done.returncode == 0 and re.search(r"^n_layer = 2 +# --n_layer$", done.stdout, re.MULTILINE)
+    assert not Path(settings.out_dir).exists()
+
+
+def test_debug_shows_the_traceback(settings):
+    done = run_script("train.py", *flags(settings), "--dataset=nowhere", "--debug=True")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+NANOGPT = {  # the assignments of nanoGPT's config files, each with what makes it particular
+    "train_shakespeare_char.py": """
+out_dir = 'out-shakespeare-char'
+eval_interval = 250
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_log = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+""",
+    "finetune_shakespeare.py": """
+import time
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+dataset = 'shakespeare'
+init_from = 'gpt2-xl'
+always_save_checkpoint = False
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+""",
+    "train_gpt2.py": """
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name='gpt2-124M'
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+""",
+    "eval_gpt2_xl.py": """
+batch_size = 8
+eval_iters = 500
+eval_only = True
+wandb_log = False
+init_from = 'gpt2-xl'
+""",
+}
+
+
+@pytest.mark.parametrize("name", NANOGPT)
+def test_nanogpts_config_files_are_read_unchanged(tmp_path, name):
+    (tmp_path / name).write_text(NANOGPT[name])
+    done = run_script("train.py", tmp_path / name, "--print_settings")
+    assert done.returncode == 0, done.stderr
+    for line in NANOGPT[name].strip().splitlines():
+        if "=" in line and "time" not in line:
+            key = line.split("=")[0].strip()
+            assert re.search(
+                rf"^{key} = .*# {re.escape(str(tmp_path / name))}$", done.stdout, re.MULTILINE
+            ), key
+
+
+def test_nanogpts_folders_train(settings, tmp_path):
+    """train.bin, val.bin and meta.pkl as nanoGPT's prepare.py writes them."""
+    text = make_text(400)
+    chars = sorted(set(text))
+    stoi = {c: i for i, c in enumerate(chars)}
+    folder = tmp_path / "data" / "theirs"
+    folder.mkdir(parents=True)
+    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
+    ids[: len(ids) * 9 // 10].tofile(folder / "train.bin")
+    ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    _, t = run_training(replace(settings, data_dir=str(tmp_path / "data"), dataset="theirs"))
+    assert t.model.config.vocab_size == len(chars)
+    done = run_script("sample.py", f"--out_dir={settings.out_dir}", "--start=amor", "--max_new_tokens=5")
+    assert done.returncode == 0 and done.stdout.startswith("amor"), done.stderr
+
+
+def test_a_malicious_meta_pkl_does_not_run(settings, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    folder = write_corpus(tmp_path / "data" / "bad", make_text(300))
+    for name in ("meta.json", "tokenizer.json"):
+        (folder / name).unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Bomb()}))
+    message = refused(replace(settings, data_dir=str(tmp_path / "data"), dataset="bad"))
+    assert "meta.pkl" in message
+    assert not (tmp_path / "it ran").exists()
