@@ -4,14 +4,14 @@
     class TrainSettings:
         '''python train.py [config/file.py ...] [--key=value ...]'''
 
-        n_layer: int = setting(12, "blocks of the transformer", lo=1, group="model")
-        dropout: float = setting(0.0, "0 for pretraining, 0.1 and more for finetuning", lo=0, hi=1)
+        n_layer: int = setting(12, "number of transformer blocks", lo=1, group="model", common=True)
 
     if __name__ == "__main__":
         sys.exit(command(main, TrainSettings))  # main(resolved: Resolved[TrainSettings])
 
-Later wins: defaults, the saved settings of a run that is resumed, config files from left to right, then flags
-wherever they stand. All problems are found before `main` starts, and told in one ValueError.
+Later sources override earlier ones: defaults, the saved settings of a resumed run, config files from left to
+right, flags (wherever they stand). All problems are found before `main` starts, and raised as one ValueError.
+A config file is Python: it assigns settings, reads the ones so far, and may reset("a group") to the defaults.
 """
 
 import ast
@@ -22,7 +22,9 @@ import math
 import os
 import re
 import reprlib
+import shutil
 import sys
+import sysconfig
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,83 +36,88 @@ from types import ModuleType, NoneType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
-Flag = tuple[str, str | None, str]  # key, text (None after a bare --key), the flag as it was typed
-Base = tuple[Mapping[str, Any], str]  # the saved settings of a run that is resumed, and their name
+Values = Mapping[str, Any]
+Flag = tuple[str, str | None, str]  # key, value (None after a bare --key), the flag as typed
+Base = tuple[Values, str]  # the saved settings of a resumed run, and the file they are from
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-HALVES = re.compile("[\ud800-\udfff]")  # of characters: what no UTF-8 file can hold
-MOST_BYTES = 1 << 20  # of a config file
-NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # in torch's RuntimeErrors
-TOO_LARGE = "there is not enough memory for this: make the model, batch_size or block_size smaller"
-SHOWN = 200  # characters of a flag in a message
-PROBLEMS_TOLD = 20  # in one message
-KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
+SURROGATES = re.compile("[\ud800-\udfff]")  # UTF-8 cannot encode these
+MAX_CONFIG_BYTES = 1 << 20
+MAX_FLAG_CHARS = 200  # of a flag that a message repeats
+MAX_PROBLEMS = 20  # in one message
+MIN_WIDTH, MAX_WIDTH = 60, 100  # columns of --help
+LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's RuntimeErrors
 
 
 @dataclass(frozen=True)
 class Resolved(Generic[T]):
-    """Settings, and what each key came from: "default", "config/x.py", "--key" or the name of the base."""
+    """Settings, and the source of each: "default", "config/x.py", "--key" or the file of a resumed run."""
 
     settings: T
     sources: dict[str, str]
-    explicit: frozenset[str] = frozenset()  # the keys that config files and flags set
+    explicit: frozenset[str] = frozenset()  # keys set by config files and flags
 
 
 def setting(
     default: Any,
     help: str,
     *,
-    lo: float | None = None,
-    hi: float | None = None,
+    lo: float = -math.inf,
+    hi: float = math.inf,
     choices: Sequence[Any] | None = None,
     group: str | None = None,
-    above: float | None = None,
+    above: float = -math.inf,
+    common: bool = False,
 ) -> Any:
-    """A dataclass field. `lo` and `hi` are allowed, `above` is not; `group` is the heading from here on."""
-    about = {"help": help, "lo": lo, "hi": hi, "above": above, "choices": choices, "group": group}
-    return field(default=default, metadata=about)
+    """A dataclass field: lo <= value <= hi, value > above. `group`: heading of this and the next fields."""
+    limits = {"lo": lo, "hi": hi, "above": above, "choices": choices}
+    return field(default=default, metadata={"help": help, "group": group, "common": common, **limits})
 
 
 @dataclass(frozen=True)
 class _Spec:
-    """What a field's annotation and its `setting` say."""
+    """The types, limits and help of one setting: its annotation and the arguments of `setting`."""
 
-    types: tuple[type, ...]  # of KINDS: (int,), (bool, str), (int, NoneType), ...
+    types: tuple[type, ...]  # keys of TYPE_NAMES: (int,), (bool, str), (int, NoneType), ...
     default: Any = None
     help: str = ""
-    lo: float | None = None
-    hi: float | None = None
-    above: float | None = None
+    lo: float = -math.inf
+    hi: float = math.inf
+    above: float = -math.inf
     choices: Sequence[Any] | None = None
     group: str | None = None
+    common: bool = False
 
     def range(self) -> str:
-        if self.lo is not None and self.hi is not None:
+        if math.isfinite(self.lo) and math.isfinite(self.hi):
             return f"between {self.lo} and {self.hi}"
-        ends = {"at least": self.lo, "above": self.above, "at most": self.hi}
-        return " and ".join(f"{words} {end}" for words, end in ends.items() if end is not None)
+        limits = {"at least": self.lo, "above": self.above, "at most": self.hi}
+        return " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
 
     def expected(self) -> str:
         if self.choices:
             return "one of " + ", ".join(map(repr, self.choices))
-        kinds = " or ".join(KINDS[kind] for kind in self.types)
-        return f"{kinds}, {self.range()}" if self.range() else kinds
+        names = " or ".join(TYPE_NAMES[kind] for kind in self.types)
+        return f"{names}, {self.range()}" if self.range() else names
 
-    def fit(self, value: Any) -> Any:
-        """`value` in the field's type (1e5 -> 100000, 1 -> 1.0). ValueError says what it must be instead."""
+    def convert(self, value: Any) -> Any:
+        """`value` in the field's type (1e5 -> 100000, 1 -> 1.0). Raises ValueError if it does not fit."""
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("must be finite")
-        fits = [fitted for kind in self.types for fitted in _lossless(kind, value)]
-        if not fits or (self.choices and fits[0] not in self.choices):
-            near = _did_you_mean(str(value), {str(choice): repr(choice) for choice in self.choices or ()})
-            raise ValueError(f"must be {self.expected()}{near}")
-        if isinstance(fits[0], str) and HALVES.search(fits[0]):
-            raise ValueError("must be text: it holds half of a surrogate pair, or bytes that are not UTF-8")
-        if isinstance(fits[0], int | float) and not self._in_range(fits[0]):
+        converted = [result for kind in self.types for result in _lossless(kind, value)]
+        if not converted or (self.choices and converted[0] not in self.choices):
+            hint = _did_you_mean(str(value), {str(choice): repr(choice) for choice in self.choices or ()})
+            raise ValueError(f"must be {self.expected()}{hint}")
+        result = converted[0]
+        if isinstance(result, str) and SURROGATES.search(result):
+            raise ValueError("must be text in UTF-8 (it contains half of a surrogate pair or invalid bytes)")
+        if isinstance(result, int | float) and not (self.lo <= result <= self.hi and result > self.above):
             raise ValueError(f"must be {self.range()}")
-        return fits[0]
+        return result
 
     def parse(self, text: str) -> Any:
-        """What `text` means for this field; `text` itself where that is nothing: then `fit` refuses it."""
+        """The value that `text` stands for; `text` itself if there is none, for `convert` to reject."""
         if NoneType in self.types and text.lower() == "none":
             return None
         if bool in self.types and text.lower() in BOOLEANS:
@@ -120,59 +127,57 @@ class _Spec:
                 return kind(text)
         return text
 
-    def takes(self, word: str) -> bool:
-        """Whether `word`, next after a flag without "=", is that flag's value."""
+    def takes_word(self, word: str) -> bool:
+        """Whether `word`, which follows a flag without "=", is that flag's value."""
         if self.types == (bool,):
             return word.lower() in BOOLEANS
         return not word.startswith("--") and not (bool in self.types and word.endswith(".py"))
 
-    def _in_range(self, number: float) -> bool:
-        low = self.lo is None or number >= self.lo
-        return low and (self.hi is None or number <= self.hi) and (self.above is None or number > self.above)
 
-
-SWITCHES = {
-    "help": _Spec((bool,), False, "show this and stop (-h does too)", group="every command"),
-    "print_settings": _Spec((bool,), False, "show the settings and what each came from, and stop"),
-    "debug": _Spec((bool,), False, "show where an error was raised"),
+SWITCHES = {  # flags of every command that are not settings
+    "help": _Spec(
+        (bool, str), False, "show help and exit", choices=("all", True, False), group="all commands"
+    ),
+    "print_settings": _Spec((bool,), False, "show the value and the source of each setting and exit"),
+    "debug": _Spec((bool,), False, "show the traceback of an error"),
 }
 
 
 def _specs(cls: type) -> dict[str, _Spec]:
     hints, group, specs = get_type_hints(cls), None, {}
-    for part in dataclasses.fields(cls):
-        types = get_args(hints[part.name]) or (hints[part.name],)
-        assert {*types} <= {*KINDS}, f"{cls.__name__}.{part.name} has a type that no setting has: {types}"
-        group = part.metadata.get("group") or group
-        spec = _Spec(types, part.default, **{**part.metadata, "group": group})
-        specs[part.name] = dataclasses.replace(spec, default=spec.fit(part.default))
+    for field_ in dataclasses.fields(cls):
+        types = get_args(hints[field_.name]) or (hints[field_.name],)
+        assert {*types} <= {*TYPE_NAMES}, f"{cls.__name__}.{field_.name}: a setting cannot be of type {types}"
+        group = field_.metadata.get("group") or group
+        spec = _Spec(types, field_.default, **{**field_.metadata, "group": group})
+        specs[field_.name] = dataclasses.replace(spec, default=spec.convert(field_.default))
     return specs
 
 
 def _lossless(kind: type, value: Any) -> list[Any]:
-    """`value` as a `kind`, in a list, or no value where something would be lost. A bool is no number."""
+    """[`value` as a `kind`], or [] if the conversion would lose something. A bool is not a number."""
     if kind not in (int, float):
         return [value] if isinstance(value, kind) else []
     if isinstance(value, Real) and not isinstance(value, bool):
-        with suppress(OverflowError, ValueError):  # float(10**400), or an int of a foreign float's nan
+        with suppress(OverflowError, ValueError):  # float(10**400), or int(nan) of NumPy's nan
             number = kind(value)
             return [number] if math.isfinite(number) and (kind is float or number == value) else []
     return []
 
 
 def _did_you_mean(name: str, candidates: Mapping[str, str]) -> str:
-    """The candidate whose name is nearest, as its value shows it; nothing where none is near."""
-    shown = {candidate.lower(): value for candidate, value in candidates.items()}
-    near = difflib.get_close_matches(name.lower(), shown, n=1)
-    return f" (did you mean {shown[near[0]]}?)" if near else ""
+    """A hint with the value of the candidate whose key is most similar to `name`; "" if none is similar."""
+    by_lower_name = {candidate.lower(): value for candidate, value in candidates.items()}
+    matches = difflib.get_close_matches(name.lower(), by_lower_name, n=1)
+    return f" (did you mean {by_lower_name[matches[0]]}?)" if matches else ""
 
 
 class _Namespace(dict[str, Any]):
-    """The globals of a config file. They note the line that last assigned each name."""
+    """The globals of a config file. Records the line that last assigned each name."""
 
-    def __init__(self, start: Mapping[str, Any], path: str) -> None:
-        super().__init__(start, __file__=path, __name__="__config__")
-        self.start, self.path = dict(self), path
+    def __init__(self, values: Values, path: str, specs: Mapping[str, _Spec]) -> None:
+        super().__init__({"reset": self.reset, **values}, __file__=path, __name__="__config__")
+        self.initial, self.path, self.specs = dict(self), path, specs
         self.lines: dict[str, int] = {}
         self.imported: set[str] = set()
 
@@ -180,11 +185,22 @@ class _Namespace(dict[str, Any]):
         self.lines[name] = sys._getframe(1).f_lineno
         super().__setitem__(name, value)
 
+    def reset(self, group: str) -> None:
+        """What a config file calls to set every setting of a group to its default."""
+        keys = [key for key, spec in self.specs.items() if group is not None and spec.group == group]
+        if not keys:
+            groups = {spec.group: repr(spec.group) for spec in self.specs.values() if spec.group}
+            hint = _did_you_mean(str(group), groups) or f" (the groups are {', '.join(groups.values())})"
+            raise ValueError(f"reset({_shorten(repr(group))}): unknown group of settings{hint}")
+        for key in keys:
+            super().__setitem__(key, self.specs[key].default)
+            self.lines[key] = sys._getframe(1).f_lineno
+
     def run(self) -> None:
         with Path(self.path).open("rb") as file:
-            source = file.read(MOST_BYTES + 1)
-        if len(source) > MOST_BYTES:
-            raise ValueError("this is no config file: it is larger than 1 MB")
+            source = file.read(MAX_CONFIG_BYTES + 1)
+        if len(source) > MAX_CONFIG_BYTES:
+            raise ValueError("not a config file: it is larger than 1 MB")
         tree = ast.parse(source, self.path)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -194,32 +210,32 @@ class _Namespace(dict[str, Any]):
         exec(compile(tree, self.path, "exec", dont_inherit=True), self)
 
     def assigned(self) -> list[str]:
-        """The names that the file gave a value, even the value they had; not those that it only read."""
-        unnoted = (name for name in self if self[name] is not self.start.get(name, self))  # by `global`
-        return [name for name in dict.fromkeys([*self.lines, *unnoted]) if name in self]
+        """Names that the file assigned, even to the same value; not names that it only read."""
+        changed = (name for name in self if self[name] is not self.initial.get(name, self))  # with `global`
+        return [name for name in dict.fromkeys([*self.lines, *changed]) if name in self]
 
     def is_helper(self, name: str) -> bool:
-        """Whether a name that is no setting was meant as none: _names, imports, functions, classes."""
+        """Whether a name is not meant as a setting: _names, imports, functions, classes."""
         helper = isinstance(self[name], ModuleType) or callable(self[name])
         return helper or name.startswith("_") or name in self.imported
 
 
-def _failure(path: str, error: BaseException, specs: Mapping[str, _Spec]) -> str:
-    """What a config file raised, and in which of its lines; or why it cannot be read."""
-    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path]
+def _describe_failure(path: str, error: BaseException, specs: Mapping[str, _Spec]) -> str:
+    """What a config file raised and in which line, or why the file cannot be read."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError) and error.filename == path:
         lines, message = [error.lineno], f"SyntaxError: {error.msg}"
     elif isinstance(error, FileNotFoundError) and not lines:
-        message = f"no such config file{_meant(path, specs)}"
+        message = f"no such config file{_suggest(path, specs)}"
     elif isinstance(error, OSError) and not lines:
         message = error.strerror or message
-    place = f"{path} line {lines[-1]}" if lines and lines[-1] else path or "''"
-    return f"{place}: {message}"
+    location = f"{path} line {lines[-1]}" if lines and lines[-1] else path or "''"
+    return f"{location}: {message}"
 
 
-def _meant(path: str, specs: Mapping[str, _Spec]) -> str:
-    """What may have been meant by an argument that is neither a flag nor a file."""
+def _suggest(path: str, specs: Mapping[str, _Spec]) -> str:
+    """A hint for an argument that is neither a flag nor an existing file: the flag or file probably meant."""
     flag = path.lstrip("-")
     name = flag.partition("=")[0].replace("-", "_")
     if name in specs or ("=" in flag and name.isidentifier()):
@@ -231,12 +247,11 @@ def _meant(path: str, specs: Mapping[str, _Spec]) -> str:
     return _did_you_mean(Path(path).name, files)
 
 
-def _shown(text: str) -> str:
-    """What a message repeats of the user's words: the beginning, where they go on and on."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_FLAG_CHARS else f"{text[:MAX_FLAG_CHARS]}…"
 
 
-def _split(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[str], list[Flag]]:
+def _parse_argv(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[str], list[Flag]]:
     """The config files and the flags of a command line."""
     files, flags, words = [], [], ["--help" if word == "-h" else word for word in reversed(argv)]
     while words:
@@ -244,116 +259,134 @@ def _split(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[str], 
         if not word.startswith("--"):
             files.append(word)
             continue
-        name, equals, text = word.partition("=")
+        name, equals, value = word.partition("=")
         key = name[2:].replace("-", "_")
-        if not equals and words and specs.get(key, _Spec((bool, str))).takes(words[-1]):
-            equals, text = "=", words.pop()
-        flags.append((key, text if equals else None, _shown(name + equals + text)))
+        if not equals and words and specs.get(key, _Spec((bool, str))).takes_word(words[-1]):
+            equals, value = "=", words.pop()
+        flags.append((key, value if equals else None, _shorten(name + equals + value)))
     return files, flags
 
 
-class _Draft:
-    """Settings that are being put together, and the problems met so far."""
+class _Resolver:
+    """Applies all sources of settings in order, and collects the problems."""
 
-    def __init__(self, cls: type, argv: Sequence[str], base: Mapping[str, Any], base_name: str) -> None:
+    def __init__(self, cls: type, argv: Sequence[str], base: Values, base_name: str) -> None:
         self.cls, self.base_name, self.specs = cls, base_name, _specs(cls)
         self.values = {key: spec.default for key, spec in self.specs.items()}
         self.sources = dict.fromkeys(self.specs, "default")
-        self.wrong: dict[str, str] = {}  # key -> what is wrong with its value; a later, sound value mends it
-        self.problems: list[str] = []  # those that nothing mends
-        self.failed: BaseException | None = None  # what a config file raised
+        self.invalid: dict[str, str] = {}  # key -> problem with its value; a later valid value removes it
+        self.problems: list[str] = []  # all other problems
+        self.config_error: BaseException | None = None  # the first one that a config file raised
         for key in [key for key in self.specs if key in base]:  # an older run may have keys that are gone
-            self.put(key, base[key], base_name, f"{base_name}, {key} = {reprlib.repr(base[key])}")
-        files, flags = _split(argv, SWITCHES | self.specs)
+            self.set(key, base[key], base_name, f"{base_name}, {key} = {reprlib.repr(base[key])}")
+        files, flags = _parse_argv(argv, SWITCHES | self.specs)
         for path in files:
             self.read_file(path)
         for flag in flags:
             self.read_flag(*flag)
 
-    def put(self, key: str, value: Any, source: str, where: str) -> None:
-        self.wrong.pop(key, None)
+    def set(self, key: str, value: Any, source: str, location: str) -> None:
+        self.invalid.pop(key, None)
         self.values[key], self.sources[key] = value, source
         try:
-            self.values[key] = self.specs[key].fit(value)
+            self.values[key] = self.specs[key].convert(value)
         except ValueError as error:
-            self.wrong[key] = f"{where}: {error}"
+            self.invalid[key] = f"{location}: {error}"
 
     def read_file(self, path: str) -> None:
-        names = _Namespace(self.values, path)
+        names = _Namespace(self.values, path, self.specs)
         try:
             names.run()
         except (Exception, SystemExit) as error:
-            self.failed = self.failed or error
-            self.problems.append(_failure(path, error, self.specs))
+            self.config_error = self.config_error or error
+            self.problems.append(_describe_failure(path, error, self.specs))
         for key in names.assigned():
-            place = f"{path} line {names.lines[key]}" if key in names.lines else path
+            location = f"{path} line {names.lines[key]}" if key in names.lines else path
             if key in self.specs:
-                self.put(key, names[key], path, f"{place}, {key} = {reprlib.repr(names[key])}")
+                self.set(key, names[key], path, f"{location}, {key} = {reprlib.repr(names[key])}")
             elif not names.is_helper(key):
-                self.unknown(place, key, self.specs, f"begin a name of your own with _, as in _{key}")
+                self.unknown(location, key, self.specs, f"start names of your own with _: _{key}")
 
-    def read_flag(self, key: str, text: str | None, where: str) -> None:
+    def read_flag(self, key: str, text: str | None, typed: str) -> None:
         spec = self.specs.get(key)
         if spec is not None:
-            self.put(key, True if text is None else spec.parse(text), f"--{key}", where)
+            self.set(key, True if text is None else spec.parse(text), f"--{key}", typed)
             if text is None and bool not in spec.types:
-                self.wrong[key] = f"{where}: needs a value, as in {where}={spec.default!r}"
+                self.invalid[key] = f"{typed}: needs a value, for example {typed}={spec.default!r}"
         elif key not in SWITCHES:
-            self.unknown(where, key, SWITCHES | self.specs, "--help lists them")
+            self.unknown(typed, key, SWITCHES | self.specs, "--help=all shows all settings")
 
-    def unknown(self, where: str, key: str, candidates: Iterable[str], otherwise: str) -> None:
-        hint = _did_you_mean(key, {name: repr(name) for name in candidates}) or f" ({otherwise})"
-        self.problems.append(f"{where}: unknown setting {_shown(key)!r}{hint}")
+    def unknown(self, location: str, key: str, candidates: Iterable[str], advice: str) -> None:
+        hint = _did_you_mean(key, {name: repr(name) for name in candidates}) or f" ({advice})"
+        self.problems.append(f"{location}: unknown setting {_shorten(key)!r}{hint}")
 
     def settings(self) -> Any:
-        """The settings, contradictions and all; None where a value is wrong or a config file failed."""
-        return None if self.wrong or self.failed else self.cls(**self.values)
+        """The settings before `problems` is called; None if a value is invalid or a config file failed."""
+        return None if self.invalid or self.config_error else self.cls(**self.values)
 
     def finish(self) -> Resolved[Any]:
-        """The settings, or one ValueError with all problems."""
+        """The checked settings. Raises one ValueError with all problems."""
         settings = self.settings()
-        problems = [*self.problems, *self.wrong.values()]
+        problems = [*self.problems, *self.invalid.values()]
         if settings is not None and hasattr(settings, "problems"):
             problems += settings.problems()
         if len(problems) > 1:
-            told = [f"{len(problems)} problems with the settings:", *problems[:PROBLEMS_TOLD]]
-            more = len(problems) - PROBLEMS_TOLD
-            problems = ["\n  - ".join(told) + (f"\nand {more} more" if more > 0 else "")]
+            lines = [f"{len(problems)} problems with the settings:", *problems[:MAX_PROBLEMS]]
+            n_hidden = len(problems) - MAX_PROBLEMS
+            problems = ["\n  - ".join(lines) + (f"\nand {n_hidden} more" if n_hidden > 0 else "")]
         if problems:
-            raise ValueError(problems[0]) from self.failed
+            raise ValueError(problems[0]) from self.config_error
         explicit = {key for key, source in self.sources.items() if source not in ("default", self.base_name)}
         return Resolved(settings, self.sources, frozenset(explicit))
 
 
 def resolve(
-    cls: type[T], argv: Sequence[str], base: Mapping[str, Any] | None = None, base_name: str = ""
+    cls: type[T], argv: Sequence[str], base: Values | None = None, base_name: str = ""
 ) -> Resolved[T]:
-    """The settings that a command line asks for. ValueError tells all problems with them.
+    """The settings of a command line. Raises one ValueError with all problems.
 
-    base: saved settings that stand in for the defaults; keys that `cls` does not have are passed over, as are
-    the SWITCHES in argv, which are for `command`.
+    base: saved settings that replace the defaults. Keys that `cls` does not have, and SWITCHES, are ignored.
     """
-    return _Draft(cls, argv, base or {}, base_name or "resumed run").finish()
+    return _Resolver(cls, argv, base or {}, base_name or "resumed run").finish()
 
 
 def format_settings(resolved: Resolved[Any]) -> str:
-    """The settings, one a line, with what each came from; the text is itself a config file."""
+    """One line per setting, with its source as a comment; the text is a valid config file."""
     lines = {key: f"{key} = {value!r}" for key, value in dataclasses.asdict(resolved.settings).items()}
     width = min(48, max(map(len, lines.values()), default=0))
     return "\n".join(f"{line:<{width}}  # {resolved.sources[key]}" for key, line in lines.items())
 
 
-def format_help(cls: type) -> str:
-    """The docstring of a settings class, and each key with its meaning, range and default."""
-    how = "A key is set by --key=value, --key value, or key = value in a config file; flags win over files."
-    lines, specs, heading = [inspect.cleandoc(cls.__doc__ or ""), "", how], _specs(cls), None
-    for key, spec in (specs | SWITCHES | specs).items():  # a class with a `debug` of its own keeps that
+def format_help(cls: type, show_all: bool = False) -> str:
+    """The docstring of a settings class, and its settings: the common ones, or all if none is common."""
+    width = max(MIN_WIDTH, min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns))
+    specs = _specs(cls)
+    shown = {key: spec for key, spec in specs.items() if spec.common and not show_all} or specs
+    usage, *paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+    paragraphs.append(
+        "Set a value with `--key=value`, or `key = value` in a config file; flags win over files."
+    )
+    if len(shown) < len(specs):
+        paragraphs.append(f"The {len(shown)} most used of {len(specs)} settings; `--help=all` shows all:")
+    lines = [usage]
+    for text in paragraphs:
+        lines += ["", text if re.search("^ ", text, re.M) else _wrap(text, width)]  # examples are indented
+    entries = shown | SWITCHES | shown  # a class with a `debug` of its own has it in its own group
+    column, heading = 6 + max(map(len, entries)), None
+    for key, spec in entries.items():
         if spec.group not in (None, heading):
             heading = spec.group
             lines += ["", f"{heading}:"]
-        text = f"{spec.help} ({spec.expected()}; default {spec.default!r})"
-        lines.append(textwrap.fill(text, 110, initial_indent=f"  --{key:<28} ", subsequent_indent=" " * 33))
+        text = f"{spec.help} ({spec.expected()}; default `{spec.default!r}`)"
+        lines.append(f"  --{key}".ljust(column) + _wrap(text, width, column).lstrip())
     return "\n".join(lines)
+
+
+def _wrap(text: str, width: int, column: int = 0) -> str:
+    """`text` as indented lines of at most `width`; words and `commands` are not broken."""
+    text = re.sub("`([^`]*)`", lambda match: match[1].replace(" ", "\u00a0"), text)
+    text = textwrap.fill(text, width - column, break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent(text.replace("\u00a0", " "), " " * column)
 
 
 def command(
@@ -363,26 +396,28 @@ def command(
     *,
     base: Callable[[T], Base | None] | None = None,
 ) -> int:
-    """Runs `main` as a shell command and gives its exit status: sys.exit(command(main, Settings)).
+    """Run `main` as a shell command and return its exit status: sys.exit(command(main, Settings)).
 
-    ValueError, OSError and a lack of memory are the user's to mend: one message, status 2. Others are our
-    bugs and pass.
-    base: sees the settings, contradictions and all. Where they resume a run, it gives that run's settings and
-    their name; the command line is then resolved again on top of those.
+    ValueError, OSError and a lack of memory get one message and status 2. Others are bugs and propagate.
+    base: called with the settings before `problems` is. If they resume a run, it returns that run's settings
+    and their name; the command line is then resolved again on top of them.
     """
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
-    flags = _split(argv, SWITCHES | _specs(cls))[1]
-    asked = {key: SWITCHES[key].parse(text or "true") for key, text, _ in flags if key in SWITCHES}
-    debug, status = asked.get("debug"), None
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show a character
+    flags = _parse_argv(argv, SWITCHES | _specs(cls))[1]
+    switches = {key: SWITCHES[key].parse(text or "true") for key, text, _ in flags if key in SWITCHES}
+    debug, status = switches.get("debug"), None
     try:
-        if asked.get("help"):
-            print(format_help(cls))
+        if switches.get("help"):
+            print(format_help(cls, show_all=switches["help"] == "all"))
         else:
-            resolved = _resolve_on(base, cls, argv)
+            resolver = _Resolver(cls, argv, {}, "")
+            settings = resolver.settings()
+            saved = base(settings) if base and settings is not None else None
+            resolved = resolve(cls, argv, *saved) if saved else resolver.finish()
             debug = getattr(resolved.settings, "debug", debug)
-            if asked.get("print_settings"):
+            if switches.get("print_settings"):
                 print(format_settings(resolved))
             else:
                 status = main(resolved)
@@ -391,38 +426,35 @@ def command(
         return 130
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
-            return 141  # what a shell says of a program that SIGPIPE ended
-        traceback.print_exception(error) if debug else print(_message(error), file=sys.stderr)
+            return 141  # as a shell reports a program that SIGPIPE ended
+        traceback.print_exception(error) if debug else print(_format_error(error), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if debug or not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
+        if debug or not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
-        print(_message(ValueError(TOO_LARGE)), file=sys.stderr)
+        print("error: not enough memory: use a smaller model, batch_size or block_size", file=sys.stderr)
         return 2
     return status or 0
 
 
-def _resolve_on(base: Callable[[T], Base | None] | None, cls: type[T], argv: Sequence[str]) -> Resolved[T]:
-    draft = _Draft(cls, argv, {}, "")
-    settings = draft.settings()
-    saved = base(settings) if base and settings is not None else None
-    return resolve(cls, argv, *saved) if saved else draft.finish()
-
-
-def _message(error: ValueError | OSError) -> str:
+def _format_error(error: ValueError | OSError) -> str:
     message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
         message = f"{error.filename}: {error.strerror}"
-    # names in files may hold what moves a terminal's cursor, and flags what no stream can write
-    plain = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
-    return f"error: {''.join(plain)}\n(--debug=True shows where it was raised)"
+    # file names may contain terminal control sequences; flags may contain what cannot be encoded
+    text = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
+    # the message is made for the user if a `raise` of this project made it, or if it is about a file
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    raised_here = (frame.line or "").startswith("raise") and not frame.filename.startswith(LIBRARIES)
+    expected = str(error) and (raised_here or getattr(error, "filename", None))
+    return f"error: {''.join(text)}" + ("" if expected else "\n(--debug=True shows where it was raised)")
 
 
 def _stdout_is_closed() -> bool:
-    """Whether it is our own output that nobody reads (python train.py | head), not some other pipe."""
+    """Whether the closed pipe is stdout (python train.py | head) and not another one."""
     try:
         print(flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports an error at exit
         return True
     return False

@@ -1,4 +1,4 @@
-"""Write text with a trained model: settings -> model and tokenizer -> prompt -> text, streamed.
+"""Generate text with a trained model: settings -> model and tokenizer -> prompt -> text, streamed.
 
 python sample.py --out_dir=out/eca-char --start="A figura é poética"
 python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 
 from configurator import Resolved, command, setting
-from fradique.checkpointing import checkpoint, run_folder
+from fradique.checkpointing import checkpoint as checkpoints
+from fradique.checkpointing import run_folder
 from fradique.generation import packed_weights
 from fradique.pretrained import loader
-from fradique.runtime import device as devices
-from fradique.runtime import memory_limits
+from fradique.runtime.device import DTYPES, Runtime, setup_runtime
+from fradique.runtime.memory_limits import report_oom
 from fradique.tokenizer import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
-LONGEST_PROMPT = 4 << 20  # bytes; the model reads the end of it
+MAX_PROMPT_BYTES = 4 << 20  # the model reads only the end of a long prompt
 
 
 # fmt: off
@@ -30,95 +31,99 @@ LONGEST_PROMPT = 4 << 20  # bytes; the model reads the end of it
 class SampleSettings:
     """python sample.py --out_dir=out/<run> [--start=...] [--key=value ...]
 
-    Continues a prompt with a trained model and prints the text as it is made.
+    Continues a prompt with a trained model and prints the text as it is generated.
     """
 
-    out_dir: str = setting("out", "the run folder", group="model")
-    init_from: str = setting("resume", "resume: the run in out_dir; else gpt2, …, a run folder, ckpt.pt, or Hugging Face folder")
-    checkpoint: str = setting("best", "which of the run's: best | newest | the number of a step")
+    out_dir: str = setting("out", "run folder to load the model from", common=True, group="model")
+    init_from: str = setting("resume", "resume: the run in out_dir; otherwise gpt2, gpt2-medium, ..., or a path: run folder, ckpt.pt, Hugging Face folder", common=True)
+    checkpoint: str = setting("best", "checkpoint of the run: best, newest, or a step number", common=True)
 
-    start: str = setting("\n", "the prompt: text, FILE:path, or - for standard input", group="text")
-    num_samples: int = setting(1, "how many continuations, made as one batch", lo=1, hi=2**20)
-    max_new_tokens: int = setting(500, "the length of each", lo=0, hi=2**40)
-    stop: str = setting("", "end a sample before this text; empty: go on to max_new_tokens")
+    start: str = setting("\n", "prompt: text, FILE:path, or - for standard input", common=True, group="text")
+    num_samples: int = setting(1, "number of samples, generated in one batch", common=True, lo=1, hi=2**20)
+    max_new_tokens: int = setting(500, "length of each sample in tokens", common=True, lo=0, hi=2**40)
+    stop: str = setting("", "end a sample before this text; empty: only at max_new_tokens")
 
-    temperature: float = setting(0.8, "0: always the likeliest token; 1: as the model has learnt it", lo=0.0, group="drawing")
-    top_k: int = setting(0, "draw from the k likeliest tokens; 0: from all", lo=0)
-    top_p: float = setting(1.0, "draw from the likeliest whose probabilities reach p", above=0.0, hi=1.0)
-    min_p: float = setting(0.0, "draw from those at least p times as likely as the likeliest", lo=0.0, hi=1.0)
-    repetition_penalty: float = setting(1.0, "above 1: tokens that have occurred become less likely", lo=0.1, hi=10.0)
-    seed: int = setting(1337, "the same seed gives the same text", lo=0, hi=2**62)
+    temperature: float = setting(0.8, "0: always the most probable token; 1: the model's own probabilities; above 1: more random", common=True, lo=0.0, group="sampling")
+    top_k: int = setting(0, "sample only from the k most probable tokens; 0: from all", common=True, lo=0)
+    top_p: float = setting(1.0, "sample only from the most probable tokens whose probabilities add up to p (nucleus sampling)", common=True, above=0.0, hi=1.0)
+    min_p: float = setting(0.0, "sample only from tokens at least p times as probable as the most probable one", lo=0.0, hi=1.0)
+    repetition_penalty: float = setting(1.0, "above 1: make tokens that have already occurred less probable", lo=0.1, hi=10.0)
+    seed: int = setting(1337, "random seed; the same seed gives the same text", common=True, lo=0, hi=2**62)
 
-    device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N", group="machine")
-    dtype: str = setting("auto", "auto: what the card has; on a CPU float32, or packed bfloat16 from 5M parameters where it has that", choices=("auto", *devices.DTYPES))
-    cache: bool = setting(True, "keep keys and values; False: compute the whole context for each token")
+    device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N", common=True, group="machine")
+    dtype: str = setting("auto", "auto: the GPU's 16-bit type; on a CPU float32, or packed bfloat16 for models of 5M parameters or more where the CPU supports it", choices=("auto", *DTYPES))
+    cache: bool = setting(True, "use the KV cache; False: recompute the whole context for each token")
     debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to write, and the tokenizer that goes with it."""
+    """A model ready to generate, with its tokenizer and the device and dtype it runs on."""
 
     model: GPT
     tokenizer: tokenizers.Tokenizer
-    runtime: devices.Runtime
-    lowered: bool = False  # the weights themselves are in the runtime's dtype, and need no autocast
+    runtime: Runtime
+    low_precision: bool = False  # the weights themselves have the runtime's dtype: no autocast needed
 
     def autocast(self) -> AbstractContextManager:
-        return nullcontext() if self.lowered else self.runtime.autocast()
+        """The context in which the model runs."""
+        return nullcontext() if self.low_precision else self.runtime.autocast()
 
 
 def load_model(
     source: str, *, checkpoint_name: str = "best", device: str = "auto", dtype: str = "auto"
 ) -> LoadedModel:
-    """A run folder, or weights of others, as model and tokenizer. Raises ValueError where they do not fit."""
+    """Load a run folder, or pretrained weights, with the tokenizer. Raises ValueError if they do not fit.
+
+    On a CPU the model stays in float32 with dtype="auto".
+    """
     weights = loader.load_weights(source, checkpoint_name)
     if weights.tokenizer is None:
         raise ValueError(
-            f"{source} comes without a tokenizer that this program knows (characters, GPT-2's, or a BPE of its "
-            "own): of nanoGPT's ckpt.pt, put the corpus it was trained on into data/, or the tokenizer.json of "
-            "that corpus beside it; of a run folder, copy its tokenizer.json back"
+            f"{source} has no tokenizer that this program knows (characters, GPT-2's, or its own BPE). For "
+            "nanoGPT's ckpt.pt: put the corpus it was trained on into data/, or that corpus's tokenizer.json "
+            "beside the file. For a run folder: copy its tokenizer.json back"
         )
     config = GPTConfig(**weights.config)
     if problems := config.problems():
-        raise ValueError(f"{source} holds no model: {'; '.join(problems)}")
-    with torch.device("meta"):  # no memory, no initial weights: those that were loaded become its own
+        raise ValueError(f"{source} is not a usable model: {'; '.join(problems)}")
+    with torch.device("meta"):  # no memory, no initialization: the loaded tensors become the parameters
         model = GPT(config)
-    checkpoint.assign_parameters(model, weights.tensors, weights.source)
-    if weights.tokenizer.vocab_size > model.config.vocab_size:
+    checkpoints.assign_parameters(model, weights.tensors, weights.source)
+    if weights.tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {weights.tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}: they do not belong together"
+            f"{config.vocab_size}: they do not belong together"
         )
-    place = devices.setup_runtime(device=device, dtype=dtype)  # n_embd unset: a CPU keeps to float32
-    return LoadedModel(model.to(place.device).eval(), weights.tokenizer, place)
+    runtime = setup_runtime(device=device, dtype=dtype)
+    return LoadedModel(model.to(runtime.device).eval(), weights.tokenizer, runtime)
 
 
-def prepare_for_inference(writer: LoadedModel, dtype: str) -> LoadedModel:
-    """The writer with weights of 16 bits, where that writes faster; it can then do nothing else.
+def prepare_for_inference(loaded: LoadedModel, dtype: str) -> LoadedModel:
+    """The model with 16-bit weights, if that generates faster here; it can no longer be trained.
 
-    On CUDA they take the runtime's dtype, but for float16, whose range the stream between the layers can leave.
-    On a CPU they are packed in bfloat16, where dtype is auto.
+    On CUDA the weights take the runtime's dtype, except float16, whose range activations can exceed. On a CPU
+    they are packed in bfloat16 if `dtype` is "auto".
     """
-    model, place = writer.model, writer.runtime
-    if place.device.type == "cuda" and place.dtype != torch.float16:
-        return replace(writer, model=model.to(place.dtype), lowered=True)
-    if dtype != "auto" or not packed_weights.should_pack(model, place.device):
-        return writer
+    model, runtime = loaded.model, loaded.runtime
+    if runtime.device.type == "cuda" and runtime.dtype != torch.float16:
+        return replace(loaded, model=model.to(runtime.dtype), low_precision=True)
+    if dtype != "auto" or not packed_weights.should_pack(model, runtime.device):
+        return loaded
     packed_weights.pack_weights(model)
-    return replace(writer, runtime=replace(place, dtype=torch.bfloat16), lowered=True)
+    return replace(loaded, runtime=replace(runtime, dtype=torch.bfloat16), low_precision=True)
 
 
 def read_prompt(start: str) -> str:
-    """The prompt that `--start` means. Raises ValueError for a file that is longer than any prompt, or no UTF-8."""
+    """The prompt that --start means. Raises ValueError for a file that is too long or not UTF-8."""
     if start != "-" and not start.startswith("FILE:"):
         return start
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
     with nullcontext(sys.stdin.buffer) if start == "-" else Path(name).open("rb") as file:
-        data = file.read(LONGEST_PROMPT + 1)
-    if len(data) > LONGEST_PROMPT:
-        raise ValueError(f"{name} is longer than {LONGEST_PROMPT >> 20} MB: give the end of it as the prompt")
+        data = file.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise ValueError(f"{name} is longer than {MAX_PROMPT_BYTES >> 20} MB: use its end as the prompt")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -126,81 +131,83 @@ def read_prompt(start: str) -> str:
 
 
 class StreamedSample:
-    """The text of one sample as it grows, cut at `stop`."""
+    """The text of one sample as its tokens come, cut before `stop`."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str) -> None:
         self.decoder, self.stop = tokenizers.StreamDecoder(tokenizer), stop
-        self.held = ""  # the end of the text so far, which may turn out to be the beginning of `stop`
+        self.pending = ""  # the end of the text so far, if it may be the beginning of `stop`
         self.done = False
 
     def feed(self, token: int) -> str:
-        """The text that can be shown once `token` is there."""
-        return "" if self.done else self._release(self.held + self.decoder.feed([token]))
+        """Add a token; return the text that can be shown now."""
+        return "" if self.done else self._release(self.pending + self.decoder.feed([token]))
 
     def flush(self) -> str:
-        """What is left at the end."""
-        text = "" if self.done else self._release(self.held + self.decoder.flush())
-        rest, self.held = ("" if self.done else self.held), ""
+        """Return the rest of the text, at the end."""
+        text = "" if self.done else self._release(self.pending + self.decoder.flush())
+        rest, self.pending = ("" if self.done else self.pending), ""
         return text + rest
 
     def _release(self, text: str) -> str:
+        """The part of `text` that cannot be the beginning of `stop`; the rest becomes pending."""
         if not self.stop:
             return text
-        if (at := text.find(self.stop)) >= 0:
-            self.done, self.held = True, ""
-            return text[:at]
+        if (end := text.find(self.stop)) >= 0:
+            self.done, self.pending = True, ""
+            return text[:end]
         longest = min(len(self.stop) - 1, len(text))
-        keep = next(n for n in range(longest, -1, -1) if text.endswith(self.stop[:n]))
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        length = next(n for n in range(longest, -1, -1) if text.endswith(self.stop[:n]))
+        self.pending = text[len(text) - length :]
+        return text[: len(text) - length]
 
 
-def generate_text(writer: LoadedModel, prompt: str, settings: SampleSettings) -> Iterator[list[str]]:
-    """Continue `prompt`: what each of the num_samples rows has to show next, again and again until the end."""
-    ids = torch.from_numpy(tokenizers.encode_prompt(writer.tokenizer, prompt).astype("int64"))  # (T,)
-    rows = [StreamedSample(writer.tokenizer, settings.stop) for _ in range(settings.num_samples)]
-    generator = torch.Generator(writer.runtime.device)
+def generate_text(loaded: LoadedModel, prompt: str, settings: SampleSettings) -> Iterator[list[str]]:
+    """Continue `prompt`: yield, step by step, what each of the num_samples samples can show next."""
+    ids = torch.from_numpy(tokenizers.encode_prompt(loaded.tokenizer, prompt).astype("int64"))  # (T,)
+    samples = [StreamedSample(loaded.tokenizer, settings.stop) for _ in range(settings.num_samples)]
+    generator = torch.Generator(loaded.runtime.device)
     generator.manual_seed(settings.seed)
-    stream = writer.model.stream(
-        ids.repeat(settings.num_samples, 1).to(writer.runtime.device),  # (B, T)
+    stream = loaded.model.stream(
+        ids.repeat(settings.num_samples, 1).to(loaded.runtime.device),  # (B, T)
         settings.max_new_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k or None,
         top_p=settings.top_p,
         min_p=settings.min_p or None,
         repetition_penalty=settings.repetition_penalty,
-        n_vocab=writer.tokenizer.vocab_size,
+        n_vocab=loaded.tokenizer.vocab_size,
         use_cache=settings.cache,
         generator=generator,
     )
-    while not all(row.done for row in rows):
-        with writer.autocast():  # entered anew for each token: the caller's code is not in it
+    while not all(sample.done for sample in samples):
+        with loaded.autocast():  # entered for each token, so that it does not enclose the caller's code
             tokens = next(stream, None)
         if tokens is None:
             break
-        yield [row.feed(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
-    yield [row.flush() for row in rows]
+        yield [sample.feed(token) for sample, token in zip(samples, tokens.tolist(), strict=True)]
+    yield [sample.flush() for sample in samples]
 
 
-@memory_limits.report_oom
+@report_oom
 def main(resolved: Resolved[SampleSettings]) -> int:
+    """Print the samples; the first one as it grows, the others after it."""
     settings = resolved.settings
     source = settings.init_from
     if source == "resume":
         source = settings.out_dir
-        run_folder.saved_settings(Path(source))  # a mistyped folder gets a message, and is not looked for on the hub
-    writer = load_model(
+        run_folder.saved_settings(Path(source))  # a mistyped folder is an error, not a name on the hub
+    loaded = load_model(
         source, checkpoint_name=settings.checkpoint, device=settings.device, dtype=settings.dtype
     )
-    writer = prepare_for_inference(writer, settings.dtype)
+    loaded = prepare_for_inference(loaded, settings.dtype)
     prompt = read_prompt(settings.start)
     if settings.temperature == 0 and settings.num_samples > 1:
         settings = replace(settings, num_samples=1)
-        print("temperature 0 writes the same text every time: one sample", file=sys.stderr)
+        print("temperature 0 always generates the same text: one sample", file=sys.stderr)
     print(prompt, end="", flush=True)
     others = [""] * (settings.num_samples - 1)
-    for first, *rest in generate_text(writer, prompt, settings):
-        print(first, end="", flush=True)  # the first sample is shown as it grows, the others after it
+    for first, *rest in generate_text(loaded, prompt, settings):
+        print(first, end="", flush=True)
         others = [text + piece for text, piece in zip(others, rest, strict=True)]
     print()
     for text in others:

@@ -28,7 +28,7 @@ import torch
 
 import train
 from configurator import resolve
-from fradique.training import setup
+from fradique.training import evaluation, setup
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +115,7 @@ def train_all(names: Sequence[str], rates: Sequence[str], flags: Sequence[str], 
                 break
             while t.state.step < settings.max_iters:
                 one_step(t)
-            found = train.whole_validation(t)
+            found = evaluation.evaluate_val_split(t)
             t.close()
             row = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "learning_rate": float(rate)}
             row |= {"parameters": t.model.num_params(non_embedding=False), "n_inner": t.model.config.inner}

@@ -31,7 +31,7 @@ from bench import machine
 from bench.train import ROOT, each_config, name_of, one_step, settings_for
 from fradique.distributed import process_group
 from fradique.runtime import memory_estimate
-from fradique.training import outputs, setup
+from fradique.training import model_setup, outputs, setup
 from fradique.training.logger import format_count
 from fradique.training.trainer import Trainer
 from model import GPTConfig
@@ -112,7 +112,7 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
         peak = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
         outputs.save_checkpoint(t)
         with_checkpoint = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
-        plan = setup.memory_plan(t.settings, t.model.config, None, device, t.runtime.world)
+        plan = model_setup.memory_plan(t.settings, t.model.config, t.runtime)
         estimated = memory_estimate.estimate_memory(plan)
         tensors = staying(t) + recorded(lambda: one_step(t))[0] if device.type == "cpu" else peak
         t.close()

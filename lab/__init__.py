@@ -1,1 +1,1 @@
-"""Look inside the writer: each file is a command (python -m lab.curves ...); compute is apart from draw."""
+"""Commands that look inside a model or a run (python -m lab.curves ...): each computes arrays, then draws them."""

@@ -1,4 +1,4 @@
-"""Pictures that move: frames (n, height, width, 3), uint8, as a GIF, and as MP4 where there is an encoder."""
+"""Animations: frames (height, width, 3), uint8, written as a GIF, or as an MP4 if an encoder is installed."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,46 +7,53 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-COLOURS = 96  # of a GIF's palette: pictures of few colours
+PALETTE_SIZE = 96  # colors of a GIF: plots have few
 
 
-def gif(frames: Iterable[np.ndarray], to: Path | BinaryIO, seconds: float, hold: float = 0.0) -> None:
-    """Write a GIF that goes round: each frame `seconds` long, the last `hold` longer.
+def write_gif(
+    frames: Iterable[np.ndarray],
+    output: Path | BinaryIO,
+    frame_seconds: float,
+    pause_seconds: float = 0.0,
+) -> None:
+    """Write a GIF that repeats, and that shows the last frame `pause_seconds` longer than the others.
 
-    All frames have the palette of the last, which shows everything: colours do not flicker, and what stays as
-    it was takes no room.
+    All frames use the palette of the last one, in which everything is visible: colors do not flicker, and
+    regions that do not change compress well.
     """
-    pictures = [Image.fromarray(frame) for frame in frames]
-    palette = pictures[-1].quantize(COLOURS)
-    first, *others = (one.quantize(palette=palette, dither=Image.Dither.NONE) for one in pictures)
-    lengths = [round(1000 * seconds)] * len(pictures)
-    lengths[-1] += round(1000 * hold)
+    images = [Image.fromarray(frame) for frame in frames]
+    palette = images[-1].quantize(PALETTE_SIZE)
+    first, *others = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
+    durations = [round(1000 * frame_seconds)] * len(images)  # milliseconds
+    durations[-1] += round(1000 * pause_seconds)
     first.save(
-        to, format="GIF", save_all=True, append_images=others, duration=lengths, loop=0, optimize=False
+        output, format="GIF", save_all=True, append_images=others, duration=durations, loop=0, optimize=False
     )
 
 
-def mp4(frames: Iterable[np.ndarray], path: Path, seconds: float) -> None:
-    """Write an H.264 film, which every browser and telephone plays. Raises ImportError where its encoder is
-    not installed, saying which it is."""
+def write_mp4(frames: Iterable[np.ndarray], path: Path, frame_seconds: float) -> None:
+    """Write an H.264 video, which every browser and phone plays.
+
+    Raises ImportError, saying what to install, if there is no encoder.
+    """
     try:
         import imageio_ffmpeg
     except ImportError as error:
-        raise ImportError("there is no encoder for MP4: pip install imageio-ffmpeg") from error
-    out = None
+        raise ImportError("no MP4 is written without an encoder: pip install imageio-ffmpeg") from error
+    encoder = None
     for frame in frames:
-        height, width = (size // 2 * 2 for size in frame.shape[:2])  # H.264 wants them even
-        even = np.ascontiguousarray(frame[:height, :width])
-        if out is None:
-            out = imageio_ffmpeg.write_frames(
+        height, width = (size // 2 * 2 for size in frame.shape[:2])  # H.264 requires even sizes
+        cropped = np.ascontiguousarray(frame[:height, :width])
+        if encoder is None:
+            encoder = imageio_ffmpeg.write_frames(
                 str(path),
                 (width, height),
-                fps=1 / seconds,
+                fps=1 / frame_seconds,
                 quality=8,
                 macro_block_size=2,
                 ffmpeg_log_level="error",
             )
-            out.send(None)
-        out.send(even)
-    if out is not None:
-        out.close()
+            encoder.send(None)  # starts the generator
+        encoder.send(cropped)
+    if encoder is not None:
+        encoder.close()

@@ -1,11 +1,11 @@
-"""What the commands of the lab share: the model that is looked at, its prompt, and where pictures go.
+"""Code that the lab commands share: loading the model, encoding the prompt, writing the output files.
 
 Shapes: T tokens.
 """
 
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,122 +16,143 @@ from matplotlib.figure import Figure
 
 from configurator import setting
 from fradique.checkpointing import run_folder
+from fradique.io import files
 from fradique.tokenizer import tokenizer as tokenizers
-from fradique.training.loss_plot import write_figure
+from fradique.training import loss_plot
 from sample import LoadedModel, load_model, read_prompt
 
-VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "·"}
-LINE_END = VISIBLE["\n"]
+WHITESPACE_SYMBOLS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "·"}
+NEWLINE_SYMBOL = WHITESPACE_SYMBOLS["\n"]
+OUTPUT_SUFFIXES = (".png", ".html", ".svg", ".gif", ".mp4", ".txt")
 
 
 @dataclass(frozen=True)
-class LookSettings:
-    """What every command that looks at a model takes."""
+class ModelSettings:
+    """The settings of every command that loads a model."""
 
-    out_dir: str = setting("out", "the run folder", group="model")
-    init_from: str = setting("", "instead: gpt2, …, another run folder, ckpt.pt, or a Hugging Face folder")
-    checkpoint: str = setting("best", "which of the run's: best | newest | the number of a step")
-    device: str = setting("auto", "auto | cpu | mps | cuda | cuda:N")
-    to: str = setting("", "where to write, a name without ending; empty: into the run folder", group="output")
-    save_arrays: str = setting("", "keep the numbers of the pictures too, in this .npz")
+    out_dir: str = setting("out", "run folder to load the model from", group="model")
+    init_from: str = setting(
+        "", "load this instead of out_dir: gpt2, ..., another run folder, ckpt.pt, or a Hugging Face folder"
+    )
+    checkpoint: str = setting("best", "checkpoint of the run: best, newest, or a step number")
+    device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N")
+    to: str = setting("", "output path without extension; empty: in the run folder", group="output")
+    save_arrays: str = setting("", "also write the plotted arrays to this .npz file")
     debug: bool = setting(False, "show the traceback of an error")
 
 
-def open_model(settings: LookSettings) -> LoadedModel:
-    """The model in float32 and its tokenizer. Raises ValueError, saying what to do, where there is none."""
+def open_model(settings: ModelSettings) -> LoadedModel:
+    """Load the model in float32, with its tokenizer. Raises ValueError if there is none."""
     source = settings.init_from
     if not source:
         source = settings.out_dir
         run_folder.saved_settings(
             Path(source)
-        )  # a mistyped folder gets a message, and is not looked for on the hub
+        )  # raises for a mistyped folder, before the hub is searched for it
     return load_model(source, checkpoint_name=settings.checkpoint, device=settings.device, dtype="float32")
 
 
-def prompt_ids(writer: LoadedModel, start: str) -> np.ndarray:
-    """The tokens (T,) of a prompt. Raises ValueError where the model cannot read it."""
-    ids = tokenizers.encode_prompt(writer.tokenizer, read_prompt(start))
-    block = writer.model.config.block_size
-    if len(ids) > block:
-        raise ValueError(f"the prompt has {len(ids)} tokens and the model reads {block}: shorten --start")
+def encode_prompt(loaded: LoadedModel, start: str) -> np.ndarray:
+    """The tokens (T,) of a prompt, int64. Raises ValueError if it is longer than the model's context."""
+    ids = tokenizers.encode_prompt(loaded.tokenizer, read_prompt(start))
+    block_size = loaded.model.config.block_size
+    if len(ids) > block_size:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, more than the model's block_size {block_size}: shorten --start"
+        )
     return ids.astype(np.int64)
 
 
-def as_batch(writer: LoadedModel, ids: np.ndarray) -> torch.Tensor:
-    """(T,) -> (1, T) on the model's device."""
-    return torch.from_numpy(np.asarray(ids, np.int64))[None].to(writer.runtime.device)
+def to_batch(loaded: LoadedModel, ids: np.ndarray) -> torch.Tensor:
+    """(T,) -> (1, T), int64, on the model's device."""
+    return torch.from_numpy(np.asarray(ids, np.int64))[None].to(loaded.runtime.device)
 
 
-def visible(text: str) -> str:
-    """Text with its spaces and line breaks to be seen; what has no picture becomes ‹its code›."""
-    return "".join(VISIBLE.get(c) or (c if c.isprintable() else f"‹{ord(c):x}›") for c in text)
+def show_whitespace(text: str) -> str:
+    """Replace whitespace by visible symbols, and other unprintable characters by ‹their code›."""
+    return "".join(WHITESPACE_SYMBOLS.get(c) or (c if c.isprintable() else f"‹{ord(c):x}›") for c in text)
 
 
-def labels(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> list[str]:
-    """Each token (T,) as a short text that can be seen; bytes that are no whole character as ‹hex›."""
-    found = []
+def token_labels(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> list[str]:
+    """A visible label for each token (T,); bytes that are not valid UTF-8 are shown as ‹hex›."""
+    labels = []
     for token in np.asarray(ids).tolist():
         if token == tokenizer.end_of_text:
-            found.append("⟨end⟩")
+            labels.append("⟨end⟩")
             continue
         data = tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else b""
         try:
-            found.append(visible(data.decode("utf-8")) or f"#{token}")
+            labels.append(show_whitespace(data.decode("utf-8")) or f"#{token}")
         except UnicodeDecodeError:
-            found.append("".join(f"‹{byte:02x}›" for byte in data))
-    return found
+            labels.append("".join(f"‹{byte:02x}›" for byte in data))
+    return labels
 
 
-def place(settings: LookSettings, name: str) -> Path:
-    """Where pictures called `name` go, without an ending; the folder is made."""
-    return place_in(settings.out_dir if not settings.init_from else ".", settings.to, name)
+def output_path(settings: ModelSettings, name: str) -> Path:
+    """--to, or `name` in the run folder (in the current folder with --init_from): see `output_path_in`."""
+    return output_path_in(settings.out_dir if not settings.init_from else ".", settings.to, name)
 
 
-def place_in(folder: str, to: str, name: str) -> Path:
-    """`name` in `folder`, or `to` where that is given, without an ending; the folder is made."""
+def output_path_in(folder: str, to: str, name: str) -> Path:
+    """`to`, or `name` in `folder` if `to` is empty, without extension. Creates the parent folder."""
     path = Path(to) if to else Path(folder) / name
-    path = path.with_suffix("") if path.suffix in (".png", ".html", ".svg", ".gif", ".mp4", ".txt") else path
+    path = path.with_suffix("") if path.suffix in OUTPUT_SUFFIXES else path
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def write(path: Path, make: Callable[[Path], None]) -> None:
-    """Let `make` write a file, put it whole where it goes, and say so."""
-    write_figure(path, make)
+def write_output(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary path, rename that file to `path`, and report it on the terminal."""
+    with files.atomic_path(path, keep_suffix=True) as temporary:
+        write(temporary)
+    print(f"wrote {path}")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a matplotlib figure and report it on the terminal."""
+    loss_plot.save_figure(figure, path)
     print(f"wrote {path}")
 
 
 def save_arrays(to: str, arrays: dict[str, np.ndarray]) -> None:
-    """Keep the arrays, where `to` says a place."""
+    """Write the arrays to the .npz file `to`, unless `to` is empty."""
     if to:
         path = Path(to)
         path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, lambda beside: np.savez_compressed(beside, **arrays))
+        write_output(path, lambda temporary: np.savez_compressed(temporary, **arrays))
 
 
-def pixels(figure: Figure) -> np.ndarray:
-    """A figure as it would be saved: (height, width, 3) uint8."""
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """Render a figure as `savefig` would: (height, width, 3) uint8."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with loss_plot.ignore_missing_glyphs():
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def numbers(text: str) -> list[float]:
-    """ "0.5, 1" -> [0.5, 1.0]. Raises ValueError for what is no number."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table. "|" in a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def parse_numbers(text: str) -> list[float]:
+    """ "0.5, 1" -> [0.5, 1.0]. Raises ValueError if an item is not a number."""
     return [float(word) for word in text.split(",") if word.strip()]
 
 
-def problems_of_numbers(name: str, text: str, least: float, above: bool = False) -> list[str]:
-    """What is wrong with a setting that holds numbers with commas between them."""
+def number_problems(name: str, text: str, minimum: float, exclusive: bool = False) -> list[str]:
+    """Error messages for a setting of comma-separated numbers; exclusive: `minimum` itself is not allowed."""
     try:
-        found = numbers(text)
+        values = parse_numbers(text)
     except ValueError:
-        return [f"{name} = {reprlib.repr(text)}: numbers with commas between them, such as 0.5,1"]
-    if not found:
-        return [f"{name} names no number: such as 0.5,1"]
-    low = min(found)
-    sound = (low > least if above else low >= least) and all(map(math.isfinite, found))
-    return (
-        [] if sound else [f"{name} = {reprlib.repr(text)}: each {'above' if above else 'at least'} {least:g}"]
-    )
+        return [f"{name} = {reprlib.repr(text)}: give comma-separated numbers, such as 0.5,1"]
+    if not values:
+        return [f"{name} is empty: give comma-separated numbers, such as 0.5,1"]
+    in_range = min(values) > minimum if exclusive else min(values) >= minimum
+    if in_range and all(map(math.isfinite, values)):
+        return []
+    return [
+        f"{name} = {reprlib.repr(text)}: each must be {'above' if exclusive else 'at least'} {minimum:g} and finite"
+    ]

@@ -1,15 +1,13 @@
-"""Pictures to point at and to turn: HTML files that hold all they need, and open with no network.
+"""HTML pages that contain everything they need and open without a network.
 
-A page follows the reader's light or dark setting. Figures are plotly's.
+A page follows the reader's light or dark mode. Figures are plotly's.
 """
 
 import base64
-import itertools
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -30,10 +28,10 @@ summary { cursor: pointer; } pre { overflow-x: auto; font-size: 0.85rem; }
 .sample { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } .note { color: var(--faint); }
 """
-# plotly does not take the page's colours: each figure is given them once it is there, and when they change
-FOLLOW = """
+# Plotly ignores the page's colors: set those of each figure after it is drawn, and when the mode changes
+THEME_SCRIPT = """
 const dark = matchMedia('(prefers-color-scheme: dark)');
-function dress() {
+function applyTheme() {
   const ink = getComputedStyle(document.documentElement).getPropertyValue('--ink').trim();
   const lines = dark.matches ? '#3a3d44' : '#d8d8d8';
   for (const div of document.querySelectorAll('.js-plotly-plot')) {
@@ -41,166 +39,90 @@ function dress() {
     for (const name of Object.keys(div._fullLayout)) {
       if (/^[xy]axis[0-9]*$/.test(name)) {
         change[name + '.gridcolor'] = lines; change[name + '.linecolor'] = lines; }
-      if (/^scene[0-9]*$/.test(name)) for (const a of ['xaxis', 'yaxis', 'zaxis']) {
-        change[name + '.' + a + '.gridcolor'] = lines; change[name + '.' + a + '.color'] = ink; }
+      if (/^scene[0-9]*$/.test(name)) for (const axis of ['xaxis', 'yaxis', 'zaxis']) {
+        change[name + '.' + axis + '.gridcolor'] = lines; change[name + '.' + axis + '.color'] = ink; }
     }
     Plotly.relayout(div, change);
   }
 }
-addEventListener('load', dress); dark.addEventListener('change', dress);
+addEventListener('load', applyTheme); dark.addEventListener('change', applyTheme);
 """
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole HTML document; `parts` stand in its body, and may hold `figure`s."""
+    """A complete HTML document whose body is the HTML in `parts`, such as that of `figure_html`."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head>\n<body><h1>{escape(title)}</h1>\n"
         + "\n".join(parts)
-        + f"\n<script>{FOLLOW}</script></body></html>\n"
+        + f"\n<script>{THEME_SCRIPT}</script></body></html>\n"
     )
 
 
-def write(path: Path, title: str, parts: Sequence[str]) -> None:
-    """A page of its own, written whole."""
-    common.write(path, lambda beside: beside.write_text(page(title, parts), encoding="utf-8"))
+def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write `page(title, parts)`, atomically."""
+    text = page(title, parts)
+    common.write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def note(text: str) -> str:
+    """A paragraph of explanation."""
     return f'<p class="note">{escape(text)}</p>'
 
 
-def table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
-    """A table of texts."""
-    lines = ["".join(f"<th>{escape(word)}</th>" for word in head)] if head else []
-    lines += ["".join(f"<td>{escape(word)}</td>" for word in row) for row in rows]
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+    """A table of plain text."""
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)] if header else []
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def folded(title: str, inside: str, opened: bool = False) -> str:
-    """What is shown when its title is clicked."""
-    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{inside}</details>"
+def collapsible(title: str, content: str, is_open: bool = False) -> str:
+    """HTML `content` that a click on the title shows or hides."""
+    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
 
 
-def sample(text: str) -> str:
-    """A text as it was written, its line breaks kept."""
+def sample_text(text: str) -> str:
+    """Generated text, with its line breaks."""
     return f'<pre class="sample">{escape(text)}</pre>'
 
 
-def picture(data: bytes, kind: str, told: str) -> str:
-    """A picture inside the page; kind: gif, or svg+xml, whose style thereby stays its own."""
-    inside = base64.b64encode(data).decode("ascii")
-    return f'<img alt="{escape(told)}" src="data:image/{kind};base64,{inside}">'
+def token_text(spans: Sequence[str]) -> str:
+    """A paragraph of `token_span`s or other inline HTML."""
+    return f'<p class="text">{"".join(spans)}</p>'
 
 
-def figure(made: go.Figure, height: int = 640) -> str:
-    """A plotly figure as a part of a page, in the page's colours."""
-    made.update_layout(
+def token_span(label: str, tooltip: str = "", style: str = "") -> str:
+    """A token of a text, followed by a line break if its label ends in the newline symbol."""
+    attributes = f' style="{style}"' if style else ""
+    attributes += f' title="{escape(tooltip)}"' if tooltip else ""
+    line_break = "<br>" if label.endswith(common.NEWLINE_SYMBOL) else ""
+    return f'<span class="token"{attributes}>{escape(label)}</span>{line_break}'
+
+
+def embedded_image(data: bytes, kind: str, description: str) -> str:
+    """An image stored in the page; kind: gif or svg+xml. As an image, an SVG keeps its own style sheet."""
+    encoded = base64.b64encode(data).decode("ascii")
+    return f'<img alt="{escape(description)}" src="data:image/{kind};base64,{encoded}">'
+
+
+def figure_html(figure: go.Figure, height: int = 640) -> str:
+    """The HTML of a plotly figure, for `page`, with a transparent background and the page's margins."""
+    figure.update_layout(
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#9aa0a6", "activecolor": "#0072B2"},
         margin={"l": 60, "r": 20, "t": 50, "b": 60},
     )
-    # neither follows the page's colours: lines through 0, and walls in space
-    made.update_xaxes(zeroline=False).update_yaxes(zeroline=False)
-    made.update_scenes({f"{axis}axis_showbackground": False for axis in "xyz"})
-    return made.to_html(
+    # THEME_SCRIPT cannot recolor the lines through 0 and the walls of 3D scenes: hide them
+    figure.update_xaxes(zeroline=False).update_yaxes(zeroline=False)
+    figure.update_scenes({f"{axis}axis_showbackground": False for axis in "xyz"})
+    return figure.to_html(
         full_html=False,
         include_plotlyjs=False,
         auto_play=False,
         config={"displaylogo": False, "responsive": True},
     )
-
-
-def maps(weights: np.ndarray, names: list[str], pairs: list[tuple[int, int]]) -> str:
-    """A figure with a map for each (layer, head)."""
-    T = len(names)
-    axis = {"tickmode": "array", "tickvals": list(range(T)), "ticktext": names, "showgrid": False}
-    hover = "<b>%{customdata[0]}</b> reads <b>%{customdata[1]}</b>: %{z:.3f}<extra></extra>"
-    told = np.array([[(reader, read) for read in names] for reader in names], dtype=object)  # (T, T, 2)
-    seen = np.tril(np.ones((T, T), dtype=bool)) | (weights.max((0, 1)) > 0)
-    # one map, whose numbers the buttons change: the tokens are told once
-    shown = [np.where(seen, weights[layer, head].astype(float).round(4), np.nan) for layer, head in pairs]
-    made = go.Figure()
-    made.add_heatmap(
-        z=shown[0], customdata=told, hovertemplate=hover, zmin=0, zmax=1, colorscale="Cividis",
-        xgap=1, ygap=1, colorbar={"title": "weight"},
-    )  # fmt: skip
-    buttons = [
-        {"label": f"layer {layer}, head {head}", "method": "restyle", "args": [{"z": [as_list(z)]}]}
-        for (layer, head), z in zip(pairs, shown, strict=True)
-    ]
-    made.update_layout(
-        xaxis=axis | {"title": "token that is read", "side": "bottom", "constrain": "domain"},
-        yaxis=axis | {"title": "token that reads", "autorange": "reversed", "scaleanchor": "x"},
-        updatemenus=[
-            {
-                "buttons": buttons,
-                "x": 0,
-                "xanchor": "left",
-                "y": 1.12,
-                "bgcolor": "#9aa0a6",
-                "font": {"color": "#000"},
-            }
-        ],
-    )
-    return figure(made, height=max(520, min(1000, 24 * T + 200)))
-
-
-def as_list(z: np.ndarray) -> list[list[float | None]]:
-    """(rows, columns) for JSON, which has no NaN."""
-    return [[None if np.isnan(value) else float(value) for value in row] for row in z]
-
-
-STRENGTHS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.01)  # fibres of one interval are drawn alike
-
-
-def space(fibres: np.ndarray, names: list[str], shape: tuple[int, ...]) -> str:
-    """A figure of `fibres` (n, 5): layer, head, reader, read, weight."""
-    L, H, T = shape[:3]
-    made = go.Figure()
-    for low, high in itertools.pairwise(STRENGTHS):
-        part = fibres[(fibres[:, 4] >= low) & (fibres[:, 4] < high)]
-        if not len(part):
-            continue
-        layer, head, reader, read = part.T[:4]
-        gap = np.full(len(part), np.nan)
-        told = [
-            f"layer {int(n)}, head {int(h)}: <b>{names[int(i)]}</b> reads <b>{names[int(j)]}</b>: {w:.2f}"
-            for n, h, i, j, w in part
-        ]
-        made.add_scatter3d(
-            x=np.column_stack([read, reader, gap]).ravel(),
-            y=np.column_stack([head, head, gap]).ravel(),
-            z=np.column_stack([layer, layer + 1, gap]).ravel(),
-            text=[text for line in told for text in (line, line, "")],
-            mode="lines",
-            hovertemplate="%{text}<extra></extra>",
-            line={"color": "#f0a000", "width": 1 + 6 * high},
-            opacity=min(1.0, 0.12 + 0.9 * low),
-            name=f"{low:g} to {min(high, 1):g}",
-        )
-    everywhere = np.array([(t, h, layer) for layer in range(L + 1) for h in range(H) for t in range(T)])
-    made.add_scatter3d(
-        x=everywhere[:, 0], y=everywhere[:, 1], z=everywhere[:, 2], mode="markers",
-        marker={"size": 2, "color": "#8a8f98"}, hoverinfo="skip", showlegend=False,
-    )  # fmt: skip
-    made.update_layout(
-        scene={
-            "xaxis": {"title": "token", "tickvals": list(range(T)), "ticktext": names},
-            "yaxis": {"title": "head", "tickvals": list(range(H))},
-            "zaxis": {
-                "title": "layer",
-                "tickvals": list(range(L + 1)),
-                "ticktext": ["in", *map(str, range(1, L + 1))],
-            },
-            "aspectmode": "manual",
-            "aspectratio": {"x": 2.0, "y": 0.8, "z": 1.2},
-            "camera": {"eye": {"x": -0.4, "y": -2.4, "z": 0.7}},
-        },
-        legend={"title": "weight"},
-    )
-    return figure(made, height=760)

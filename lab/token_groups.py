@@ -1,4 +1,4 @@
-"""Kinds of tokens, to colour pictures by: vowels, capitals, digits; for BPE, a space before the word."""
+"""Groups of tokens, by which pictures are colored: vowels, capitals, digits; for BPE, "space before" a word."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -10,9 +10,24 @@ from fradique.tokenizer import tokenizer as tokenizers
 VOWELS = set("aeiouy")
 
 
-def kind_of_character(char: str) -> str:
-    """The group of a character; accents do not count."""
-    plain = unicodedata.normalize("NFD", char)[0].lower()
+def token_groups(tokenizer: tokenizers.Tokenizer, ids: Sequence[int], spec: str = "") -> np.ndarray:
+    """The group of each token (n,), as text.
+
+    spec: custom groups instead of the default ones, "name=characters;name=characters", as in
+    --groups="vowels=aeiou;digits=0123456789". A token belongs to the first group that has all its characters,
+    else to "other". Raises ValueError if it cannot be parsed.
+    """
+    texts = [tokenizer.decode([token]) for token in ids]
+    if spec:
+        groups = _parse_groups(spec)
+        return np.array([_custom_group(text, groups) for text in texts])
+    default_group = character_group if tokenizer.kind == "char" else subword_group
+    return np.array([default_group(text) for text in texts])
+
+
+def character_group(char: str) -> str:
+    """The group of a character; an accented vowel is a vowel."""
+    base = unicodedata.normalize("NFD", char)[0].lower()
     if char.isspace():
         return "space"
     if char.isdigit():
@@ -20,15 +35,15 @@ def kind_of_character(char: str) -> str:
     if char.isalpha():
         if char.isupper():
             return "capital"
-        return "vowel" if plain in VOWELS else "consonant"
+        return "vowel" if base in VOWELS else "consonant"
     return "punctuation"
 
 
-def kind_of_piece(piece: str) -> str:
-    """The group of a token of several characters; "" for bytes that are no text."""
-    if not piece or "\ufffd" in piece:
+def subword_group(text: str) -> str:
+    """The group of a token of several characters. Bytes that are not valid UTF-8 decode to "" or U+FFFD."""
+    if not text or "\ufffd" in text:
         return "part of a character"
-    word = piece.strip()
+    word = text.strip()
     if not word:
         return "space"
     if any(c.isdigit() for c in word):
@@ -37,30 +52,22 @@ def kind_of_piece(piece: str) -> str:
         return "punctuation"
     if word[0].isupper():
         return "capital"
-    return "space before" if piece[0] == " " else "inside a word"
+    return "space before" if text[0] == " " else "inside a word"
 
 
-def groups(tokenizer: tokenizers.Tokenizer, ids: Sequence[int], chosen: str = "") -> np.ndarray:
-    """The group of each token (n,), as text. `chosen`, name=characters with semicolons between them, says
-    what else they may be: --groups="vogais=aeiouáéíóú;resto=…"; what is in none of these is "other".
-
-    Raises ValueError where `chosen` cannot be read.
-    """
-    pieces = [tokenizer.decode([token]) for token in ids]
-    if not chosen:
-        kind = kind_of_character if tokenizer.kind == "char" else kind_of_piece
-        return np.array([kind(piece) for piece in pieces])
-    named = {}
-    for part in chosen.split(";"):
-        name, sign, characters = part.partition("=")
-        if not sign or not name.strip() or not characters:
+def _parse_groups(spec: str) -> dict[str, set[str]]:
+    """Group name -> its characters."""
+    groups = {}
+    for item in spec.split(";"):
+        name, equals, characters = item.partition("=")
+        if not equals or not name.strip() or not characters:
             raise ValueError(
-                f'--groups={chosen!r}: say "name=characters;name=characters", as in vowels=aeiou'
+                f'--groups={spec!r}: write "name=characters;name=characters", as in vowels=aeiou'
             )
-        named[name.strip()] = set(characters)
+        groups[name.strip()] = set(characters)
+    return groups
 
-    def find(piece: str) -> str:
-        inside = set(piece.strip())
-        return next((name for name, chars in named.items() if inside and inside <= chars), "other")
 
-    return np.array([find(piece) for piece in pieces])
+def _custom_group(text: str, groups: dict[str, set[str]]) -> str:
+    characters = set(text.strip())
+    return next((name for name, members in groups.items() if characters and characters <= members), "other")

@@ -8,7 +8,7 @@ from support import ROOT
 from torch import Tensor, nn
 
 from configurator import resolve
-from fradique.training.setup import model_config
+from fradique.training.model_setup import model_config
 from model import GPT, GPTConfig
 from train import TrainSettings
 

@@ -26,6 +26,7 @@ RUN_FILES = (
     "wandb",
     "best",
 )
+MAX_LISTED_RUNS = 10  # in a message
 
 
 @dataclass
@@ -138,12 +139,21 @@ def claim_run_folder(
 
 
 def saved_settings(run: Path) -> dict[str, Any]:
-    """The settings of a run. Raises ValueError where `run` holds none, saying which runs there are."""
+    """The settings of a run. Raises ValueError naming other runs if `run` is not a run folder."""
     if not (run / SETTINGS_FILE).exists():
-        others = sorted(str(path.parent) for path in run.parent.glob(f"*/{SETTINGS_FILE}"))
-        known = f"; runs beside it: {', '.join(others)}" if others else ""
-        raise ValueError(f"{run} holds no run to go on with (no {SETTINGS_FILE}){known}")
+        raise ValueError(_no_run_message(run))
     return run_metadata(run)["settings"]
+
+
+def _no_run_message(folder: Path) -> str:
+    """no trained model in out/. Found: out/eca, out/machado. Try --out_dir=out/eca (the newest)."""
+    paths = [*folder.glob(f"*/{SETTINGS_FILE}"), *folder.parent.glob(f"*/{SETTINGS_FILE}")]
+    newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = [str(path.parent) for path in newest_first]
+    if not runs:
+        return f"no trained model in {folder}/. Train one with: make demo"
+    listed = ", ".join(runs[:MAX_LISTED_RUNS]) + (" ..." if len(runs) > MAX_LISTED_RUNS else "")
+    return f"no trained model in {folder}/. Found: {listed}. Try --out_dir={runs[0]}"
 
 
 def run_metadata(run: Path) -> dict[str, Any]:

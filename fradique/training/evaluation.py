@@ -1,84 +1,44 @@
-"""How good a model is on a split: mean loss on fixed windows, or on all of it with bits per byte.
+"""Loss of a model on a split: on fixed windows, or on the whole split with perplexity and bits per byte.
 
-The ranks share the work and all get the same numbers. Nothing is drawn at random: two evaluations of the same
-weights are equal.
+The ranks share the work and get the same numbers. Nothing is random: equal weights give equal losses.
 """
+
+from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from fradique.data.dataset import Corpus, Split, Window
+from fradique.data.dataset import Split, Window
 from fradique.distributed import process_group
 from fradique.runtime.device import Runtime
 
-IDLE_BATCH = (torch.zeros(1, 1, dtype=torch.int64),) * 2  # what a rank without work computes with
+if TYPE_CHECKING:
+    from fradique.training.trainer import Trainer
+
+IDLE_BATCH = (torch.zeros(1, 1, dtype=torch.int64),) * 2  # for a rank that has no batch while others do
 
 
-@torch.no_grad()
-def mean_loss(
-    model: nn.Module,
-    split: Split,
-    windows: Sequence[Window],
-    rows: int,
-    place: Runtime,
-    seconds: list[float] | None = None,
-) -> float:
-    """Mean cross-entropy over all targets of `windows`, `rows` of them at a time, in nats a token.
+@dataclass(frozen=True)
+class SplitLoss:
+    """The mean loss over some windows of a split."""
 
-    A prefix decoder predicts only what follows its prefix: of its windows the loss is the mean over that.
-    `seconds` gets what a window took, of each batch.
-    """
-    total, count, start = 0.0, 0, time.monotonic()
-    rows = min(rows, -(-len(windows) // place.world))  # something for each rank
-    training = model.training
-    model.eval()
-    share = split.batches(windows, rows, place.rank, place.world)
-    for batch in process_group.lockstep(share) if place.sharded else share:
-        x, y = place.move(*(batch or IDLE_BATCH))
-        with place.autocast():
-            loss = model(x, y, with_logits=False)[1]
-        if batch is None:  # the others need this rank's part of the model, not its loss
-            continue
-        total += loss.item() * y.numel()
-        count += y.numel()
-        if seconds is not None:
-            start, before = time.monotonic(), start
-            seconds.append((start - before) / len(y))
-    model.train(training)
-    total, count = place.sum(total, count)
-    return total / count
-
-
-def estimate_loss(
-    model: nn.Module,
-    corpus: Corpus,
-    block_size: int,
-    batch_size: int,
-    batches: int,
-    place: Runtime,
-    seconds: list[float] | None = None,
-) -> dict[str, float]:
-    """Loss of train and val on `batches` batches of windows spread over each: the same ones every time.
-    `seconds` as in `mean_loss`."""
-    rows, found = place.rows_at_once(batch_size, block_size), {}
-    for name, split in (("train", corpus.train), ("val", corpus.val)):
-        windows = split.fixed_windows(block_size, batches * batch_size)
-        found[name] = mean_loss(model, split, windows, rows, place, seconds)
-    return found
+    loss: float  # nats per token, over all ranks
+    window_seconds: tuple[float, ...] = field(default=(), compare=False)  # per window, for each batch here
 
 
 @dataclass(frozen=True)
 class SplitMetrics:
-    """A model on a whole split, each token predicted once (but a shard's first)."""
+    """A model on a whole split; each token is predicted once (except the first of each shard)."""
 
-    loss: float  # nats a token
+    loss: float  # nats per token
     perplexity: float  # e^loss
-    bits_per_byte: float  # of the UTF-8 text: models with different tokenizers compare
+    bits_per_byte: float  # of the UTF-8 text: comparable across tokenizers
 
     def __str__(self) -> str:
         return (
@@ -86,18 +46,57 @@ class SplitMetrics:
         )
 
 
-def perplexity(loss: float) -> float:
-    """e^loss, as far as a float can tell it."""
-    return math.exp(min(loss, 700.0))
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, split: Split, windows: Sequence[Window], batch_size: int, runtime: Runtime
+) -> SplitLoss:
+    """Mean cross-entropy over the targets of `windows`, `batch_size` windows at a time.
+
+    For a prefix decoder the loss of a window is the mean over the tokens after its prefix.
+    """
+    total, count, start = 0.0, 0, time.monotonic()
+    window_seconds = []
+    batch_size = min(batch_size, -(-len(windows) // runtime.world))  # at least one batch for each rank
+    training = model.training
+    model.eval()
+    batches = split.batches(windows, batch_size, runtime.rank, runtime.world)
+    for batch in process_group.lockstep(batches) if runtime.sharded else batches:
+        x, y = runtime.move(*(batch or IDLE_BATCH))
+        with runtime.autocast():
+            loss = model(x, y, with_logits=False)[1]
+        if batch is None:  # the other ranks needed this rank's shard of the model, not its loss
+            continue
+        total += loss.item() * y.numel()
+        count += y.numel()
+        now = time.monotonic()
+        window_seconds.append((now - start) / len(y))
+        start = now
+    model.train(training)
+    total, count = runtime.sum(total, count)
+    return SplitLoss(total / count, tuple(window_seconds))
 
 
-def evaluate_val_split(
-    model: nn.Module, corpus: Corpus, block_size: int, batch_size: int, place: Runtime
-) -> SplitMetrics:
-    """The validation split from end to end, in windows side by side."""
-    split = corpus.val
-    rows = place.rows_at_once(batch_size, block_size)
-    loss = mean_loss(model, split, split.all_windows(block_size), rows, place)
-    text_bytes = split.count_text_bytes(corpus.tokenizer) * split.targets / split.tokens
+def estimate_loss(t: Trainer) -> dict[str, SplitLoss]:
+    """Loss of "train" and "val" on eval_iters batches of windows spread over each: always the same ones."""
+    settings = t.settings
+    batch_size = t.runtime.rows_at_once(settings.batch_size, settings.block_size)
+    losses = {}
+    for name, split in (("train", t.corpus.train), ("val", t.corpus.val)):
+        windows = split.fixed_windows(settings.block_size, settings.eval_iters * settings.batch_size)
+        losses[name] = mean_loss(t.model, split, windows, batch_size, t.runtime)
+    return losses
+
+
+def evaluate_val_split(t: Trainer) -> SplitMetrics:
+    """Loss, perplexity and bits per byte on the whole validation split, in adjacent windows."""
+    split, block_size = t.corpus.val, t.settings.block_size
+    batch_size = t.runtime.rows_at_once(t.settings.batch_size, block_size)
+    loss = mean_loss(t.model, split, split.all_windows(block_size), batch_size, t.runtime).loss
+    text_bytes = split.count_text_bytes(t.corpus.tokenizer) * split.targets / split.tokens
     bits = loss * split.targets / math.log(2)
     return SplitMetrics(loss, perplexity(loss), bits / text_bytes)
+
+
+def perplexity(loss: float) -> float:
+    """e^loss, limited to what a float can hold."""
+    return math.exp(min(loss, 700.0))

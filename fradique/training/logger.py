@@ -1,4 +1,6 @@
-"""What a run tells: metrics.jsonl, a progress bar, log lines, and wandb where it is asked for."""
+"""Console, metrics.jsonl and Weights & Biases: where a run reports to."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -14,94 +16,119 @@ from tqdm import tqdm
 from fradique.checkpointing.metrics_file import METRICS_FILE, SAMPLE_HEADER, SAMPLES_FILE, WANDB_ID_FILE
 from fradique.io import files
 
+REFRESH_SECONDS = 1.0  # between two updates of the progress bar
+
 
 class RunLogger:
-    """The voice of a run: silent on ranks that do not `speak`; without a `folder` it writes no file.
+    """Console and JSONL logger; silent on ranks other than 0, and without files if `folder` is None.
 
-    On a terminal a bar shows loss, speed and time left; elsewhere (a file, a scheduler's log) lines do.
+    On a terminal a progress bar shows loss, speed and time; elsewhere (a file, a scheduler's log) there is a
+    line for each training record.
     """
 
     def __init__(
         self,
         folder: Path | None,
         *,
-        speak: bool,
+        enabled: bool,
         total: float,
         unit: str,
         start: float = 0,
         wandb: dict[str, Any] | None = None,
     ) -> None:
-        self.speak, self.folder = speak, folder
-        self.warned: set[str] = set()
-        self.broken = False  # nobody reads the output any more
-        self.wandb = start_wandb(folder, **wandb) if wandb and folder and speak else None
-        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8") if folder and speak else None
-        on_terminal = speak and sys.stderr.isatty()
-        self.bar = (
-            tqdm(total=total, initial=start, unit=unit, bar_format=_bar_format(unit), **_width())
-            if on_terminal
-            else None
-        )
+        """`total` and `start`: of the progress bar, in `unit`: "step" or "s"."""
+        self.enabled, self.folder = enabled, folder
+        self.output_closed = False  # stdout or stderr is a closed pipe
+        self._shown_warnings: set[str] = set()
+        self._bar_updated = time.monotonic()
+        writes = enabled and folder is not None
+        self.wandb = start_wandb(folder, **wandb) if wandb and writes else None
+        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8") if writes else None
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total, initial=start, unit=unit, bar_format=_bar_format(unit), **_terminal_size()
+            )
 
-    def say(self, text: str) -> None:
-        if self.speak:
-            with self._unheard(sys.stdout):
+    def info(self, text: str) -> None:
+        """Print a line to stdout, above the progress bar."""
+        if self.enabled:
+            with self._survive_closed_output(sys.stdout):
                 tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        if self.speak:
-            with self._unheard(sys.stderr):
+        """Print a warning to stderr."""
+        if self.enabled:
+            with self._survive_closed_output(sys.stderr):
                 tqdm.write(f"warning: {text}", file=sys.stderr)
 
+    def warn_once(self, text: str) -> None:
+        """Print a warning unless this logger has printed it already."""
+        if text not in self._shown_warnings:
+            self._shown_warnings.add(text)
+            self.warn(text)
+
     @contextmanager
-    def _unheard(self, stream: TextIO) -> Iterator[None]:
-        """A terminal that was closed, or a full disk behind the output, is no reason to lose a run."""
+    def _survive_closed_output(self, stream: TextIO) -> Iterator[None]:
+        """A closed terminal, or a full disk behind the output, must not end the run: drop the output."""
         try:
             yield
         except OSError as error:
-            self.broken |= isinstance(error, BrokenPipeError)
-            with suppress(OSError, ValueError):  # a stand-in for a stream has no number
-                number = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(number, stream.fileno())
-                os.close(number)
+            self.output_closed |= isinstance(error, BrokenPipeError)
+            with suppress(OSError, ValueError):  # streams that are not files have no descriptor
+                devnull = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(devnull, stream.fileno())
+                os.close(devnull)
 
     def move(self, folder: Path) -> None:
-        """Go on in another folder: the run's own was moved, or is a new one."""
+        """Write to another folder from now on: the run folder was moved, or created again."""
         if self.folder is not None:
             self.folder = folder
         if self.file is not None:
             self.file.close()
             self.file = (folder / METRICS_FILE).open("a", encoding="utf-8")
 
-    def warn_once(self, text: str) -> None:
-        if text not in self.warned:
-            self.warned.add(text)
-            self.warn(text)
-
     def write(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same to wandb."""
-        if not self.speak:
+        """Append a line to metrics.jsonl and log it to wandb."""
+        if not self.enabled:
             return
         try:
             if self.file is not None:
                 self.file.write(json.dumps(record, allow_nan=False) + "\n")
                 self.file.flush()
-        except OSError as error:  # a full disk: losing lines is better than losing the run
+        except OSError as error:  # a full disk: better to lose lines than the run
             self.warn_once(f"{METRICS_FILE} cannot be written: {error}")
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
 
-    def progress(self, place: float, record: dict[str, Any]) -> None:
-        """Move the bar to `place` (steps or seconds) and show the loss and speed of a training record."""
+    def show_record(self, position: float, record: dict[str, Any]) -> None:
+        """Show the loss and speed of a training record; `position` is that of the bar, in its unit."""
         if self.bar is None:
-            self.say(_line(record))
+            self.info(_format_record(record))
             return
-        with self._unheard(sys.stderr):
-            self.bar.n = min(place, self.bar.total)
-            self.bar.set_postfix_str(_speed(record))
+        with self._survive_closed_output(sys.stderr):
+            self.bar.set_postfix_str(_format_speed(record), refresh=False)
+        self._move_bar(position)
+
+    def advance(self, position: float) -> None:
+        """Move the progress bar, at most once in REFRESH_SECONDS: cheap enough for every step."""
+        if self.bar is not None and time.monotonic() - self._bar_updated >= REFRESH_SECONDS:
+            self._move_bar(position)
+
+    def finish_bar(self) -> None:
+        """Show the progress bar at 100%."""
+        if self.bar is not None:
+            self._move_bar(self.bar.total)
+
+    def _move_bar(self, position: float) -> None:
+        self._bar_updated = time.monotonic()
+        with self._survive_closed_output(sys.stderr):
+            self.bar.n = min(position, self.bar.total)
+            self.bar.refresh()
 
     def sample(self, step: int, text: str) -> None:
-        if not self.speak or self.folder is None:
+        """Append a generated text to samples.txt."""
+        if not self.enabled or self.folder is None:
             return
         try:
             with (self.folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
@@ -110,42 +137,48 @@ class RunLogger:
             self.warn_once(f"{SAMPLES_FILE} cannot be written: {error}")
 
     def close(self) -> None:
+        """Close the bar, the file and the wandb run."""
         if self.bar is not None:
-            with self._unheard(sys.stderr):
+            with self._survive_closed_output(sys.stderr):
                 self.bar.close()
         if self.file is not None:
-            with suppress(OSError):  # `write` has warned of a full disk already
+            with suppress(OSError):  # `write` has already warned of a full disk
                 self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
         self.bar = self.file = self.wandb = None
 
 
-def _width() -> dict[str, Any]:
-    """The bar follows the terminal's width; one that does not tell its width gets 80 columns."""
+def _terminal_size() -> dict[str, Any]:
+    """tqdm's options: the width of the terminal; 80 columns if it does not report one."""
     try:
-        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):  # a stand-in for a terminal has no number or no size
-        known = False
-    return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
+        has_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # streams that are not terminals have no descriptor or no size
+        has_size = False
+    return {"dynamic_ncols": True} if has_size else {"ncols": 80, "nrows": 24}
 
 
 def _bar_format(unit: str) -> str:
-    place = "{n:.0f}/{total:.0f} " + unit if unit == "s" else "{n_fmt}/{total_fmt} steps"
-    return "{percentage:3.0f}%|{bar}| " + place + " [{elapsed}<{remaining}{postfix}]"
+    """tqdm's format. With a time budget the position is the clock, and no second clock is shown."""
+    if unit == "s":
+        return "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 
 
-def _speed(record: dict[str, Any]) -> str:
-    loss = f"loss {record['loss']:.3f}" if "loss" in record else "left out"
-    shown = [loss, f"{format_count(record['tokens_per_second'])} tok/s"]
+def _format_speed(record: dict[str, Any]) -> str:
+    """loss 2.500, 12.3k tok/s, MFU 45.1%."""
+    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
+    parts = [loss, f"{format_count(record['tokens_per_second'])} tok/s"]
     if record.get("mfu") is not None:
-        shown.append(f"MFU {record['mfu']:.1%}")
-    return ", ".join(shown)
+        parts.append(f"MFU {record['mfu']:.1%}")
+    return ", ".join(parts)
 
 
-def _line(record: dict[str, Any]) -> str:
+def _format_record(record: dict[str, Any]) -> str:
     milliseconds = 1000 * record["step_seconds"]
-    return f"step {record['step']}: {_speed(record)}, {milliseconds:.1f} ms a step, lr {record['lr']:.2e}"
+    return (
+        f"step {record['step']}: {_format_speed(record)}, {milliseconds:.1f} ms/step, lr {record['lr']:.2e}"
+    )
 
 
 def format_count(number: float) -> str:
@@ -156,8 +189,11 @@ def format_count(number: float) -> str:
     return f"{number:.3g}"
 
 
+# Weights & Biases
+
+
 def check_wandb() -> None:
-    """Raise ValueError where wandb is missing, or would ask for a key where nobody can answer."""
+    """Raise ValueError if wandb is not installed, or would ask for a key when nobody can answer."""
     try:
         import wandb
     except ImportError as error:
@@ -171,7 +207,7 @@ def check_wandb() -> None:
 
 
 def start_wandb(folder: Path, project: str, name: str, config: dict[str, Any]) -> Any:
-    """Begin a wandb run, or go on with the one of this folder. Raises ValueError where wandb cannot start."""
+    """Start a wandb run, or continue the one of this folder. Raises ValueError if wandb cannot start."""
     try:
         import wandb
 
@@ -186,7 +222,7 @@ def start_wandb(folder: Path, project: str, name: str, config: dict[str, Any]) -
 
 
 def _wandb_id(folder: Path) -> str:
-    """A name for the run that is kept in its folder, so that a resumed run goes on in the same chart."""
+    """The run's wandb id, kept in its folder so that a resumed run continues the same chart."""
     path = folder / WANDB_ID_FILE
     if not path.exists():
         files.write_text(path, f"{time.time_ns():x}")

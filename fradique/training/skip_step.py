@@ -1,85 +1,85 @@
-"""Steps that would spoil a run: a loss or gradient that is not finite, or leaps far above the last ones."""
+"""Steps that would damage a run: a loss or gradient norm that is not finite, or far above the last ones.
+
+Such a step stops the run, or is skipped (`--skip_nonfinite`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fradique.training.trainer import LossHistory, Trainer
-
 if TYPE_CHECKING:
-    from fradique.training.trainer import Trainer
-MIN_HISTORY = 32  # of them, before any is called a leap
-MAX_SKIPPED_IN_A_ROW = 100  # skipped steps in a row: the run learns nothing any more
+    from fradique.training.trainer import LossHistory, Trainer
+
+MIN_HISTORY = 32  # steps, before any is called a spike
+MAX_SKIPPED_IN_A_ROW = 100  # after so many the run is not learning any more
 
 
-def find_anomaly(past: LossHistory, loss: float, norm: float, sigmas: float) -> str | None:
-    """What is wrong with a step's loss and the norm of its gradient, as part of a sentence; None where
-    nothing is. `sigmas`: how many standard deviations above the last steps is a leap; 0: leaps may pass."""
+def find_anomaly(history: LossHistory, loss: float, norm: float, sigmas: float) -> str | None:
+    """What is wrong with a step's loss and gradient norm, as part of a sentence; None if nothing is.
+
+    `sigmas`: a value so many standard deviations above the mean of the last steps is a spike; 0: none is.
+    """
     for name, value in (("loss", loss), ("gradient", norm)):
         if not math.isfinite(value):
             return f"the {name} is not finite"
-    for name, value, last in (("loss", loss, past.losses), ("norm of the gradient", norm, past.norms)):
-        if sigmas and len(last) >= MIN_HISTORY and value > (limit := _limit(last, sigmas)):
-            return f"the {name} leaps to {value:.4g}, above {limit:.4g} ({sigmas:g} deviations)"
+    for name, value, last in (("loss", loss, history.losses), ("gradient norm", norm, history.norms)):
+        if sigmas and len(last) >= MIN_HISTORY:
+            limit = fmean(last) + sigmas * pstdev(last)
+            if value > limit:
+                return f"the {name} jumps to {value:.4g}, above {limit:.4g} ({sigmas:g} standard deviations)"
     return None
 
 
-def _limit(last: Sequence[float], sigmas: float) -> float:
-    return fmean(last) + sigmas * pstdev(last)
-
-
 def check_finite(t: Trainer, step: int, loss: float | Tensor, norm: float | Tensor = 0.0) -> None:
-    """Raise ValueError where the loss (or, but for float16, which skips such steps, the gradient) is not
-    finite."""
-    what = None
-    if not math.isfinite(norm) and t.runtime.dtype != torch.float16:
-        what = "gradient"
+    """Raise ValueError if the loss or the gradient norm is not finite.
+
+    With float16 the norm may overflow: the GradScaler skips such a step.
+    """
     if not math.isfinite(loss):
-        what = "loss"
-    if what:
-        raise ValueError(stop_message(t, step, f"the {what} is not finite"))
+        raise ValueError(stop_message(t, step, "the loss is not finite"))
+    if not math.isfinite(norm) and t.runtime.dtype != torch.float16:
+        raise ValueError(stop_message(t, step, "the gradient is not finite"))
 
 
-def stop_message(t: Trainer, step: int, why: str) -> str:
-    """What to say of a step that stops the run."""
+def stop_message(t: Trainer, step: int, reason: str) -> str:
+    """The message for a step that stops the run."""
+    dtype_advice = ", dtype=bfloat16 or float32" if t.runtime.dtype != torch.float32 else ""
     return (
-        f"step {step}: {why}; the run stops here and its checkpoints in {t.settings.out_dir} are good. Try a "
-        "lower learning_rate, more warmup_iters, a smaller grad_clip"
-        + (", dtype=bfloat16 or float32" if t.runtime.dtype != torch.float32 else "")
-        + ", or --skip_nonfinite=True to leave such steps out; go on from the last checkpoint with "
-        "--init_from=resume"
+        f"step {step}: {reason}; the run stops here and its checkpoints in {t.folder} are good. Try a lower "
+        f"learning_rate, more warmup_iters, a smaller grad_clip{dtype_advice}, or --skip_nonfinite=True to "
+        "skip such steps; continue from the last checkpoint with --init_from=resume"
     )
 
 
 def accept_step(t: Trainer, loss: Tensor, norm: Tensor) -> bool:
-    """Whether a step may be taken; False for one that is to be left out.
+    """Whether to apply the update of a step; False to skip it.
 
-    Raises ValueError for one that has to stop the run. A card is not waited for where nothing is to be left
-    out: the log looks at its losses.
+    Raises ValueError if the step has to stop the run. On CUDA, unless steps may be skipped, the values are
+    only checked when they are logged: looking at them earlier would wait for the GPU at every step.
     """
-    s, past, step = t.settings, t.state.past, t.state.step + 1
-    if not (s.skip_nonfinite or s.spike_sigmas):
+    settings, history, step = t.settings, t.state.past, t.state.step + 1
+    if not (settings.skip_nonfinite or settings.spike_sigmas):
         if t.runtime.device.type != "cuda":
             check_finite(t, step, loss, norm)
         return True
-    (loss,) = t.runtime.sum(loss.item() / t.runtime.world)  # not finite anywhere: not finite for all
+    (loss,) = t.runtime.sum(loss.item() / t.runtime.world)  # not finite on one rank: not finite on all
     norm = norm.item()
     if t.scaler.is_enabled() and not math.isfinite(norm):
-        return True  # float16's overflow, of which the scaler takes care
-    why = find_anomaly(past, loss, norm, s.spike_sigmas)
-    if why is None:
-        past.remember(loss, norm) if s.spike_sigmas else past.forgive()
+        return True  # overflow in float16: the GradScaler skips the update
+    anomaly = find_anomaly(history, loss, norm, settings.spike_sigmas)
+    if anomaly is None:
+        history.remember(loss, norm) if settings.spike_sigmas else history.accept()
         return True
-    if not s.skip_nonfinite:
-        raise ValueError(stop_message(t, step, why))
-    past.skip()
-    if past.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        raise ValueError(stop_message(t, step, f"{why}, and {past.in_a_row} steps in a row were left out"))
-    t.log.warn(f"step {step}: {why}; it is left out, as {past.skipped - 1} before it")
+    if not settings.skip_nonfinite:
+        raise ValueError(stop_message(t, step, anomaly))
+    history.skip()
+    if history.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        reason = f"{anomaly}, and {history.in_a_row} steps in a row were skipped"
+        raise ValueError(stop_message(t, step, reason))
+    t.log.warn(f"step {step}: {anomaly}; step skipped ({history.skipped - 1} skipped so far)")
     return False

@@ -123,7 +123,7 @@ def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
         (["--head=7"], "--head=7: this model has 2 heads, 0 to 1"),
         (["--start=日本"], "is not among the"),
         (["--start=amor amor amor amor"], "has 19 tokens and the model reads 16: shorten --start"),
-        ([f"--out_dir={tmp_path / 'nowhere'}"], "holds no run"),
+        ([f"--out_dir={tmp_path / 'nowhere'}"], "no trained model in"),
     ):
         refused = run_lab("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *words)
         assert refused.returncode == 2 and message in refused.stderr, refused.stderr

@@ -189,7 +189,7 @@ def test_the_command_writes_film_and_arrays(settings, how):
 
 def test_what_a_film_lacks_is_told(settings, tmp_path):
     done = run_lab("lab.movie", f"--out_dir={tmp_path / 'nothing'}")
-    assert done.returncode == 2 and "holds no run" in done.stderr
+    assert done.returncode == 2 and "no trained model in" in done.stderr
     run_training(settings)
     done = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
     assert done.returncode == 2 and "train with --snapshot_interval=50" in done.stderr

@@ -62,7 +62,7 @@ def test_what_a_run_lacks_is_told_in_its_place(settings):
 
 def test_a_report_of_no_run_is_refused(settings, tmp_path):
     done = run_lab("lab.report", f"--out_dir={tmp_path / 'nothing'}")
-    assert done.returncode == 2 and "holds no run" in done.stderr
+    assert done.returncode == 2 and "no trained model in" in done.stderr
     done = run_lab("lab.report", "--init_from=gpt2")
     assert done.returncode == 2 and "a report is of a run" in done.stderr
 

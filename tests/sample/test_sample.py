@@ -156,7 +156,7 @@ def test_bad_input_gets_one_message_and_status_2(run_folder, words, message):
 def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path):
     done = run_script("sample.py", "--out_dir=out/eca-chr", cwd=tmp_path)
     assert done.returncode == 2
-    assert "out/eca-chr holds no run" in done.stderr and "hub" not in done.stderr
+    assert "no trained model in out/eca-chr/" in done.stderr and "hub" not in done.stderr
 
 
 def test_a_folder_without_a_run_gets_a_message(tmp_path):

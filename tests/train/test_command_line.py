@@ -46,7 +46,7 @@ def test_a_width_that_the_heads_cannot_share_is_refused_with_one_that_they_can(s
 
 def test_contradictions_are_told(settings):
     assert "min_lr = 1.0 is above learning_rate" in refused(settings, "--min_lr=1.0")
-    assert "no length of time" in refused(settings, "--time_budget=soon")
+    assert "not a duration" in refused(settings, "--time_budget=soon")
     assert any(
         "give one of the two" in text
         for text in replace(settings, overwrite=True, init_from="resume").problems()
@@ -129,7 +129,7 @@ def test_overwrite_deletes_only_what_a_run_wrote(settings):
 
 
 def test_resuming_nothing_is_refused(settings):
-    assert "holds no run to go on with" in refused(replace(settings, init_from="resume"))
+    assert "no trained model in" in refused(replace(settings, init_from="resume"))
 
 
 def test_resuming_with_another_shape_names_the_tensors(settings):

@@ -15,7 +15,7 @@ import train
 from configurator import resolve
 from fradique.checkpointing import checkpoint
 from fradique.pretrained import __main__, loader
-from fradique.training import setup
+from fradique.training import evaluation, model_setup, setup
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": "relu2", "optimizer": "muon"}
 ODD = {"norm_place": "deepnorm", "position": "relative", "activation": "geglu", "n_kv_head": 1, "bias": True}
@@ -103,7 +103,7 @@ def test_a_run_goes_on_from_exported_weights(settings, base, tmp_path):
     both = []
     for source in (base, str(tmp_path / "hf")):
         t = setup.setup_training(replace(settings, init_from=source, eval_only=True))
-        both.append(train.fixed_losses(t))
+        both.append({name: split.loss for name, split in evaluation.estimate_loss(t).items()})
         t.close()
     assert both[0] == pytest.approx(both[1], abs=1e-6)
 
@@ -117,7 +117,7 @@ def test_the_block_may_be_cropped_and_dropout_set_on_given_weights(settings, bas
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--lora_rank=4"], "lora_rank = 4 adapts weights that are there, and init_from=scratch has none"),
+        (["--lora_rank=4"], "lora_rank = 4 adapts existing weights, and init_from=scratch has none"),
         (["--freeze=wtf"], "freeze: 'wtf' names nothing of this model; it has wte, wpe, ln_f, h.0-1"),
         (["--freeze=wte,wpe,h,ln_f"], "every parameter is frozen: there is nothing to train"),
         (["--prefix_len=16"], "leaves nothing of block_size = 16 to predict"),
@@ -152,7 +152,7 @@ def test_every_architecture_file_goes_behind_a_training_config(name):
     files = [str(ROOT / f"config/{path}.py") for path in ("train_eca_char", f"arch/{name}")]
     settings = resolve(train.TrainSettings, files).settings
     assert settings.dataset == "eca_char" and settings.n_embd == 128
-    assert setup.model_config(settings, 100).problems() == []
+    assert model_setup.model_config(settings, 100).problems() == []
 
 
 @pytest.mark.parametrize("changes", [{"position": "none"}, {"n_head": 4}, {"activation": "relu"}])
@@ -180,7 +180,7 @@ def test_weights_without_a_known_tokenizer_come_with_a_warning(settings, base, t
     assert __main__.main(["export", f"--out_dir={base}", f"--to={tmp_path / 'hf'}"]) == 0
     (tmp_path / "hf" / "fradique_tokenizer.json").unlink()
     setup.setup_training(replace(settings, init_from=str(tmp_path / "hf"))).close()
-    assert "comes without a tokenizer that this program knows" in capsys.readouterr().err
+    assert "has no tokenizer that this program knows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -255,7 +255,7 @@ def test_a_signal_saves_and_exits_with_its_status(settings, number, status):
             break
     said = process.communicate(timeout=60)[0]
     assert process.returncode == status
-    assert re.search(r"SIG(TERM|INT): saved step \d+; go on with: python train.py --init_from=resume", said)
+    assert re.search(r"SIG(TERM|INT): saved step \d+; continue with: python train.py --init_from=resume", said)
     step = int(re.search(r"saved step (\d+)", said).group(1))
     assert (
         checkpoint.read_checkpoint(checkpoint.step_folder(Path(settings.out_dir), step)).state["step"] == step
@@ -355,8 +355,8 @@ def test_the_final_figures_are_those_of_the_whole_split(settings):
 
 def test_evaluations_of_the_same_weights_are_equal(settings):
     t = setup.setup_training(replace(settings, eval_only=True))
-    assert train.fixed_losses(t) == train.fixed_losses(t)
-    assert train.whole_validation(t) == train.whole_validation(t)
+    assert evaluation.estimate_loss(t) == evaluation.estimate_loss(t)
+    assert evaluation.evaluate_val_split(t) == evaluation.evaluate_val_split(t)
     assert t.model.training
 
 
@@ -737,9 +737,9 @@ def test_ranks_agree_on_whether_time_is_up(settings):
             return [value if value != 0.25 else 7200.0 for value in values]
 
     t.runtime = Slower(t.runtime.device, t.runtime.dtype, compile=False)
-    t.pace.last_step = 0.25
-    assert train.finished(t)
-    assert asked and t.pace.last_step == 7200.0
+    t.budget.step_seconds = 0.25
+    assert train.is_finished(t)
+    assert asked and t.budget.step_seconds == 7200.0
 
 
 def test_a_budget_that_evaluations_alone_would_fill_is_half_used_for_training(settings, clock, capsys):
@@ -756,7 +756,8 @@ def test_an_evaluation_is_the_same_however_many_windows_are_taken_at_once(settin
     found = []
     for tokens in (4096, 64, 1):
         monkeypatch.setattr(device, "CPU_MAX_TOKENS", tokens)
-        found.append([*train.fixed_losses(t).values(), train.whole_validation(t).loss])
+        estimates = [split.loss for split in evaluation.estimate_loss(t).values()]
+        found.append([*estimates, evaluation.evaluate_val_split(t).loss])
     t.close()
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6)

@@ -55,7 +55,7 @@ def test_no_more_than_a_part_of_the_time_goes_into_trying():
 def test_a_small_corpus_gets_no_model_that_learns_it_by_heart():
     changes, (said,) = autoconfig.choose_preset(600.0, {}, Machine(*[1e-4] * 7, corpus=500_000))
     assert changes["n_embd"] == PRESETS[2].n_embd
-    assert "would learn so small a corpus by heart" in said
+    assert "would memorize so small a corpus" in said
 
 
 def test_a_size_that_cannot_be_trained_ends_the_climb_with_its_reason():
@@ -116,7 +116,7 @@ def test_the_schedule_fits_the_steps_that_there_is_time_for():
     ],
 )
 def test_dropout_comes_with_epochs(tokens, corpus, expected):
-    assert Throughput(1, int(corpus), int(tokens), 1.0, 0.0).dropout(1.0) == expected
+    assert Throughput(1, int(corpus), int(tokens), 1.0, 0.0).by_epochs(autoconfig.DROPOUT_BY_EPOCHS, 1.0) == expected
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_the_ladder_climbs():
 def test_it_decides_as_the_runs_did(smaller, larger, better):
     def left(size):
         parameters, tokens = (1000 * number for number in size)
-        return Throughput(parameters, 10**9, 1, 1.0, 0.0).left_to_learn(tokens)
+        return Throughput(parameters, 10**9, 1, 1.0, 0.0).reducible_loss(tokens)
 
     assert (left(larger) < left(smaller)) == better
 
@@ -204,5 +204,5 @@ def test_what_contradicts_auto_is_told_before_anything_is_tried(tmp_path):
 
 def test_auto_without_a_time_is_refused(tmp_path):
     done = run_script("train.py", "config/auto.py", "--time_budget=", f"--out_dir={tmp_path / 'run'}")
-    assert done.returncode == 2 and "auto chooses for a time: give --time_budget=5m" in done.stderr
+    assert done.returncode == 2 and "auto needs to know how much time there is: add --time_budget=5m" in done.stderr
     assert not Path(tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from fradique.training import logger, time_budget
 
 
 def log(folder, **changes):
-    options = {"speak": True, "total": 10, "unit": "step"} | changes
+    options = {"enabled": True, "total": 10, "unit": "step"} | changes
     return logger.RunLogger(folder, **options)
 
 
@@ -50,8 +50,8 @@ def test_rewinding_an_empty_folder_is_no_error(tmp_path):
 
 
 def test_other_ranks_are_silent_and_write_nothing(tmp_path, capsys):
-    quiet = log(tmp_path, speak=False)
-    quiet.say("hello")
+    quiet = log(tmp_path, enabled=False)
+    quiet.info("hello")
     quiet.warn("beware")
     quiet.write(RECORD)
     quiet.sample(1, "text")
@@ -61,9 +61,9 @@ def test_other_ranks_are_silent_and_write_nothing(tmp_path, capsys):
 
 def test_without_a_terminal_progress_is_lines(tmp_path, capsys):
     plain = log(tmp_path)
-    plain.progress(3, RECORD)
+    plain.show_record(3, RECORD)
     plain.close()
-    assert capsys.readouterr().out == "step 3: loss 2.500, 12.3k tok/s, 10.0 ms a step, lr 1.00e-03\n"
+    assert capsys.readouterr().out == "step 3: loss 2.500, 12.3k tok/s, 10.0 ms/step, lr 1.00e-03\n"
 
 
 def test_on_a_terminal_progress_is_a_bar_with_loss_speed_mfu_and_time(tmp_path, monkeypatch, capsys):
@@ -74,7 +74,7 @@ def test_on_a_terminal_progress_is_a_bar_with_loss_speed_mfu_and_time(tmp_path, 
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     shown = log(tmp_path)
-    shown.progress(3, RECORD | {"mfu": 0.451})
+    shown.show_record(3, RECORD | {"mfu": 0.451})
     shown.bar.refresh()
     shown.close()
     assert "3/10 steps" in screen.getvalue()
@@ -109,7 +109,7 @@ def test_no_length_of_time_is_none():
 
 @pytest.mark.parametrize("text", ["soon", "0", "0s", "-5m", "10 m", "5d", "m", "1m1h", "nan", "inf"])
 def test_what_is_no_length_of_time_is_refused(text):
-    with pytest.raises(ValueError, match="is no length of time: write 90s, 10m or 1h30m"):
+    with pytest.raises(ValueError, match="is not a duration: write 90s, 10m or 1h30m"):
         time_budget.parse_duration(text)
 
 
@@ -129,34 +129,35 @@ def test_numbers_and_durations_are_short_to_read():
 def test_pace_counts_all_time_but_speed_without_what_is_aside(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logger.time, "monotonic", lambda: now[0])
-    pace = time_budget.TimeBudget(started=90.0, earlier=5.0, budget=60.0)
-    assert pace.elapsed() == 15.0
-    pace.mark(0)
+    budget = time_budget.TimeBudget(started=90.0, limit=60.0)
+    budget.resume(5.0, 0.0, 0.0)
+    assert budget.elapsed() == 15.0
+    budget.mark(0)
     now[0] += 4.0
-    with pace.aside():
+    with budget.pause():
         now[0] += 10.0
-    assert pace.step_seconds(8) == pytest.approx(0.5)
+    assert budget.seconds_per_step(8) == pytest.approx(0.5)
     now[0] += 1.0
-    assert pace.step_seconds(9) == pytest.approx(1.0)
-    assert pace.elapsed() == 30.0
+    assert budget.seconds_per_step(9) == pytest.approx(1.0)
+    assert budget.elapsed() == 30.0
 
 
 def test_a_closing_longer_than_half_of_the_time_leaves_half_of_it_for_training():
     """It may have been foretold on a busy machine, or comes late in any case."""
-    pace = time_budget.TimeBudget(started=0.0, earlier=0.0, budget=60.0)
-    pace.begun, pace.closing, pace.now = 20.0, 300.0, 39.0
-    assert not pace.time_is_up() and pace.too_short and pace.ends == 40.0
-    pace.now = 40.0
-    assert pace.time_is_up()
+    budget = time_budget.TimeBudget(started=0.0, limit=60.0)
+    budget.training_began, budget.finish_seconds, budget.now = 20.0, 300.0, 39.0
+    assert not budget.is_over() and budget.too_short and budget.training_ends == 40.0
+    budget.now = 40.0
+    assert budget.is_over()
 
 
 def test_time_is_up_when_no_more_than_the_closing_is_left():
-    pace = time_budget.TimeBudget(started=0.0, earlier=0.0, budget=60.0)
-    pace.now, pace.closing = 50.0, 9.0
-    assert not pace.time_is_up()
-    pace.closing = 10.0
-    assert pace.time_is_up()
-    assert not time_budget.TimeBudget(0.0, 0.0, None).time_is_up()
+    budget = time_budget.TimeBudget(started=0.0, limit=60.0)
+    budget.now, budget.finish_seconds = 50.0, 9.0
+    assert not budget.is_over()
+    budget.finish_seconds = 10.0
+    assert budget.is_over()
+    assert not time_budget.TimeBudget(0.0).is_over()
 
 
 def test_metrics_are_json_that_any_reader_takes(tmp_path):

@@ -34,8 +34,8 @@ def test_a_leap_is_measured_against_the_last_steps():
     assert past.losses == last and len(past.norms) == 128
     limit = statistics.mean(last) + 5 * statistics.pstdev(last)
     assert skip_step.find_anomaly(past, limit - 1e-6, 1.3, 5) is None
-    assert skip_step.find_anomaly(past, limit + 1e-6, 1.3, 5).startswith("the loss leaps to")
-    assert skip_step.find_anomaly(past, 3.0, 99.0, 5).startswith("the norm of the gradient leaps to 99")
+    assert skip_step.find_anomaly(past, limit + 1e-6, 1.3, 5).startswith("the loss jumps to")
+    assert skip_step.find_anomaly(past, 3.0, 99.0, 5).startswith("the gradient norm jumps to 99")
     assert skip_step.find_anomaly(past, 1e9, 1e9, 0) is None
 
 
@@ -89,8 +89,8 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_logged(settings, mon
     assert [r.get("skipped", 0) for r in records] == [0] * 2 + [1] * 5 + [2] * 13
     assert all(torch.isfinite(p).all() for p in t.model.parameters())
     said = capsys.readouterr()
-    assert "step 3: the loss is not finite; it is left out, as 0 before it" in said.err
-    assert "step 8" in said.err and "as 1 before it" in said.err
+    assert "step 3: the loss is not finite; step skipped (0 skipped so far)" in said.err
+    assert "step 8" in said.err and "(1 skipped so far)" in said.err
     for line in (Path(settings.out_dir) / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # no NaN or Infinity, which are no JSON
 
@@ -110,7 +110,7 @@ def test_a_step_that_is_left_out_changes_nothing(settings, monkeypatch):
 def test_a_run_that_learns_nothing_any_more_stops(settings, monkeypatch):
     monkeypatch.setattr(skip_step, "MAX_SKIPPED_IN_A_ROW", 4)
     poison(monkeypatch, dict.fromkeys(range(6, 100), math.nan))
-    with pytest.raises(ValueError, match=r"step 9: .*4 steps in a row were left out"):
+    with pytest.raises(ValueError, match=r"step 9: .*4 steps in a row were skipped"):
         run_training(replace(settings, skip_nonfinite=True))
 
 
@@ -118,7 +118,7 @@ def test_a_spike_is_left_out_or_stops_the_run(settings, monkeypatch):
     """The same poison: a hundredfold loss, after enough steps to know better."""
     long = replace(settings, max_iters=40, eval_interval=100, spike_sigmas=8.0, dropout=0.0)
     poison(monkeypatch, {38: 100.0})
-    with pytest.raises(ValueError, match="step 38: the loss leaps to"):
+    with pytest.raises(ValueError, match="step 38: the loss jumps to"):
         run_training(long)
     monkeypatch.undo()
     poison(monkeypatch, {38: 100.0})

@@ -1,0 +1,211 @@
+"""The model of a training run: from scratch, from pretrained weights, or from the run's last checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fradique.checkpointing import checkpoint as checkpoints
+from fradique.checkpointing import run_folder
+from fradique.data.dataset import Corpus
+from fradique.distributed import process_group
+from fradique.nn import lora
+from fradique.optim import optimizer
+from fradique.pretrained import hf_config, loader
+from fradique.runtime import memory_limits
+from fradique.runtime.device import Runtime
+from fradique.runtime.memory_estimate import MemoryPlan
+from fradique.tokenizer.tokenizer import Tokenizer
+from model import GPT, GPTConfig
+
+if TYPE_CHECKING:
+    from train import TrainSettings
+
+VOCAB_MULTIPLE = 64  # GPUs multiply faster if the vocabulary is a multiple of this
+FREE_TO_CHANGE = ("dropout", "flash")  # of a resumed run: they change no weight
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the model comes from."""
+
+    config: GPTConfig
+    settings: dict[str, Any] = field(default_factory=dict)  # to change: the true shape of pretrained weights
+    checkpoint: checkpoints.Checkpoint | None = None  # of a resumed run
+    weights: loader.PretrainedWeights | None = None
+
+
+def model_config(settings: TrainSettings, vocab_size: int) -> GPTConfig:
+    """The shape that the settings describe."""
+    shape = {name: getattr(settings, name) for name in GPTConfig.names() if hasattr(settings, name)}
+    return GPTConfig(vocab_size=vocab_size, **shape)
+
+
+def padded_vocab_size(tokenizer: Tokenizer) -> int:
+    """The model's vocabulary size: padded to VOCAB_MULTIPLE unless tokens are characters."""
+    size = tokenizer.vocab_size
+    return size if tokenizer.kind == "char" else -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def find_model(settings: TrainSettings, corpus: Corpus) -> ModelSource:
+    """Read what init_from names. Raises ValueError if it does not fit the settings or the corpus."""
+    if settings.init_from == "resume":
+        return _last_checkpoint(settings, corpus)
+    if settings.init_from == "scratch":
+        return ModelSource(model_config(settings, padded_vocab_size(corpus.tokenizer)))
+    return _pretrained(settings, corpus)
+
+
+def _last_checkpoint(settings: TrainSettings, corpus: Corpus) -> ModelSource:
+    """The newest complete checkpoint in out_dir; of a sharded run without its tensors."""
+    folder = Path(settings.out_dir)
+    run_folder.check_tokenizer(folder, corpus.tokenizer, corpus.folder)
+    newest = process_group.broadcast_from_rank0(
+        lambda: checkpoints.newest_checkpoint(folder, _print_warning, run_folder.run_id(folder))
+    )
+    if _will_be_sharded(settings):
+        checkpoint = checkpoints.read_checkpoint_metadata(newest)
+        tensors = checkpoints.read_shapes(newest / "model.safetensors")
+    else:
+        checkpoint = checkpoints.read_checkpoint(newest, verified=True)
+        tensors = checkpoint.model
+    saved_config = {name: value for name, value in checkpoint.config.items() if name != lora.LORA_ALPHA}
+    hf_config.check_model_config(saved_config, tensors, str(newest / "model.json"))
+    config = model_config(settings, checkpoint.config["vocab_size"])
+    return ModelSource(config, checkpoint=checkpoint)
+
+
+def _pretrained(settings: TrainSettings, corpus: Corpus) -> ModelSource:
+    """Weights of another run, of Hugging Face's or nanoGPT's; their shape replaces that of the settings."""
+    weights = loader.load_weights(settings.init_from)
+    config = GPTConfig(**weights.config | {"dropout": settings.dropout, "flash": settings.flash})
+    loader.check_tokenizer_matches(weights, corpus.tokenizer, corpus.folder)
+    if weights.tokenizer is None:
+        _print_warning(
+            f"{weights.source} has no tokenizer that this program knows, so it cannot be checked whether the "
+            f"tokens of {corpus.folder} are those of the model"
+        )
+    if settings.block_size > config.block_size:
+        raise ValueError(
+            f"block_size = {settings.block_size} is longer than the {config.block_size} positions of "
+            f"{weights.source}: choose --block_size={config.block_size} or less"
+        )
+    shape = {name: value for name, value in asdict(config).items() if hasattr(settings, name)}
+    shape["block_size"] = settings.block_size
+    return ModelSource(config, settings=shape, weights=weights)
+
+
+def build_model(settings: TrainSettings, source: ModelSource, runtime: Runtime) -> GPT:
+    """The model in memory, with LoRA or frozen layers, and a warning if the run may not fit into memory.
+
+    Of a sharded run that is resumed the weights come later, by `read_shards`.
+    """
+    torch.manual_seed(settings.seed)
+    if source.checkpoint is not None:
+        model = _resumed_model(settings, source, runtime)
+    elif source.weights is not None:
+        with torch.device("meta"):  # no memory yet: the loaded tensors become the parameters
+            model = GPT(source.config)
+        checkpoints.assign_parameters(model, source.weights.tensors, source.weights.source)
+        if settings.block_size < model.config.block_size:
+            model.crop_block_size(settings.block_size)
+        select_trainable(model, settings)
+        warn_if_too_large(settings, model.config, runtime, lora.count_trainable(model))
+    else:
+        warn_if_too_large(settings, source.config, runtime)
+        model = GPT(source.config)
+        select_trainable(model, settings)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    return model
+
+
+def _resumed_model(settings: TrainSettings, source: ModelSource, runtime: Runtime) -> GPT:
+    with torch.device("cpu" if runtime.sharded else "meta"):
+        model = GPT(source.config)
+        select_trainable(model, settings)
+    warn_if_too_large(settings, source.config, runtime, lora.count_trainable(model))
+    if not runtime.sharded:
+        checkpoints.assign_parameters(model, source.checkpoint.model, str(source.checkpoint.folder))
+    _check_same_model(source, Path(settings.out_dir))
+    return model
+
+
+def read_shards(
+    checkpoint: checkpoints.Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> checkpoints.Checkpoint:
+    """Read this rank's shards of the weights into a sharded model; return the checkpoint with its shards of
+    the optimizer state, for `optimizer.load_state_by_name`."""
+    from fradique.distributed import fsdp
+
+    folder = checkpoint.folder
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    checkpoints.check_tensors_match(
+        weights, checkpoints.read_shapes(folder / "model.safetensors"), str(folder)
+    )
+    state = optimizer.empty_state(optimizers, checkpoints.read_shapes(folder / "optimizer.safetensors"))
+    fsdp.read_safetensors(folder, weights | state)
+    return replace(checkpoint, optimizer=state)
+
+
+def select_trainable(model: nn.Module, settings: TrainSettings) -> None:
+    """Add LoRA to frozen weights, or freeze some layers, as the settings say."""
+    if settings.lora_rank:
+        lora.add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+    if settings.freeze:
+        lora.freeze(model, settings.freeze)
+
+
+def warn_if_too_large(
+    settings: TrainSettings, config: GPTConfig, runtime: Runtime, trainable: int | None = None
+) -> None:
+    """Warn if the run will need more memory than there is. `trainable`: parameters; None: all."""
+    warning = memory_limits.check_memory(memory_plan(settings, config, runtime, trainable), runtime.device)
+    if warning and runtime.is_main:
+        _print_warning(warning)
+
+
+def memory_plan(
+    settings: TrainSettings, config: GPTConfig, runtime: Runtime, trainable: int | None = None
+) -> MemoryPlan:
+    """What the memory of a run depends on. `trainable`: how many parameters are trained; None: all."""
+    return MemoryPlan(
+        shape=config,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        device=runtime.device.type,
+        dtype=str(runtime.dtype).removeprefix("torch."),
+        optimizer=settings.optimizer,
+        parallel=settings.parallel,
+        world=runtime.world,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        trained=trainable,
+    )
+
+
+def _will_be_sharded(settings: TrainSettings) -> bool:
+    return settings.parallel == "fsdp" and process_group.rank_info()[2] > 1
+
+
+def _check_same_model(source: ModelSource, folder: Path) -> None:
+    """Raise ValueError if the resumed run would continue as another model: many settings change no tensor."""
+    config, saved = source.config, source.checkpoint.config
+    before = {f.name: saved.get(f.name, f.default) for f in fields(config) if f.name not in FREE_TO_CHANGE}
+    changed = [
+        f"{name} was {value!r} and is {getattr(config, name)!r} now"
+        for name, value in before.items()
+        if getattr(config, name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {folder} cannot continue as another model: {'; '.join(changed)}. Leave these as "
+            f"they were, or start a new run with --init_from={folder}"
+        )
+
+
+def _print_warning(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

@@ -1,0 +1,178 @@
+"""The command: exit status, error messages, --debug, --help, --print_settings and resumed runs."""
+
+IMPORTS
+
+
+SCRIPT = """
+import os, sys
+from dataclasses import dataclass
+from configurator import command, setting
+
+@dataclass(frozen=True)
+class Settings:
+    '''python toy.py: a toy'''
+    mode: str = setting("show", "what to do", group="toy")
+    n_layer: int = setting(12, "blocks", lo=1)
+    DEBUG_FIELD
+
+def main(resolved):
+    settings = resolved.settings
+    if settings.mode == "show":
+        print(settings.n_layer, resolved.sources["n_layer"])
+    if settings.mode == "value":
+        raise ValueError("the corpus is missing")
+    if settings.mode == "empty":
+        raise ValueError
+    if settings.mode == "os":
+        open("not/there.txt")
+    if settings.mode == "bug":
+        raise KeyError("ours")
+    if settings.mode == "interrupt":
+        raise KeyboardInterrupt
+    if settings.mode == "three":
+        return 3
+    if settings.mode == "lines":
+        for number in range(100000):
+            print(number)
+    if settings.mode == "pipe":
+        raise BrokenPipeError(32, "Broken pipe")
+
+if __name__ == "__main__":
+    sys.exit(command(main, Settings))
+"""
+
+
+@pytest.fixture
+def toy(folder):
+    def run(*argv, debug_field=False):
+        line = 'debug: bool = setting(False, "show the traceback")' if debug_field else ""
+        Path("toy.py").write_text(SCRIPT.replace("DEBUG_FIELD", line), encoding="utf-8")
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "toy.py", *argv], capture_output=True, text=True, env=env)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def in_process(main, *argv, base=None):
+    return command(main, Settings, argv, base=base)
+
+
+HINT = "(--debug=True shows where it was raised)\n"
+
+
+def test_a_command_returns_the_status_of_main(toy):
+    assert toy("--n_layer=4") == (0, "4 --n_layer\n", "")
+    assert toy("--mode=three") == (3, "", "")
+
+
+def test_invalid_settings_give_one_message_and_status_2(toy):
+    message = "error: --n_layers=4: unknown setting 'n_layers' (did you mean 'n_layer'?)\n"
+    assert toy("--n_layers=4") == (2, "", message + HINT)
+
+
+def test_a_mistake_of_the_user_gives_one_message_and_status_2(toy):
+    assert toy("--mode=value") == (2, "", "error: the corpus is missing\n" + HINT)
+    assert toy("--mode=os") == (2, "", "error: not/there.txt: No such file or directory\n" + HINT)
+
+
+@pytest.mark.parametrize("debug_field", [True, False])
+def test_debug_shows_the_traceback(toy, debug_field):
+    for flag in ("--debug", "--debug=True"):
+        status, out, err = toy("--mode=value", flag, debug_field=debug_field)
+        assert (status, out) == (2, "")
+        assert err.startswith("Traceback") and err.endswith("ValueError: the corpus is missing\n")
+        assert HINT not in err
+    assert toy("--mode=value", "--debug=False", debug_field=debug_field)[2].endswith(HINT)
+
+
+def test_debug_in_a_config_file_shows_the_traceback(toy):
+    path = write("x.py", "debug = True\nmode = 'value'\n")
+    assert toy(path, debug_field=True)[2].startswith("Traceback")
+
+
+def test_debug_shows_the_line_of_a_failed_config_file(toy):
+    status, _, err = toy(write("x.py", "n_layer = 1 / 0\n"), "--debug")
+    assert status == 2
+    assert 'File "x.py", line 1' in err and "n_layer = 1 / 0" in err
+
+
+def test_a_bug_keeps_its_traceback(toy):
+    status, _, err = toy("--mode=bug")
+    assert status == 1
+    assert err.startswith("Traceback") and "KeyError: 'ours'" in err
+
+
+def test_an_interrupt_prints_nothing(toy):
+    assert toy("--mode=interrupt") == (130, "", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error on Windows")
+@pytest.mark.parametrize("flags", [["--mode=lines"], ["--help"]])
+def test_a_closed_stdout_is_not_an_error(toy, flags):
+    toy()  # writes the script
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "toy.py", *flags], stdout=writing, stderr=subprocess.PIPE, env=env)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_reported(toy):
+    status, _, err = toy("--mode=pipe")
+    assert status == 2
+    assert "Broken pipe" in err
+
+
+def test_help_works_with_an_invalid_config_file(toy):
+    wrong = write("wrong.py", "n_layer = \n")
+    for flags in (["--help"], ["-h"], [wrong, "--help", "--nothing"]):
+        status, out, err = toy(*flags)
+        assert (status, err) == (0, "")
+        assert out.startswith("python toy.py: a toy") and "--n_layer" in out
+
+
+def test_print_settings_does_not_run_main(toy):
+    path = write("config/x.py", "n_layer = 4\n")
+    for flag in ("--print_settings", "--print-settings", "--print_settings=True"):
+        status, out, err = toy(path, flag, "--mode=value")
+        assert (status, err) == (0, "")
+        assert out == "mode = 'value'  # --mode\nn_layer = 4     # config/x.py\n"
+
+
+def test_print_settings_reports_invalid_settings(toy):
+    status, out, err = toy("--print_settings", "--n_layer=0")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: --n_layer=0: must be at least 1\n")
+
+
+def test_an_error_without_a_message_shows_its_type(toy):
+    assert toy("--mode=empty")[2].startswith("error: ValueError\n")
+
+
+def test_a_command_can_start_from_saved_settings(capsys):
+    saved = {"n_head": 6, "n_embd": 384, "seed": 7}
+
+    def base(settings):
+        return (saved, "out/toy/settings.json") if settings.out_dir == "out/toy" else None
+
+    seen = []
+    # n_embd=390 contradicts the default n_head=12, and goes with the n_head=6 of the saved run
+    argv = ("--out_dir=out/toy", "--n_embd=390")
+    assert in_process(seen.append, *argv, base=base) == 0
+    assert (seen[0].settings.n_head, seen[0].settings.n_embd, seen[0].settings.seed) == (6, 390, 7)
+    assert seen[0].sources["seed"] == "out/toy/settings.json"
+    assert seen[0].explicit == {"out_dir", "n_embd"}
+    assert in_process(seen.append, "--out_dir=out/new", base=base) == 0
+    assert seen[1].sources["seed"] == "default"
+    assert in_process(seen.append, *argv, "--print_settings", base=base) == 0
+    assert "# out/toy/settings.json" in capsys.readouterr().out
+
+
+def test_settings_are_checked_before_the_saved_run_is_read(capsys):
+    def base(settings):
+        raise AssertionError("looked for")
+
+    assert in_process(print, "--n_layer=0", base=base) == 2
+    assert "--n_layer=0: must be at least 1" in capsys.readouterr().err
