@@ -75,7 +75,7 @@ def measure_loading(rounds: int) -> Rates:
         np.random.default_rng(0).integers(50257, size=LOADED_TOKENS).astype("<u2").tofile(path)
         split = dataset.Split([path], "uint16", 50257, None)
         sampler = samplers.Sampler(split, BLOCK_SIZE, BATCH_SIZE, 1, seed=0)
-        tokens = split.shards[0]
+        tokens = split.token_files[0]
 
         def ours() -> None:
             for step in range(BATCHES):

@@ -1,1 +1,1 @@
-"""Commands that look inside a model or a run (python -m lab.curves ...): each computes arrays, then draws them."""
+"""Commands that look inside a model or a run (python -m lab.curves ...): compute arrays, then draw them."""

@@ -1,22 +1,26 @@
-"""What each head looks at: maps of its weights, and all layers as fibres in space.
+"""Attention weights of a prompt: a heat map for each head, and all layers in one 3D view.
 
     python -m lab.attention --out_dir=out/eca-char --start="A figura é poética"
     python -m lab.attention --init_from=gpt2 --start="The cat sat on the mat" --layer=5 --head=1
 
-Writes maps (PNG), maps to point at and a view of all layers to turn with the mouse (HTML). The weights
-are those that the model computes with: its own queries and keys, taken where it takes them.
+Writes heat maps (PNG, and HTML with tooltips) and the 3D view (PNG, and HTML that turns with the mouse).
+The weights are computed from the queries and keys of the model's own forward pass.
 
-Shapes: L layers, H heads, T tokens.
+Shapes: L layers, H heads, T tokens, E edges: (layer, head, query position, key position, weight).
 """
 
+import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import plotly.graph_objects as go
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from torch import Tensor
 
@@ -25,22 +29,31 @@ from fradique.nn import attention as attention_ops
 from lab import common, html_page
 from model import GPT
 
-LABELS, NUMBERS = 48, 14  # tokens: with more, a map has no labels, or no numbers
-FAINT = 0.04  # weights below it are no fibre: there would be too many to see any
-HOW_TO_READ = (
-    "Tokens stand along one axis, heads beside one another, layers above one another. A fibre leads from the "
-    "token that is read, in the layer below, to the token that reads, in the layer above: never from a later "
-    "token to an earlier one. The brighter, the larger its weight. Drag to turn, scroll to come nearer."
+MAX_LABELED, MAX_NUMBERED = (
+    48,
+    14,
+)  # tokens: a heat map of more has no tick labels, or no numbers in its cells
+MAX_LABELED_IN_GRID = 24  # the same for tick labels, if several heads are drawn
+MIN_WEIGHT = 0.04  # edges of smaller weights are not drawn: too many would hide the others
+WEIGHT_BINS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.01)  # on the page, edges of one bin share their line style
+EDGE_COLOR, NODE_COLOR = "#f0a000", "#8a8f98"
+VIEW_3D_HELP = (
+    "One axis has the tokens, one the heads, and the vertical one the layers. A line goes from the token that is "
+    "read, in the layer below, to the token that reads it, in the layer above: never from a later token to an "
+    "earlier one. The brighter the line, the larger the weight. Drag to rotate, scroll to zoom."
 )
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 @dataclass(frozen=True)
-class AttentionSettings(common.LookSettings):
+class AttentionSettings(common.ModelSettings):
     """python -m lab.attention --out_dir=out/<run> --start="A figura é poética" [--layer=0] [--head=0]"""
 
-    start: str = setting("A figura é poética", "the text: itself, FILE:path, or -", group="text")
-    layer: int = setting(-1, "the layer whose heads are drawn, from 0; -1: all", lo=-1, group="picture")
-    head: int = setting(-1, "the head, from 0; -1: all", lo=-1)
+    start: str = setting(
+        "A figura é poética", "prompt: text, FILE:path, or - for standard input", group="text"
+    )
+    layer: int = setting(-1, "draw only this layer, from 0; -1: all layers", lo=-1, group="picture")
+    head: int = setting(-1, "draw only this head, from 0; -1: all heads", lo=-1)
 
 
 # Compute
@@ -48,39 +61,41 @@ class AttentionSettings(common.LookSettings):
 
 @torch.no_grad()
 def attention_weights(model: GPT, ids: Tensor) -> np.ndarray:
-    """The weight of each token in what each token reads: (L, H, T, T), rows (queries) sum to 1.
+    """The attention weights for ids (1, T): (L, H, T, T), [query, key]; the rows sum to 1. Dropout is off.
 
-    ids (1, T). Each layer's attention is asked what it is given, and then does what it always does.
+    Each layer's `attend` is wrapped for one forward pass: it records the weights, then computes as always.
     """
-    found: list[np.ndarray] = []
+    recorded: list[np.ndarray] = []
 
-    def listen(attend):  # noqa: ANN001, ANN202
-        def attend_and_tell(
+    def recording(attend: AttentionFunction) -> AttentionFunction:
+        def attend_and_record(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0
         ) -> Tensor:
-            found.append(softmax_weights(q, k, mask)[0].cpu().numpy())
+            recorded.append(softmax_weights(q, k, mask)[0].cpu().numpy())
             return attend(q, k, v, mask, p)
 
-        return attend_and_tell
+        return attend_and_record
 
-    attentions = [block.attn for block in model.transformer["h"]]
-    before = [attention.attend for attention in attentions]
+    layers = [block.attn for block in model.transformer["h"]]
+    original = [layer.attend for layer in layers]
     training = model.training
     try:
         model.eval()
-        for attention in attentions:
-            attention.attend = listen(attention.attend)
+        for layer in layers:
+            layer.attend = recording(layer.attend)
         model(ids, prefix=ids.size(1))
     finally:
         model.train(training)
-        for attention, attend in zip(attentions, before, strict=True):
-            attention.attend = attend
-    return np.stack(found)
+        for layer, attend in zip(layers, original, strict=True):
+            layer.attend = attend
+    return np.stack(recorded)
 
 
 def softmax_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √D + mask), float32: (B, H, T, S). q (B, H, T, D), k (B, H or fewer, S, D); mask as in
-    `kernels.attention`."""
+    """softmax(q kᵀ / √D + mask), float32: (B, H, T, S).
+
+    q (B, H, T, D); k (B, H or fewer with grouped queries, S, D); mask: bool or additive, None: causal.
+    """
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
     scores = q.float() @ k.float().transpose(-2, -1) / q.size(-1) ** 0.5
     if mask is None:
@@ -89,113 +104,198 @@ def softmax_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return torch.softmax(scores, dim=-1)
 
 
-def chosen(weights: np.ndarray, layer: int, head: int) -> list[tuple[int, int]]:
-    """The (layer, head) pairs that are drawn. Raises ValueError where there is no such layer or head."""
+def select_heads(weights: np.ndarray, layer: int = -1, head: int = -1) -> list[tuple[int, int]]:
+    """The (layer, head) pairs to draw; -1: all. Raises ValueError if the layer or head does not exist."""
     L, H = weights.shape[:2]
-    for name, number, count in (("layer", layer, L), ("head", head, H)):
-        if number >= count:
-            raise ValueError(f"--{name}={number}: this model has {count} {name}s, 0 to {count - 1}")
+    for name, index, count in (("layer", layer, L), ("head", head, H)):
+        if index >= count:
+            raise ValueError(f"--{name}={index}: this model has {count} {name}s, 0 to {count - 1}")
     layers = range(L) if layer < 0 else [layer]
     return [(i, j) for i in layers for j in (range(H) if head < 0 else [head])]
 
 
-def fibres(weights: np.ndarray, faint: float = FAINT) -> np.ndarray:
-    """What is drawn in space, the strongest last, (n, 5): layer, head, reader, what it reads, weight."""
-    where = np.argwhere(weights >= faint)
-    strength = weights[tuple(where.T)]
-    return np.column_stack([where, strength])[np.argsort(strength, kind="stable")]
+def attention_edges(weights: np.ndarray, min_weight: float = MIN_WEIGHT) -> np.ndarray:
+    """The weights (L, H, T, T) of at least `min_weight` as edges (E, 5), in ascending order of weight."""
+    indices = np.argwhere(weights >= min_weight)  # (E, 4)
+    values = weights[tuple(indices.T)]
+    return np.column_stack([indices, values])[np.argsort(values, kind="stable")]
 
 
-# Draw
+# Draw with matplotlib
 
 
-def draw_maps(weights: np.ndarray, names: list[str], pairs: list[tuple[int, int]], path: Path) -> None:
-    """A grid of maps: a row for each layer, a column for each head."""
-    layers, heads = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
-    T = len(names)
-    single = len(pairs) == 1
-    size = max(4.5, 0.34 * T + 1.5) if single else max(1.7, min(0.16 * T + 0.8, 5.0))
-    figure = Figure(figsize=(size * len(heads) + 0.8, size * len(layers) + 1.0), dpi=110, layout="compressed")
-    grid = figure.subplots(len(layers), len(heads), squeeze=False)
-    labelled = (LABELS if single else 24) >= T
+def draw_heatmaps(weights: np.ndarray, labels: list[str], heads: list[tuple[int, int]]) -> Figure:
+    """A grid of heat maps: a row for each layer, a column for each head."""
+    layer_rows, head_columns = (sorted({pair[i] for pair in heads}) for i in (0, 1))
+    T, single = len(labels), len(heads) == 1
+    size = max(4.5, 0.34 * T + 1.5) if single else max(1.7, min(0.16 * T + 0.8, 5.0))  # inches
+    figsize = (size * len(head_columns) + 0.8, size * len(layer_rows) + 1.0)
+    figure = Figure(figsize=figsize, dpi=110, layout="compressed")
+    grid = figure.subplots(len(layer_rows), len(head_columns), squeeze=False)
+    with_labels = T <= (MAX_LABELED if single else MAX_LABELED_IN_GRID)
+    with_numbers = T <= MAX_NUMBERED and (single or size > 3)
     image = None
-    for layer, head in pairs:
-        axes = grid[layers.index(layer)][heads.index(head)]
-        image = draw_map(
-            axes, weights[layer, head], names, labelled, numbers=T <= NUMBERS and (single or size > 3)
-        )
+    for layer, head in heads:
+        axes = grid[layer_rows.index(layer)][head_columns.index(head)]
+        image = draw_heatmap(axes, weights[layer, head], labels, with_labels, with_numbers)
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
     figure.colorbar(image, ax=grid, label="weight", shrink=0.6, fraction=0.03)
-    figure.suptitle("what each token (row) reads from which token (column)", fontsize=11)
-    figure.savefig(path)
+    figure.suptitle("attention of each token (row) to the tokens before it (columns)", fontsize=11)
+    return figure
 
 
-def draw_map(axes: Axes, weights: np.ndarray, names: list[str], labelled: bool, numbers: bool):  # noqa: ANN201
+def draw_heatmap(
+    axes: Axes, weights: np.ndarray, labels: list[str], with_labels: bool, with_numbers: bool
+) -> AxesImage:
+    """Draw the weights (T, T) of one head; with_numbers: write the value into each cell."""
     image = axes.imshow(weights, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks(range(len(names)) if labelled else [])
-    axes.set_yticks(range(len(names)) if labelled else [])
-    if labelled:
-        axes.set_xticklabels(names, fontsize=7, rotation=90 if max(map(len, names)) > 1 else 0)
-        axes.set_yticklabels(names, fontsize=7)
+    axes.set_xticks(range(len(labels)) if with_labels else [])
+    axes.set_yticks(range(len(labels)) if with_labels else [])
+    if with_labels:
+        axes.set_xticklabels(labels, fontsize=7, rotation=90 if max(map(len, labels)) > 1 else 0)
+        axes.set_yticklabels(labels, fontsize=7)
     axes.tick_params(length=0, pad=2)
-    if numbers:
+    if with_numbers:
         for i, j in np.argwhere(weights >= 0.005):
-            colour = "black" if weights[i, j] > 0.6 else "white"
-            axes.text(
-                j,
-                i,
-                f"{weights[i, j]:.2f}".removeprefix("0"),
-                ha="center",
-                va="center",
-                fontsize=6,
-                color=colour,
-            )
+            number = f"{weights[i, j]:.2f}".removeprefix("0")
+            color = "black" if weights[i, j] > 0.6 else "white"
+            axes.text(j, i, number, ha="center", va="center", fontsize=6, color=color)
     return image
 
 
-def draw_space(found: np.ndarray, names: list[str], shape: tuple[int, ...], path: Path) -> None:
-    """The view in space as it is first seen: `found` (n, 5) as `fibres` gives them."""
+def draw_3d(edges: np.ndarray, labels: list[str], shape: tuple[int, ...]) -> Figure:
+    """The edges (E, 5) as lines in space. shape: that of the weights, (L, H, T, T)."""
     L, H, T = shape[:3]
     figure = Figure(figsize=(9, 5.6), dpi=110)
     axes = figure.add_axes((0.0, 0.0, 0.98, 0.95), projection="3d")
-    layer, head, reader, read, weight = found.T
-    ends = np.stack(  # (n, 2, 3)
-        [np.column_stack([read, head, layer]), np.column_stack([reader, head, layer + 1])], axis=1
-    )
-    colours = [(0.9, 0.55, 0.0, alpha) for alpha in np.clip(0.08 + 0.92 * weight, 0, 1)]
-    whole = {"clip_on": False}  # the box is larger than the square that matplotlib keeps for it
-    axes.add_collection3d(Line3DCollection(ends, colors=colours, linewidths=0.4 + 2.4 * weight, **whole))
+    layer, head, query, key, weight = edges.T
+    starts, ends = np.column_stack([key, head, layer]), np.column_stack([query, head, layer + 1])
+    colors = [(0.9, 0.55, 0.0, alpha) for alpha in np.clip(0.08 + 0.92 * weight, 0, 1)]
+    no_clip = {"clip_on": False}  # the box is larger than the square that matplotlib clips to
+    segments = np.stack([starts, ends], axis=1)  # (E, 2, 3)
+    axes.add_collection3d(Line3DCollection(segments, colors=colors, linewidths=0.4 + 2.4 * weight, **no_clip))
     nodes = np.stack(np.meshgrid(range(T), range(H), range(L + 1), indexing="ij"), -1).reshape(-1, 3)
-    axes.scatter(*nodes.T, s=2, color="#8a8f98", **whole)
+    axes.scatter(*nodes.T, s=2, color=NODE_COLOR, **no_clip)
     axes.set(xlim=(0, max(1, T - 1)), ylim=(0, max(1, H - 1)), zlim=(0, L))
-    axes.set_xticks(range(T) if T <= LABELS else [], names if T <= LABELS else [], fontsize=7)
+    axes.set_xticks(range(T) if T <= MAX_LABELED else [], labels if T <= MAX_LABELED else [], fontsize=7)
     axes.set_yticks(range(H))
     axes.set_zticks(range(L + 1), ["in", *map(str, range(1, L + 1))])
     axes.set(xlabel="token", ylabel="head", zlabel="layer")
     axes.view_init(elev=14, azim=-78)
     axes.set_box_aspect((2.0, 0.8, 1.2), zoom=1.22)
-    axes.set_title("who reads whom, layer by layer: the stronger the line, the more", fontsize=11)
-    figure.savefig(path)
+    axes.set_title("attention through the layers: the stronger the line, the larger the weight", fontsize=11)
+    return figure
+
+
+# Draw with plotly
+
+
+def heatmap_html(weights: np.ndarray, labels: list[str], heads: list[tuple[int, int]]) -> str:
+    """A heat map as HTML, with a menu that selects the (layer, head)."""
+    T = len(labels)
+    visible = np.tril(np.ones((T, T), dtype=bool)) | (weights.max((0, 1)) > 0)
+    maps = [np.where(visible, weights[layer, head].astype(float).round(4), np.nan) for layer, head in heads]
+    # one trace whose values the menu replaces, so that the tooltips are stored only once
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=maps[0],
+        customdata=np.array(
+            [[(query, key) for key in labels] for query in labels], dtype=object
+        ),  # (T, T, 2)
+        hovertemplate="<b>%{customdata[0]}</b> reads <b>%{customdata[1]}</b>: %{z:.3f}<extra></extra>",
+        zmin=0,
+        zmax=1,
+        colorscale="Cividis",
+        xgap=1,
+        ygap=1,
+        colorbar={"title": "weight"},
+    )
+    buttons = [
+        {"label": f"layer {layer}, head {head}", "method": "restyle", "args": [{"z": [nan_to_none(z)]}]}
+        for (layer, head), z in zip(heads, maps, strict=True)
+    ]
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.12, "bgcolor": "#9aa0a6"}
+    axis = {"tickmode": "array", "tickvals": list(range(T)), "ticktext": labels, "showgrid": False}
+    figure.update_layout(
+        xaxis=axis | {"title": "token that is read", "side": "bottom", "constrain": "domain"},
+        yaxis=axis | {"title": "token that reads", "autorange": "reversed", "scaleanchor": "x"},
+        updatemenus=[menu | {"font": {"color": "#000"}}],
+    )
+    return html_page.figure_html(figure, height=max(520, min(1000, 24 * T + 200)))
+
+
+def nan_to_none(z: np.ndarray) -> list[list[float | None]]:
+    """(rows, columns) -> nested lists for JSON, which has no NaN."""
+    return [[None if np.isnan(value) else float(value) for value in row] for row in z]
+
+
+def view_3d_html(edges: np.ndarray, labels: list[str], shape: tuple[int, ...]) -> str:
+    """The edges (E, 5) as lines in space, as HTML. shape: that of the weights, (L, H, T, T)."""
+    L, H, T = shape[:3]
+    figure = go.Figure()
+    for low, high in itertools.pairwise(WEIGHT_BINS):
+        selected = edges[(edges[:, 4] >= low) & (edges[:, 4] < high)]
+        if len(selected):
+            add_edges(figure, selected, labels, low, high)
+    nodes = np.array([(t, h, layer) for layer in range(L + 1) for h in range(H) for t in range(T)])
+    figure.add_scatter3d(
+        x=nodes[:, 0], y=nodes[:, 1], z=nodes[:, 2], mode="markers",
+        marker={"size": 2, "color": NODE_COLOR}, hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
+    layer_ticks = {"tickvals": list(range(L + 1)), "ticktext": ["in", *map(str, range(1, L + 1))]}
+    figure.update_layout(
+        scene={
+            "xaxis": {"title": "token", "tickvals": list(range(T)), "ticktext": labels},
+            "yaxis": {"title": "head", "tickvals": list(range(H))},
+            "zaxis": {"title": "layer"} | layer_ticks,
+            "aspectmode": "manual",
+            "aspectratio": {"x": 2.0, "y": 0.8, "z": 1.2},
+            "camera": {"eye": {"x": -0.4, "y": -2.4, "z": 0.7}},
+        },
+        legend={"title": "weight"},
+    )
+    return html_page.figure_html(figure, height=760)
+
+
+def add_edges(figure: go.Figure, edges: np.ndarray, labels: list[str], low: float, high: float) -> None:
+    """Add edges (E, 5) with weights between low and high to a 3D figure, as one trace."""
+    layer, head, query, key = edges.T[:4]
+    gap = np.full(len(edges), np.nan)  # interrupts the line between two edges
+    tooltips = [
+        f"layer {int(n)}, head {int(h)}: <b>{labels[int(i)]}</b> reads <b>{labels[int(j)]}</b>: {w:.2f}"
+        for n, h, i, j, w in edges
+    ]
+    figure.add_scatter3d(
+        x=np.column_stack([key, query, gap]).ravel(),
+        y=np.column_stack([head, head, gap]).ravel(),
+        z=np.column_stack([layer, layer + 1, gap]).ravel(),
+        text=[text for tooltip in tooltips for text in (tooltip, tooltip, "")],
+        mode="lines",
+        hovertemplate="%{text}<extra></extra>",
+        line={"color": EDGE_COLOR, "width": 1 + 6 * high},
+        opacity=min(1.0, 0.12 + 0.9 * low),
+        name=f"{low:g} to {min(high, 1):g}",
+    )
 
 
 def main(resolved: Resolved[AttentionSettings]) -> int:
     settings = resolved.settings
-    writer = common.open_model(settings)
-    ids = common.prompt_ids(writer, settings.start)
-    weights = attention_weights(writer.model, common.as_batch(writer, ids))
-    names = common.labels(writer.tokenizer, ids)
-    pairs = chosen(weights, settings.layer, settings.head)
-    path = common.place(settings, "attention")
-    common.write(path.with_suffix(".png"), lambda beside: draw_maps(weights, names, pairs, beside))
-    html_page.write(
-        path.with_suffix(".html"), "What each token reads", [html_page.maps(weights, names, pairs)]
-    )
-    space = path.with_name(path.name + "-3d")
-    seen = fibres(weights)
-    common.write(space.with_suffix(".png"), lambda beside: draw_space(seen, names, weights.shape, beside))
-    parts = [html_page.note(HOW_TO_READ), html_page.space(seen, names, weights.shape)]
-    html_page.write(space.with_suffix(".html"), "Attention through the layers", parts)
-    common.save_arrays(settings.save_arrays, {"weights": weights, "ids": ids, "tokens": np.array(names)})
+    loaded = common.open_model(settings)
+    ids = common.encode_prompt(loaded, settings.start)
+    weights = attention_weights(loaded.model, common.to_batch(loaded, ids))
+    labels = common.token_labels(loaded.tokenizer, ids)
+    heads = select_heads(weights, settings.layer, settings.head)
+    path = common.output_path(settings, "attention")
+    common.save_figure(draw_heatmaps(weights, labels, heads), path.with_suffix(".png"))
+    parts = [heatmap_html(weights, labels, heads)]
+    html_page.write_page(path.with_suffix(".html"), "Attention weights", parts)
+
+    path_3d: Path = path.with_name(path.name + "-3d")
+    edges = attention_edges(weights)
+    common.save_figure(draw_3d(edges, labels, weights.shape), path_3d.with_suffix(".png"))
+    parts = [html_page.note(VIEW_3D_HELP), view_3d_html(edges, labels, weights.shape)]
+    html_page.write_page(path_3d.with_suffix(".html"), "Attention through the layers", parts)
+    common.save_arrays(settings.save_arrays, {"weights": weights, "ids": ids, "tokens": np.array(labels)})
     return 0
 
 

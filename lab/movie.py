@@ -1,16 +1,17 @@
-"""How a model's tokens and positions find their places: its embeddings through training, as a film.
+"""An animation of the token and position embeddings during training, in two dimensions.
 
     python train.py config/train_python_char.py --snapshot_interval=50
     python -m lab.movie --out_dir=out/python-char
     python -m lab.movie --out_dir=out/python-char --how=tsne --groups="vowels=aeiou;digits=0123456789"
 
-Writes a GIF and an MP4: tokens and positions in two dimensions, coloured, and beside them the validation loss
-as it falls. `snapshot_interval` in train.py keeps the embeddings.
+Writes a GIF and an MP4 with the tokens, the positions and the validation loss. train.py saves the
+embeddings it needs if `snapshot_interval` is set.
 
-Points move rather than jump. PCA: all times share the two directions in which the last one differs most.
-t-SNE: each time begins where the one before ended, and is turned and shifted to lie on it (Procrustes).
+Projections of successive snapshots must be comparable, so that points move smoothly. PCA: all snapshots are
+projected on the two principal components of the last one. t-SNE: each snapshot starts from the result of
+the one before, and is aligned with it (Procrustes).
 
-Shapes: F snapshots, n tokens, P positions, C width.
+Shapes: S snapshots, F frames, n tokens, P positions, C width.
 """
 
 import sys
@@ -28,175 +29,199 @@ from fradique.checkpointing import embedding_snapshots, run_folder
 from fradique.tokenizer import tokenizer as tokenizers
 from fradique.training import loss_plot
 from lab import animation, common
-from lab.embeddings import HOW, draw_positions, draw_tokens, project
-from lab.token_groups import groups
+from lab.embeddings import METHOD_NAMES, draw_positions, draw_tokens, project
+from lab.token_groups import token_groups
 
-SIZE, DPI = (10.8, 5.4), 100
-MOST_FRAMES = 240  # with those between two snapshots
+FIGURE_SIZE, DPI = (10.8, 5.4), 100
+MAX_FRAMES = 240
+PAUSE_SECONDS = 2.0  # at the end of the GIF
 
 
 @dataclass(frozen=True)
 class MovieSettings:
     """python -m lab.movie --out_dir=out/<run> [--how=tsne] [--groups="vowels=aeiou;digits=0123456789"]"""
 
-    out_dir: str = setting("out", "the run folder", group="run")
-    how: str = setting("pca", "the projection", choices=tuple(HOW), group="picture")
-    groups: str = setting("", 'what has a colour: "name=characters;name=characters"; empty: kinds of letters')
-    most: int = setting(600, "of a large vocabulary, the first so many tokens", lo=4)
-    perplexity: float = setting(15.0, "of t-SNE: about how many neighbours a token keeps", lo=1.0)
-    seed: int = setting(0, "of t-SNE", lo=0, hi=2**31)
-    seconds: float = setting(12.0, "how long the film is", above=0.0, hi=600.0)
-    fps: int = setting(10, "frames a second", lo=1, hi=60)
-    to: str = setting("", "where to write, a name without ending; empty: into the run folder", group="output")
-    save_arrays: str = setting("", "keep the numbers of the pictures too, in this .npz")
+    out_dir: str = setting("out", "run folder", group="run")
+    how: str = setting("pca", "projection method", choices=tuple(METHOD_NAMES), group="picture")
+    groups: str = setting(
+        "", 'groups with a color: "name=characters;name=characters"; empty: kinds of letters'
+    )
+    most: int = setting(600, "draw at most so many tokens, the first ones", lo=4)
+    perplexity: float = setting(15.0, "of t-SNE: roughly, how many neighbors a token keeps", lo=1.0)
+    seed: int = setting(0, "random seed of t-SNE", lo=0, hi=2**31)
+    seconds: float = setting(12.0, "length of the animation", above=0.0, hi=600.0)
+    fps: int = setting(10, "frames per second", lo=1, hi=60)
+    to: str = setting("", "output path without extension; empty: in the run folder", group="output")
+    save_arrays: str = setting("", "also write the plotted arrays to this .npz file")
     debug: bool = setting(False, "show the traceback of an error")
 
 
 # Compute
 
 
-def paths_of(points: Sequence[np.ndarray], how: str, perplexity: float = 15.0, seed: int = 0) -> np.ndarray:
-    """Where points stand at each time: F times (n, C) -> (F, n, 2)."""
-    if how == "pca":
-        pca = PCA(2, svd_solver="full").fit(points[-1])
-        # about each time's own middle, so that the cloud does not wander out of the picture
-        return np.stack([(now - now.mean(0)) @ pca.components_.T for now in points])
-    places = [project(points[0], how, perplexity, seed)]
-    for now in points[1:]:
-        places.append(aligned(project(now, how, perplexity, seed, start=places[-1]), places[-1]))
-    return np.stack(places)
+def project_snapshots(
+    snapshots: Sequence[np.ndarray], method: str, perplexity: float = 15.0, seed: int = 0
+) -> np.ndarray:
+    """Comparable projections of S snapshots (n, C): (S, n, 2). method: pca or tsne."""
+    if method == "pca":
+        pca = PCA(2, svd_solver="full").fit(snapshots[-1])
+        # each snapshot around its own mean, so that the points as a whole stay in the middle of the picture
+        return np.stack([(points - points.mean(0)) @ pca.components_.T for points in snapshots])
+    projections = [project(snapshots[0], method, perplexity, seed)]
+    for points in snapshots[1:]:
+        previous = projections[-1]
+        projections.append(align(project(points, method, perplexity, seed, init=previous), previous))
+    return np.stack(projections)
 
 
-def aligned(places: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Places (n, 2) turned, mirrored and shifted to lie on `target` (n, 2) as well as they can (orthogonal
-    Procrustes; Schönemann 1966). Distances stay."""
-    centred, aim = places - places.mean(0), target - target.mean(0)
-    u, _, vt = np.linalg.svd(centred.T @ aim)
-    return centred @ (u @ vt) + target.mean(0)
+def align(points: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Rotate, mirror and shift points (n, 2) to lie as near as possible to `target` (n, 2).
+
+    This is the orthogonal Procrustes problem (Schönemann 1966); distances between points do not change.
+    """
+    centered, centered_target = points - points.mean(0), target - target.mean(0)
+    u, _, vt = np.linalg.svd(centered.T @ centered_target)
+    return centered @ (u @ vt) + target.mean(0)
 
 
-def between(places: np.ndarray, count: int) -> np.ndarray:
-    """(F, n, 2) -> (count, n, 2): straight lines from snapshot to snapshot, the first and last among them."""
-    times = np.linspace(0, len(places) - 1, count)
-    low = np.minimum(times.astype(int), max(0, len(places) - 2))
-    part = (times - low)[:, None, None]
-    return places[low] * (1 - part) + places[np.minimum(low + 1, len(places) - 1)] * part
+def interpolate(points: np.ndarray, n_frames: int) -> np.ndarray:
+    """Linear interpolation between snapshots, from the first to the last: (S, n, 2) -> (F, n, 2)."""
+    times = np.linspace(0, len(points) - 1, n_frames)  # in units of snapshots
+    before = np.minimum(times.astype(int), max(0, len(points) - 2))
+    after = np.minimum(before + 1, len(points) - 1)
+    fraction = (times - before)[:, None, None]
+    return points[before] * (1 - fraction) + points[after] * fraction
+
+
+@dataclass(frozen=True)
+class MovieData:
+    """What the frames show."""
+
+    title: str
+    method: str  # pca or tsne
+    steps: np.ndarray  # (F,)
+    tokens: np.ndarray  # (F, n, 2)
+    positions: np.ndarray | None  # (F, P, 2)
+    labels: list[str]  # of the tokens
+    groups: np.ndarray  # of the tokens, (n,)
+    evaluated: dict[str, np.ndarray]  # "step" and "val", (N,)
+
+
+def load_movie(settings: MovieSettings) -> MovieData:
+    """Read and project a run's snapshots. Raises ValueError if there are fewer than two."""
+    folder = Path(settings.out_dir)
+    run_folder.saved_settings(folder)  # raises ValueError if it is not a run folder
+    snapshots = embedding_snapshots.read_snapshots(folder)
+    if len(snapshots) < 2:
+        raise ValueError(
+            f"{folder} has only one snapshot, of step {snapshots[0].step}, and an animation needs two: train "
+            "with a smaller --snapshot_interval"
+        )
+    n_frames = min(MAX_FRAMES, max(2, round(settings.seconds * settings.fps)))
+
+    def project_frames(tables: Sequence[np.ndarray]) -> np.ndarray:
+        points = project_snapshots(tables, settings.how, settings.perplexity, settings.seed)
+        return interpolate(points, n_frames)
+
+    tokenizer = tokenizers.load_tokenizer(folder / run_folder.TOKENIZER_FILE)
+    n_tokens = min(settings.most, tokenizer.vocab_size, len(snapshots[0].tokens))
+    positions = None
+    if snapshots[0].positions is not None and len(snapshots[0].positions) > 3:
+        positions = project_frames([snapshot.positions for snapshot in snapshots])
+    steps = np.array([snapshot.step for snapshot in snapshots], float)
+    return MovieData(
+        title=folder.name,
+        method=settings.how,
+        steps=interpolate(steps[:, None, None], n_frames)[:, 0, 0],
+        tokens=project_frames([snapshot.tokens[:n_tokens] for snapshot in snapshots]),
+        positions=positions,
+        labels=common.token_labels(tokenizer, np.arange(n_tokens)),
+        groups=token_groups(tokenizer, range(n_tokens), settings.groups),
+        evaluated=loss_plot.read_curves(folder).evaluated,
+    )
 
 
 # Draw
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What the frames show: steps (count,), tokens (count, n, 2), positions (count, P, 2) or None."""
-
-    title: str
-    how: str
-    steps: np.ndarray
-    tokens: np.ndarray
-    positions: np.ndarray | None
-    names: list[str]
-    kinds: np.ndarray
-    evaluated: dict[str, np.ndarray]  # "step" and "val", (N,)
+def render_frames(movie: MovieData) -> Iterator[np.ndarray]:
+    """Draw the frames one after another: (height, width, 3) uint8."""
+    for frame in range(len(movie.steps)):
+        yield common.figure_pixels(draw_frame(movie, frame))
 
 
-def limits(places: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
-    """x and y limits that hold all frames (count, n, 2), with a margin."""
-    low, high = places.min((0, 1)), places.max((0, 1))
-    margin = 0.06 * np.maximum(high - low, 1e-9)
-    return tuple(zip((low - margin).tolist(), (high + margin).tolist(), strict=True))
+def draw_frame(movie: MovieData, frame: int) -> Figure:
+    """Tokens on the left; the validation loss, and the positions if there are any, on the right."""
+    step, method = movie.steps[frame], METHOD_NAMES[movie.method]
+    figure = Figure(figsize=FIGURE_SIZE, dpi=DPI)
+    left = 0.02
+    axes = figure.add_axes((left, 0.1, 0.54, 0.8))
+    draw_tokens(axes, movie.tokens[frame], movie.labels, movie.groups)
+    set_fixed_limits(axes, movie.tokens, f"tokens, {method}")
+    handles, names = axes.get_legend_handles_labels()
+    legend_style = {"loc": "lower left", "bbox_to_anchor": (left, 0.0), "ncols": 6, "fontsize": 8}
+    figure.legend(handles, names, frameon=False, **legend_style)
+    if movie.positions is not None:
+        position_axes = figure.add_axes((0.63, 0.1, 0.34, 0.36))
+        draw_positions(position_axes, movie.positions[frame])
+        set_fixed_limits(position_axes, movie.positions, f"positions, {method}, joined in order")
+    height = 0.8 if movie.positions is None else 0.3
+    loss_axes = figure.add_axes((0.63, 0.9 - height, 0.34, height))
+    draw_loss(loss_axes, movie.evaluated, step, movie.steps[-1])
+    figure.suptitle(f"{movie.title}: step {step:,.0f}", x=left, y=0.975, ha="left", fontsize=12)
+    return figure
 
 
-def frames(scene: Scene) -> Iterator[np.ndarray]:
-    """The pictures, one after another: (height, width, 3) uint8."""
-    for i, step in enumerate(scene.steps):
-        figure = Figure(figsize=SIZE, dpi=DPI)
-        left, width = 0.02, 0.54
-        axes = figure.add_axes((left, 0.1, width, 0.8))
-        draw_tokens(axes, scene.tokens[i], scene.names, scene.kinds)
-        hold(axes, scene.tokens, f"tokens, {HOW[scene.how]}")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(left, 0.0), ncols=6, frameon=False, fontsize=8
-        )
-        if scene.positions is not None:
-            below = figure.add_axes((0.63, 0.1, 0.34, 0.36))
-            draw_positions(below, scene.positions[i])
-            hold(below, scene.positions, f"positions, {HOW[scene.how]}, joined in order")
-        height = 0.8 if scene.positions is None else 0.3
-        draw_loss(figure.add_axes((0.63, 0.9 - height, 0.34, height)), scene.evaluated, step, scene.steps[-1])
-        figure.suptitle(f"{scene.title}: step {step:,.0f}", x=left, y=0.975, ha="left", fontsize=12)
-        yield common.pixels(figure)
-
-
-def hold(axes: Axes, places: np.ndarray, title: str) -> None:
-    """The same limits in every frame."""
-    (x_low, x_high), (y_low, y_high) = limits(places)
-    axes.set(xlim=(x_low, x_high), ylim=(y_low, y_high), xticks=[], yticks=[])
+def set_fixed_limits(axes: Axes, points: np.ndarray, title: str) -> None:
+    """Set limits that contain the points of all frames (F, n, 2), and the title; remove the ticks."""
+    (min_x, max_x), (min_y, max_y) = axis_limits(points)
+    axes.set(xlim=(min_x, max_x), ylim=(min_y, max_y), xticks=[], yticks=[])
     axes.set_title(title, fontsize=9)
 
 
-def draw_loss(axes: Axes, evaluated: dict[str, np.ndarray], step: float, last: float) -> None:
-    """The validation loss up to `step`."""
-    axes.set_title("validation loss, nats a token", fontsize=9)
+def axis_limits(points: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Limits of x and of y that contain all frames (F, n, 2), with a margin."""
+    minimum, maximum = points.min((0, 1)), points.max((0, 1))
+    margin = 0.06 * np.maximum(maximum - minimum, 1e-9)
+    return tuple(zip((minimum - margin).tolist(), (maximum + margin).tolist(), strict=True))
+
+
+def draw_loss(axes: Axes, evaluated: dict[str, np.ndarray], step: float, last_step: float) -> None:
+    """The validation loss up to `step`, on axes that fit the whole run."""
+    axes.set_title("validation loss, nats per token", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     steps, losses = evaluated["step"], evaluated["val"]
     if not len(steps):
         return
-    now = float(np.interp(step, steps, losses))
-    seen = steps <= step
-    axes.plot([*steps[seen], step], [*losses[seen], now], color=loss_plot.COLORS[0])
-    axes.plot(step, now, "o", color=loss_plot.COLORS[1])
-    axes.annotate(f"{now:.2f}", (step, now), (5, 5), textcoords="offset points", fontsize=8)
+    current = float(np.interp(step, steps, losses))
+    past = steps <= step
+    axes.plot([*steps[past], step], [*losses[past], current], color=loss_plot.COLORS[0])
+    axes.plot(step, current, "o", color=loss_plot.COLORS[1])
+    axes.annotate(f"{current:.2f}", (step, current), (5, 5), textcoords="offset points", fontsize=8)
     spread = max(1e-3, float(np.ptp(losses)))
-    axes.set_xlim(0, max(1.0, 1.12 * last))
+    axes.set_xlim(0, max(1.0, 1.12 * last_step))
     axes.set_ylim(losses.min() - 0.1 * spread, losses.max() + 0.15 * spread)
-
-
-def scene_of(settings: MovieSettings) -> Scene:
-    """Read a run's snapshots and follow its points. Raises ValueError where there are too few."""
-    folder = Path(settings.out_dir)
-    run_folder.saved_settings(folder)  # a folder that is no run is told so
-    kept = embedding_snapshots.read_snapshots(folder)
-    if len(kept) < 2:
-        raise ValueError(
-            f"{folder} holds one snapshot, of step {kept[0].step}: a film needs two; train with a smaller "
-            "--snapshot_interval"
-        )
-    tokenizer = tokenizers.load_tokenizer(folder / run_folder.TOKENIZER_FILE)
-    count = min(settings.most, tokenizer.vocab_size, len(kept[0].tokens))
-    follow = {"how": settings.how, "perplexity": settings.perplexity, "seed": settings.seed}
-    length = min(MOST_FRAMES, max(2, round(settings.seconds * settings.fps)))
-    steps = np.array([one.step for one in kept], float)
-    positions = None
-    if kept[0].positions is not None and len(kept[0].positions) > 3:
-        positions = between(paths_of([one.positions for one in kept], **follow), length)
-    return Scene(
-        title=folder.name,
-        how=settings.how,
-        steps=between(steps[:, None, None], length)[:, 0, 0],
-        tokens=between(paths_of([one.tokens[:count] for one in kept], **follow), length),
-        positions=positions,
-        names=common.labels(tokenizer, np.arange(count)),
-        kinds=groups(tokenizer, range(count), settings.groups),
-        evaluated=loss_plot.read_curves(folder).evaluated,
-    )
 
 
 def main(resolved: Resolved[MovieSettings]) -> int:
     settings = resolved.settings
-    scene = scene_of(settings)
-    path = common.place_in(settings.out_dir, settings.to, "movie")
-    pictures = list(frames(scene))
-    seconds = settings.seconds / len(pictures)
-    common.write(path.with_suffix(".gif"), lambda beside: animation.gif(pictures, beside, seconds, hold=2.0))
+    movie = load_movie(settings)
+    path = common.output_path_in(settings.out_dir, settings.to, "movie")
+    frames = list(render_frames(movie))
+    frame_seconds = settings.seconds / len(frames)
+    common.write_output(
+        path.with_suffix(".gif"),
+        lambda temporary: animation.write_gif(frames, temporary, frame_seconds, PAUSE_SECONDS),
+    )
     try:
-        common.write(path.with_suffix(".mp4"), lambda beside: animation.mp4(pictures, beside, seconds))
+        common.write_output(
+            path.with_suffix(".mp4"), lambda temporary: animation.write_mp4(frames, temporary, frame_seconds)
+        )
     except ImportError as error:
         print(error)
-    arrays = {"steps": scene.steps, "tokens": scene.tokens, "names": np.array(scene.names)}
-    arrays |= {"groups": scene.kinds} | ({} if scene.positions is None else {"positions": scene.positions})
+    arrays = {"steps": movie.steps, "tokens": movie.tokens, "names": np.array(movie.labels)}
+    arrays |= {"groups": movie.groups} | ({} if movie.positions is None else {"positions": movie.positions})
     common.save_arrays(settings.save_arrays, arrays)
     return 0
 

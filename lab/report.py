@@ -1,10 +1,10 @@
-"""All of a run in one file: settings, curves, samples, and a look inside, to open in a browser or to send.
+"""One HTML file about a run: settings, loss curves, samples, and pictures of the model.
 
     python -m lab.report --out_dir=out/eca-char
     python -m lab.report --out_dir=out/eca-char --start="A figura é poética"
 
-Writes report.html into the run folder. It needs no network, and holds, from the run's snapshots, the film of
-its embeddings where `snapshot_interval` kept some.
+Writes report.html into the run folder. The file needs no network. It has the animation of `lab.movie` if
+the run has snapshots (`snapshot_interval`).
 """
 
 import io
@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,205 +24,237 @@ from fradique.checkpointing import embedding_snapshots, metrics_file, run_folder
 from fradique.tokenizer import tokenizer as tokenizers
 from fradique.training import evaluation, loss_plot, time_budget
 from fradique.training.logger import format_count
-from lab import anatomy, animation, attention, common, curves, embeddings, html_page, movie, tokens
-from lab.html_page import escape
-from lab.token_groups import groups
+from lab import (
+    anatomy,
+    animation,
+    architecture_diagram,
+    attention,
+    common,
+    curves,
+    embeddings,
+    html_page,
+    movie,
+    tokens,
+)
+from lab.token_groups import token_groups
 from model import GPTConfig
 from sample import LoadedModel
 from train import TrainSettings
 
-READ = 40  # tokens whose attention is shown, at most
-MOST_MAPS = 64  # heads; of a larger model the first and the last layers are shown
-MOST_POINTS = 400  # tokens of a large vocabulary in the clouds
-LONGEST_TEXT = 4000  # characters of a sample
-LONGEST_READ = 512  # tokens of the text that is coloured by loss
-FILM = {"seconds": 6.0, "fps": 8}
+MAX_ATTENTION_TOKENS = 40
+MAX_HEADS = 64  # of a larger model, the heads of the first and the last layers are shown
+MAX_EDGES = 6000  # lines in the 3D view of attention
+MAX_EMBEDDED_TOKENS = 400
+MAX_SAMPLE_CHARACTERS = 4000
+MAX_SAMPLES = 8
+MAX_SCORED_TOKENS = 512  # tokens of the text that is colored by loss
+TOP_TOKENS = 16
+MOVIE_SECONDS, MOVIE_FPS = 6.0, 8
 
 
 @dataclass(frozen=True)
-class ReportSettings(common.LookSettings):
+class ReportSettings(common.ModelSettings):
     """python -m lab.report --out_dir=out/<run> [--start="A figura é poética"]"""
 
-    start: str = setting("", "the text that is looked at; empty: the run's last sample", group="text")
+    start: str = setting("", "text to analyze; empty: the run's last sample", group="text")
 
 
-Section = tuple[str, list[str]]  # a title, and what stands below it
+Section = tuple[str, list[str]]  # title, and the HTML below it
 
 
 def settings_section(saved: dict[str, Any]) -> Section:
-    """What was set otherwise than by default, then the rest."""
+    """The settings that differ from their defaults, then the others."""
     default = TrainSettings()
-    known = [f.name for f in fields(TrainSettings) if f.name in saved]
-    changed = [name for name in known if saved[name] != getattr(default, name)]
-    rows = [(name, repr(saved[name]), repr(getattr(default, name))) for name in changed]
-    rest = [(name, repr(saved[name])) for name in known if name not in changed]
+    names = [field.name for field in fields(TrainSettings) if field.name in saved]
+    changed = [name for name in names if saved[name] != getattr(default, name)]
+    changed_rows = [(name, repr(saved[name]), repr(getattr(default, name))) for name in changed]
+    default_rows = [(name, repr(saved[name])) for name in names if name not in changed]
     return (
         "Settings",
         [
-            html_page.table(rows, ("changed", "here", "default")),
-            html_page.folded(f"the other {len(rest)}, as they are by default", html_page.table(rest)),
+            html_page.table(changed_rows, ("changed setting", "value", "default")),
+            html_page.collapsible(
+                f"{len(default_rows)} settings with their default value", html_page.table(default_rows)
+            ),
         ],
     )
 
 
-def summary(records: list[dict], config: GPTConfig, parameters: int) -> str:
-    """What the run came to, in a line or two."""
-    heads = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
-    said = [f"{format_count(parameters)} parameters ({heads}, {config.block_size} tokens of context)"]
-    final = next((one for one in reversed(records) if {"final_loss", "seconds"} <= one.keys()), None)
+def summary(records: list[dict[str, Any]], config: GPTConfig, parameters: int) -> str:
+    """The model's size and the run's result, as a paragraph."""
+    shape = f"{config.n_layer} layers, {config.n_head} heads, n_embd {config.n_embd}"
+    parts = [f"{format_count(parameters)} parameters ({shape}, {config.block_size} tokens of context)"]
+    final = next((r for r in reversed(records) if {"final_loss", "seconds"} <= r.keys()), None)
     if final:
-        said.append(
-            f"whole validation split: loss {final['final_loss']:.4f}, perplexity "
-            f"{evaluation.perplexity(final['final_loss']):.2f}"
-        )
-        if final.get("final_bits_per_byte"):
-            said[-1] += f", {final['final_bits_per_byte']:.3f} bits per byte"
-        said.append(f"{final['step']:,} steps in {time_budget.format_duration(final['seconds'])}")
-    return html_page.note("; ".join(said))
+        loss, bits = final["final_loss"], final.get("final_bits_per_byte")
+        result = f"whole validation split: loss {loss:.4f}, perplexity {evaluation.perplexity(loss):.2f}"
+        parts.append(result + (f", {bits:.3f} bits per byte" if bits else ""))
+        parts.append(f"{final['step']:,} steps in {time_budget.format_duration(final['seconds'])}")
+    return html_page.note("; ".join(parts))
+
+
+def curves_section(folder: Path) -> Section:
+    return "Loss curves", [curves.curves_html([loss_plot.read_curves(folder)])]
 
 
 def samples_section(samples: list[tuple[int, str]]) -> Section:
-    """The samples through training, the last one opened."""
-    some = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, 8).astype(int))] if samples else []
-    shown = []
-    for step, text in some:
-        opened = step == samples[-1][0]
-        shown.append(html_page.folded(f"step {step:,}", html_page.sample(text[:LONGEST_TEXT]), opened))
-    return "What it wrote on the way", shown or [html_page.note("No sample was kept.")]
+    """Some of the samples (step, text) at equal intervals, of which the last is open."""
+    if not samples:
+        return "Samples during training", [html_page.note("The run has no samples.")]
+    shown = np.unique(np.linspace(0, len(samples) - 1, MAX_SAMPLES).astype(int))
+    parts = []
+    for step, text in (samples[i] for i in shown):
+        content = html_page.sample_text(text[:MAX_SAMPLE_CHARACTERS])
+        parts.append(html_page.collapsible(f"step {step:,}", content, is_open=step == samples[-1][0]))
+    return "Samples during training", parts
 
 
-def text_ids(writer: LoadedModel, start: str, samples: list[tuple[int, str]]) -> np.ndarray:
-    """The text that is looked at, (T,): what was asked for, else the last sample, as long as the block."""
+def text_to_analyze(loaded: LoadedModel, start: str, samples: list[tuple[int, str]]) -> np.ndarray:
+    """The tokens (T,) of --start, or of the last sample, shortened to the block_size."""
     if start:
-        return common.prompt_ids(writer, start)
+        return common.encode_prompt(loaded, start)
     text = samples[-1][1].strip() if samples else ""
-    ids = tokenizers.encode_prompt(writer.tokenizer, text).astype(np.int64)
-    return ids[: min(writer.model.config.block_size, LONGEST_READ)]
+    ids = tokenizers.encode_prompt(loaded.tokenizer, text).astype(np.int64)
+    return ids[: min(loaded.model.config.block_size, MAX_SCORED_TOKENS)]
 
 
-def text_sections(writer: LoadedModel, ids: np.ndarray) -> list[Section]:
-    """The text coloured by loss, and what may follow it."""
-    tokenizer = writer.tokenizer
-    logits = tokens.logits_of(writer.model, common.as_batch(writer, ids), tokenizer.vocab_size)
-    order = tokens.distribution(logits[-1]).argsort()[::-1][:16].copy()
-    found: list[Section] = []
+def text_sections(loaded: LoadedModel, ids: np.ndarray) -> list[Section]:
+    """The text colored by loss, and the most probable tokens after it."""
+    tokenizer = loaded.tokenizer
+    logits = tokens.all_logits(loaded.model, common.to_batch(loaded, ids), tokenizer.vocab_size)
+    sections: list[Section] = []
     if len(ids) > 1:
-        parts = tokens.text_by_loss(tokenizer, ids, tokens.foresee(logits, ids))
-        found.append(("How well a text was foreseen", parts))
-    bars = tokens.next_tokens(logits[-1], order, common.labels(tokenizer, order))
-    found.append(("What may follow it", [bars]))
-    return found
+        scores = tokens.score_tokens(logits, ids)
+        sections.append(("Loss of each token of a text", tokens.loss_colored_text(tokenizer, ids, scores)))
+    order = tokens.probabilities(logits[-1]).argsort()[::-1][:TOP_TOKENS].copy()
+    slider = tokens.temperature_slider(logits[-1], order, common.token_labels(tokenizer, order))
+    sections.append(("Most probable tokens after the text", [slider]))
+    return sections
 
 
-def attention_section(writer: LoadedModel, ids: np.ndarray) -> Section:
-    ids = ids[:READ]
-    names = common.labels(writer.tokenizer, ids)
-    weights = attention.attention_weights(writer.model, common.as_batch(writer, ids))
-    pairs = attention.chosen(weights, -1, -1)
-    if len(pairs) > MOST_MAPS:
-        half = MOST_MAPS // 2
-        pairs = pairs[:half] + pairs[-half:]
-    space = html_page.space(attention.fibres(weights, faint=fitting(weights)), names, weights.shape)
+def attention_section(loaded: LoadedModel, ids: np.ndarray) -> Section:
+    """The attention weights for the beginning of the text, as heat maps and in 3D."""
+    ids = ids[:MAX_ATTENTION_TOKENS]
+    labels = common.token_labels(loaded.tokenizer, ids)
+    weights = attention.attention_weights(loaded.model, common.to_batch(loaded, ids))
+    heads = attention.select_heads(weights)
+    if len(heads) > MAX_HEADS:
+        heads = heads[: MAX_HEADS // 2] + heads[-(MAX_HEADS // 2) :]
+    edges = attention.attention_edges(weights, edge_threshold(weights))
     return (
-        "What each token reads",
-        [html_page.maps(weights, names, pairs), html_page.note(attention.HOW_TO_READ), space],
+        "Attention weights",
+        [
+            attention.heatmap_html(weights, labels, heads),
+            html_page.note(attention.VIEW_3D_HELP),
+            attention.view_3d_html(edges, labels, weights.shape),
+        ],
     )
 
 
-def fitting(weights: np.ndarray, most: int = 6000) -> float:
-    """The weight below which a fibre is left out, so that there are no more than `most`."""
-    strongest = np.sort(weights, axis=None)[::-1]
-    return max(attention.FAINT, float(strongest[min(most, len(strongest) - 1)]))
+def edge_threshold(weights: np.ndarray, max_edges: int = MAX_EDGES) -> float:
+    """The smallest weight to draw, so that there are at most about `max_edges` edges."""
+    descending = np.sort(weights, axis=None)[::-1]
+    return max(attention.MIN_WEIGHT, float(descending[min(max_edges, len(descending) - 1)]))
 
 
-def embeddings_section(writer: LoadedModel, folder: Path) -> Section:
-    settings = embeddings.EmbeddingSettings(out_dir=str(folder), most=MOST_POINTS)
-    count = min(MOST_POINTS, writer.tokenizer.vocab_size)
-    names = common.labels(writer.tokenizer, np.arange(count))
-    kinds = groups(writer.tokenizer, range(count))
-    after = {"after training": embeddings.vectors(writer.model, count)}
-    parts = embeddings.clouds(embeddings.all_projections(after, settings), names, kinds)
-    return "Where the tokens are", parts
+def embeddings_section(loaded: LoadedModel, folder: Path) -> Section:
+    """The embeddings after training, in two dimensions."""
+    settings = embeddings.EmbeddingSettings(out_dir=str(folder), most=MAX_EMBEDDED_TOKENS)
+    n_tokens = min(MAX_EMBEDDED_TOKENS, loaded.tokenizer.vocab_size)
+    labels = common.token_labels(loaded.tokenizer, np.arange(n_tokens))
+    groups = token_groups(loaded.tokenizer, range(n_tokens))
+    tables = {"after training": embeddings.read_embeddings(loaded.model, n_tokens)}
+    projections = embeddings.project_all(tables, settings)
+    return "Embeddings", embeddings.projections_html(projections, labels, groups)
 
 
-def film_section(folder: Path) -> Section:
-    """The film of the embeddings, where there are snapshots; else how to have them."""
-    title = "How they came there"
+def movie_section(folder: Path) -> Section:
+    """The animation of the embeddings, if the run has snapshots; otherwise how to get it."""
+    title = "Embeddings during training"
     if len(embedding_snapshots.snapshot_paths(folder)) < 2:
-        return title, [html_page.note("With --snapshot_interval=50 in training, a film of it would be here.")]
-    scene = movie.scene_of(movie.MovieSettings(out_dir=str(folder), **FILM))
-    held = io.BytesIO()
-    animation.gif(movie.frames(scene), held, 1 / FILM["fps"], hold=2.0)
-    return title, [html_page.picture(held.getvalue(), "gif", "embeddings through training")]
+        advice = "Train with --snapshot_interval=50 to get an animation of the embeddings here."
+        return title, [html_page.note(advice)]
+    settings = movie.MovieSettings(out_dir=str(folder), seconds=MOVIE_SECONDS, fps=MOVIE_FPS)
+    frames = movie.render_frames(movie.load_movie(settings))
+    gif = io.BytesIO()
+    animation.write_gif(frames, gif, 1 / MOVIE_FPS, movie.PAUSE_SECONDS)
+    return title, [html_page.embedded_image(gif.getvalue(), "gif", "embeddings through training")]
 
 
-def anatomy_section(config: GPTConfig) -> Section:
-    parts = anatomy.anatomy(config, 1, config.block_size)
-    svg = anatomy.drawing(parts, config, 1, config.block_size)
-    drawing = html_page.picture(svg.encode(), "svg+xml", "the model's parts, from tokens to logits")
-    return "What it is made of", [
-        drawing,
-        html_page.folded("as text", f"<pre>{escape(anatomy.tree(parts))}</pre>"),
-    ]
+def architecture_section(config: GPTConfig) -> Section:
+    """The diagram of the model, and the table of its modules."""
+    stats = anatomy.module_stats(config, batch=1, tokens=config.block_size)
+    svg = architecture_diagram.draw_svg(stats, config, batch=1, tokens=config.block_size)
+    diagram = html_page.embedded_image(svg.encode(), "svg+xml", "the model's modules, from tokens to logits")
+    table = f"<pre>{escape(anatomy.format_table(stats))}</pre>"
+    return "Architecture", [diagram, html_page.collapsible("as text", table)]
 
 
-def speed_section(records: list[dict], about: dict[str, Any]) -> Section:
-    """How fast it trained, and on what."""
-    steps = [one for one in records if {"loss", "tokens", "seconds"} <= one.keys()]
-    rows = []
-    paces = [
-        (later["tokens"] - now["tokens"]) / (later["seconds"] - now["seconds"])
-        for now, later in itertools.pairwise(steps)
-        if later["seconds"] > now["seconds"] and later["tokens"] > now["tokens"]
-    ]
-    if paces and steps[-1]["step"] > steps[0]["step"]:
-        rows.append(("tokens a second (median between log lines)", f"{statistics.median(paces):,.0f}"))
-        per_step = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["step"] - steps[0]["step"])
-        rows.append(("a step", f"{1000 * per_step / statistics.median(paces):.4g} ms"))
-        rows.append(("tokens trained on", f"{steps[-1]['tokens']:,}"))
-    decided, notes = about["decided"], about["decided"].get("notes", [])
+def speed_section(records: list[dict[str, Any]], metadata: dict[str, Any]) -> Section:
+    """How fast the run was, and on which machine and versions. metadata: of `run_folder.run_metadata`."""
+    decided = metadata["decided"]
+    notes = decided.get("notes", [])
+    rows = speed_rows(records)
     rows += [(name, str(decided[name])) for name in ("device", "compile") if name in decided]
     rows += [("note", str(note)) for note in (notes if isinstance(notes, list) else [])]
-    rows += [(name, str(version)) for name, version in about["versions"].items()]
-    rows.append(("git commit", str(about["git_commit"])))
+    rows += [(name, str(version)) for name, version in metadata["versions"].items()]
+    rows.append(("git commit", str(metadata["git_commit"])))
     return "Speed and machine", [html_page.table(rows)]
+
+
+def speed_rows(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Tokens per second, milliseconds per step, and tokens; none if there are too few records."""
+    steps = [record for record in records if {"loss", "tokens", "seconds"} <= record.keys()]
+    speeds = [
+        (after["tokens"] - before["tokens"]) / (after["seconds"] - before["seconds"])
+        for before, after in itertools.pairwise(steps)
+        if after["seconds"] > before["seconds"] and after["tokens"] > before["tokens"]
+    ]
+    if not speeds or steps[-1]["step"] <= steps[0]["step"]:
+        return []
+    tokens_per_second = statistics.median(speeds)
+    tokens_per_step = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["step"] - steps[0]["step"])
+    return [
+        ("tokens per second (median over log intervals)", f"{tokens_per_second:,.0f}"),
+        ("time per step", f"{1000 * tokens_per_step / tokens_per_second:.4g} ms"),
+        ("training tokens", f"{steps[-1]['tokens']:,}"),
+    ]
+
+
+def section_id(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower())
 
 
 def main(resolved: Resolved[ReportSettings]) -> int:
     settings = resolved.settings
     if settings.init_from:
-        raise ValueError("a report is of a run: give --out_dir, and no --init_from")
+        raise ValueError("a report is made from a run folder: use --out_dir instead of --init_from")
     folder = Path(settings.out_dir)
-    saved = run_folder.saved_settings(folder)
-    about = run_folder.run_metadata(folder)
+    saved, metadata = run_folder.saved_settings(folder), run_folder.run_metadata(folder)
     records, samples = metrics_file.read_metrics(folder), metrics_file.read_samples(folder)
-    writer = common.open_model(settings)
-    config = writer.model.config
-    ids = text_ids(writer, settings.start, samples)
+    loaded = common.open_model(settings)
+    config = loaded.model.config
+    ids = text_to_analyze(loaded, settings.start, samples)
     sections = [
         settings_section(saved),
-        ("How the loss fell", [curves.figure([loss_plot.read_curves(folder)])]),
+        curves_section(folder),
         samples_section(samples),
-        *text_sections(writer, ids),
-        attention_section(writer, ids),
-        embeddings_section(writer, folder),
-        film_section(folder),
-        anatomy_section(config),
-        speed_section(records, about),
+        *text_sections(loaded, ids),
+        attention_section(loaded, ids),
+        embeddings_section(loaded, folder),
+        movie_section(folder),
+        architecture_section(config),
+        speed_section(records, metadata),
     ]
-    links = [f'<a href="#{anchor(title)}">{escape(title)}</a>' for title, _ in sections]
-    parts = [summary(records, config, writer.model.num_params(non_embedding=False))]
+    links = [f'<a href="#{section_id(title)}">{escape(title)}</a>' for title, _ in sections]
+    parts = [summary(records, config, loaded.model.num_params(non_embedding=False))]
     parts.append(f"<nav>{' · '.join(links)}</nav>")
-    for title, inside in sections:
-        parts += [f'<h2 id="{anchor(title)}">{escape(title)}</h2>', *inside]
-    path = common.place(settings, "report").with_suffix(".html")
-    html_page.write(path, folder.name, parts)
+    for title, content in sections:
+        parts += [f'<h2 id="{section_id(title)}">{escape(title)}</h2>', *content]
+    path = common.output_path(settings, "report").with_suffix(".html")
+    html_page.write_page(path, folder.name, parts)
     common.save_arrays(settings.save_arrays, {"ids": ids})
     return 0
-
-
-def anchor(title: str) -> str:
-    return re.sub(r"\W+", "-", title.lower())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How a model writes when it takes the likeliest token, and when it draws: why greedy text goes in circles.
+"""How much generated text repeats itself, with greedy decoding and at several temperatures.
 
     python -m lab.sampling --out_dir=out/eca-char --start="A casa" --temperatures=0,0.5,0.8,1,1.3
 
-Prints a table: the share of distinct n-grams, how much of the text repeats what stands before it, and the
-loop that the text ends in, where it does. Writes the texts side by side, what repeats marked (HTML), and the
-figures as a picture (PNG).
+Prints a table for each temperature: the share of distinct n-grams, the share of tokens that repeat earlier
+text, and the length of the loop in which the text ends, if it does. Writes the table as a bar chart (PNG)
+and the texts with their repetitions marked (HTML).
 
 Shapes: N samples, T tokens.
 """
@@ -12,7 +12,7 @@ Shapes: N samples, T tokens.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from html import escape
 
 import numpy as np
 import torch
@@ -23,158 +23,163 @@ from fradique.training.loss_plot import COLORS
 from lab import common, html_page
 from sample import LoadedModel
 
-NGRAMS = (1, 2, 3, 4)
-LONG = 8  # tokens of a run that count as repeated where they stood before
+NGRAM_SIZES = (1, 2, 3, 4)
+REPEAT_LENGTH = 8  # a token is repeated if the last 8 tokens, up to it, occurred before
+SAMPLES_SHOWN = 2  # of each temperature, on the page
 
 
 @dataclass(frozen=True)
-class SamplingSettings(common.LookSettings):
+class SamplingSettings(common.ModelSettings):
     """python -m lab.sampling --out_dir=out/<run> --start="A casa" [--temperatures=0,0.8,1.2]"""
 
-    start: str = setting("A casa", "the prompt: text, FILE:path, or -", group="text")
-    temperatures: str = setting("0,0.5,0.8,1,1.3", "with commas between them; 0: always the likeliest")
-    tokens: int = setting(300, "the length of each text", lo=LONG + 1)
-    samples: int = setting(4, "drawn at each temperature; figures are their means", lo=1, hi=64)
-    seed: int = setting(1337, "the same seed gives the same texts", lo=0, hi=2**62)
+    start: str = setting("A casa", "prompt: text, FILE:path, or - for standard input", group="text")
+    temperatures: str = setting(
+        "0,0.5,0.8,1,1.3", "comma-separated; 0: greedy, always the most probable token"
+    )
+    tokens: int = setting(300, "length of each sample in tokens", lo=REPEAT_LENGTH + 1)
+    samples: int = setting(4, "samples per temperature; the table shows their means", lo=1, hi=64)
+    seed: int = setting(1337, "random seed; the same seed gives the same samples", lo=0, hi=2**62)
 
     def problems(self) -> list[str]:
-        return common.problems_of_numbers("temperatures", self.temperatures, least=0.0)
+        return common.number_problems("temperatures", self.temperatures, minimum=0.0)
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """How a text repeats itself."""
+    """How much a text repeats itself."""
 
-    distinct: tuple[float, ...]  # of NGRAMS: the share of them that is distinct (Li et al. 2016)
-    repeated: float  # the share of tokens that end LONG tokens which stood before
-    loop: int  # tokens of the loop that the text ends in; 0: none
+    distinct: tuple[float, ...]  # for each of NGRAM_SIZES: the share of distinct n-grams (Li et al. 2016)
+    repeated: float  # the share of repeated tokens (`repeated_tokens`)
+    loop: int  # length in tokens of the loop at the end; 0: none
 
 
 # Compute
 
 
-def distinct(ids: Sequence[int], n: int) -> float:
-    """The share of the n-grams of ids (T,) that are distinct; 1 where there is none."""
+def distinct_share(ids: Sequence[int], n: int) -> float:
+    """The share of distinct n-grams among those of ids (T,); 1 if there are none."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def repeats(ids: Sequence[int], long: int = LONG) -> np.ndarray:
-    """(T,) bool: whether a token ends `long` tokens that stood earlier in ids (T,)."""
-    seen, found = set(), np.zeros(len(ids), dtype=bool)
-    for end in range(long, len(ids) + 1):
-        gram = tuple(ids[end - long : end])
-        found[end - 1] = gram in seen
+def repeated_tokens(ids: Sequence[int], length: int = REPEAT_LENGTH) -> np.ndarray:
+    """(T,) bool: whether the `length` tokens that end at each of ids (T,) have occurred before."""
+    seen, repeated = set(), np.zeros(len(ids), dtype=bool)
+    for end in range(length, len(ids) + 1):
+        gram = tuple(ids[end - length : end])
+        repeated[end - 1] = gram in seen
         seen.add(gram)
-    return found
+    return repeated
 
 
-def loop(ids: Sequence[int], times: int = 3) -> int:
-    """The length of the shortest piece with which ids (T,) end, `times` times in a row; 0: none."""
+def loop_length(ids: Sequence[int], times: int = 3) -> int:
+    """The length of the shortest sequence with which ids (T,) end `times` times in a row; 0 if none."""
     ids = list(ids)
     for length in range(1, len(ids) // times + 1):
-        piece = ids[-length:]
-        if all(ids[-length * (k + 1) : len(ids) - length * k] == piece for k in range(1, times)):
+        loop = ids[-length:]
+        if all(ids[-length * (k + 1) : len(ids) - length * k] == loop for k in range(1, times)):
             return length
     return 0
 
 
-def measure(ids: Sequence[int]) -> Repetition:
-    return Repetition(tuple(distinct(ids, n) for n in NGRAMS), float(repeats(ids).mean()), loop(ids))
+def measure_repetition(ids: Sequence[int]) -> Repetition:
+    """The repetition in one text (T,)."""
+    distinct = tuple(distinct_share(ids, n) for n in NGRAM_SIZES)
+    return Repetition(distinct, float(repeated_tokens(ids).mean()), loop_length(ids))
 
 
-def write_samples(
-    writer: LoadedModel, prompt: np.ndarray, temperature: float, settings: SamplingSettings
+def mean_repetition(samples: Sequence[Repetition]) -> Repetition:
+    """The mean over several samples; the loop is that of the first sample that has one."""
+    distinct = np.mean([sample.distinct for sample in samples], axis=0)
+    repeated = float(np.mean([sample.repeated for sample in samples]))
+    return Repetition(tuple(distinct), repeated, next((s.loop for s in samples if s.loop), 0))
+
+
+def generate_samples(
+    loaded: LoadedModel, prompt: np.ndarray, temperature: float, settings: SamplingSettings
 ) -> np.ndarray:
-    """Texts (N, tokens) behind the prompt (T,); one where nothing is drawn."""
-    rows = 1 if temperature == 0 else settings.samples
-    generator = torch.Generator(writer.runtime.device)
+    """Tokens (N, T) generated after the prompt; N is 1 for greedy decoding, which is deterministic."""
+    n_samples = 1 if temperature == 0 else settings.samples
+    generator = torch.Generator(loaded.runtime.device)
     generator.manual_seed(settings.seed)
-    idx = common.as_batch(writer, prompt).repeat(rows, 1)
-    made = writer.model.generate(
-        idx, settings.tokens, temperature, n_vocab=writer.tokenizer.vocab_size, generator=generator
-    )
-    return made[:, idx.size(1) :].cpu().numpy()
-
-
-def mean(found: Sequence[Repetition]) -> Repetition:
-    """Of several samples; the loop is that of the first that has one."""
-    shares = np.mean([one.distinct for one in found], axis=0)
-    loops = [one.loop for one in found if one.loop]
-    return Repetition(
-        tuple(shares), float(np.mean([one.repeated for one in found])), loops[0] if loops else 0
-    )
+    idx = common.to_batch(loaded, prompt).repeat(n_samples, 1)
+    n_vocab = loaded.tokenizer.vocab_size
+    output = loaded.model.generate(idx, settings.tokens, temperature, n_vocab=n_vocab, generator=generator)
+    return output[:, idx.size(1) :].cpu().numpy()
 
 
 # Draw
 
 
-def name_of(temperature: float) -> str:
+def temperature_name(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
 
 
-def table(found: dict[float, Repetition]) -> str:
+def summary_table(results: dict[float, Repetition]) -> str:
     """Markdown: a row for each temperature."""
-    head = ["", *(f"distinct-{n}" for n in NGRAMS), "repeated", "ends in a loop of"]
-    lines = [head, ["---"] * len(head)]
-    for temperature, one in found.items():
-        shares = [f"{share:.2f}" for share in (*one.distinct, one.repeated)]
-        lines.append([name_of(temperature), *shares, f"{one.loop} tokens" if one.loop else "–"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    header = ["", *(f"distinct-{n}" for n in NGRAM_SIZES), "repeated", "ends in a loop of"]
+    rows = []
+    for temperature, result in results.items():
+        shares = [f"{share:.2f}" for share in (*result.distinct, result.repeated)]
+        loop = f"{result.loop} tokens" if result.loop else "–"
+        rows.append([temperature_name(temperature), *shares, loop])
+    return common.markdown_table(header, rows)
 
 
-def draw(found: dict[float, Repetition], path: Path) -> None:
-    """Distinct n-grams and the repeated part, a group of bars for each temperature."""
-    figure = Figure(figsize=(1.2 + 1.5 * len(found), 4), dpi=110, layout="constrained")
+def draw_bars(results: dict[float, Repetition]) -> Figure:
+    """Shares of distinct n-grams and of repeated tokens, a group of bars for each temperature."""
+    figure = Figure(figsize=(1.2 + 1.5 * len(results), 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    series = {f"distinct-{n}": [one.distinct[i] for one in found.values()] for i, n in enumerate(NGRAMS)}
-    series["repeated"] = [one.repeated for one in found.values()]
+    series = {f"distinct-{n}": [r.distinct[i] for r in results.values()] for i, n in enumerate(NGRAM_SIZES)}
+    series["repeated"] = [r.repeated for r in results.values()]
     width = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
-        places = np.arange(len(values)) + (i - (len(series) - 1) / 2) * width
+        xs = np.arange(len(values)) + (i - (len(series) - 1) / 2) * width
         hatch = "//" if label == "repeated" else None
-        axes.bar(places, values, width * 0.9, label=label, color=COLORS[i], hatch=hatch)
-    axes.set_xticks(range(len(found)), [name_of(temperature) for temperature in found], fontsize=9)
+        axes.bar(xs, values, width * 0.9, label=label, color=COLORS[i], hatch=hatch)
+    axes.set_xticks(range(len(results)), [temperature_name(t) for t in results], fontsize=9)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of the text")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("how much of a text is new, and how much repeats it", fontsize=11)
+    axes.set_title("distinct n-grams and repeated tokens", fontsize=11)
     axes.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=8)
-    figure.savefig(path)
+    return figure
 
 
-def marked(names: list[str], again: np.ndarray) -> str:
-    """A text as HTML, its repeated tokens marked."""
+def marked_text(labels: list[str], repeated: np.ndarray) -> str:
+    """A text as HTML, with its repeated tokens marked."""
     spans = []
-    for name, repeated in zip(names, again, strict=True):
-        end = "<br>" if name == common.LINE_END else ""
-        text = html_page.escape(name.replace("␣", " "))
-        spans.append((f"<mark>{text}</mark>" if repeated else text) + end)
-    return f'<p class="text">{"".join(spans)}</p>'
+    for label, is_repeated in zip(labels, repeated, strict=True):
+        line_break = "<br>" if label == common.NEWLINE_SYMBOL else ""
+        text = escape(label.replace("␣", " "))
+        spans.append((f"<mark>{text}</mark>" if is_repeated else text) + line_break)
+    return html_page.token_text(spans)
 
 
 def main(resolved: Resolved[SamplingSettings]) -> int:
     settings = resolved.settings
-    writer = common.open_model(settings)
-    prompt = common.prompt_ids(writer, settings.start)
-    texts = {
-        temperature: write_samples(writer, prompt, temperature, settings)
-        for temperature in common.numbers(settings.temperatures)
+    loaded = common.open_model(settings)
+    prompt = common.encode_prompt(loaded, settings.start)
+    samples = {
+        temperature: generate_samples(loaded, prompt, temperature, settings)
+        for temperature in common.parse_numbers(settings.temperatures)
     }
-    found = {
-        temperature: mean([measure(ids.tolist()) for ids in rows]) for temperature, rows in texts.items()
+    results = {
+        temperature: mean_repetition([measure_repetition(ids.tolist()) for ids in rows])
+        for temperature, rows in samples.items()
     }
-    print(table(found))
-    path = common.place(settings, "sampling")
-    common.write(path.with_suffix(".png"), lambda beside: draw(found, beside))
-    parts = [html_page.note(f"Marked: what ends {LONG} tokens that stood in the text before.")]
-    for temperature, rows in texts.items():
-        parts.append(f"<h2>{name_of(temperature)}</h2>")
-        parts += [marked(common.labels(writer.tokenizer, ids), repeats(ids.tolist())) for ids in rows[:2]]
-    html_page.write(path.with_suffix(".html"), "Greedy, and drawn", parts)
-    common.save_arrays(
-        settings.save_arrays, {name_of(temperature): rows for temperature, rows in texts.items()}
-    )
+    print(summary_table(results))
+    path = common.output_path(settings, "sampling")
+    common.save_figure(draw_bars(results), path.with_suffix(".png"))
+    note = f"Marked: tokens at the end of {REPEAT_LENGTH} tokens that occurred earlier in the text."
+    parts = [html_page.note(note)]
+    for temperature, rows in samples.items():
+        parts.append(f"<h2>{temperature_name(temperature)}</h2>")
+        for ids in rows[:SAMPLES_SHOWN]:
+            labels = common.token_labels(loaded.tokenizer, ids)
+            parts.append(marked_text(labels, repeated_tokens(ids.tolist())))
+    html_page.write_page(path.with_suffix(".html"), "Greedy and sampled text", parts)
+    common.save_arrays(settings.save_arrays, {temperature_name(t): rows for t, rows in samples.items()})
     return 0
 
 

@@ -1,20 +1,24 @@
-"""One text in three vocabularies: characters, GPT-2's BPE, and a BPE made for it.
+"""One text in three vocabularies: characters, GPT-2's BPE, and a BPE trained on the text itself.
 
     python -m lab.tokenizers --input=book.txt
     python -m lab.tokenizers --input=book.txt --bpe=2048 --n_embd=384 --n_layer=6 --out_dir=out/a,out/b
 
-Prints tokens, bytes a token, and what part of a model's parameters the token embedding is; writes the
-beginning of the text in coloured pieces (PNG, and HTML to point at). With `--out_dir` the runs named there
-are compared in bits per byte, whatever they were trained in.
+Prints a table: tokens, bytes per token, and the share of a model's parameters in the token embedding.
+Writes the beginning of the text with its tokens in colors (PNG and HTML). With `--out_dir`, compares those
+runs in bits per byte, which do not depend on the tokenizer.
 
 Shapes: T tokens.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -27,9 +31,9 @@ from fradique.training.logger import format_count
 from fradique.training.loss_plot import COLORS
 from lab import common, html_page
 
-SHOWN = {"png": 330, "html": 3000}  # characters of the text that are drawn
-COLUMNS = 66  # characters of a line of the picture
-LETTER = {"fontsize": 9, "family": "monospace", "ha": "center", "va": "center"}
+PNG_CHARACTERS, HTML_CHARACTERS = 330, 3000  # how much of the text is drawn
+LINE_LENGTH = 66  # characters per line of the PNG
+GLYPH_STYLE = {"fontsize": 9, "family": "monospace", "ha": "center", "va": "center"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,15 @@ class TokenizersSettings:
 
     input: str = setting("", "the text: a UTF-8 file, or a folder of them", group="text")
     bpe: int = setting(
-        4096, "the vocabulary of the BPE that is made for it", lo=bpe.MIN_VOCAB, hi=bpe.MAX_VOCAB
+        4096, "vocabulary size of the BPE trained on the text", lo=bpe.MIN_VOCAB, hi=bpe.MAX_VOCAB
     )
-    n_embd: int = setting(384, "width of a model, for the part that its embedding is", lo=1, group="model")
-    n_layer: int = setting(6, "its layers", lo=1)
-    out_dir: str = setting("", "runs to compare in bits per byte, with commas between them", group="runs")
-    to: str = setting("tokenizers", "where to write, a name without ending", group="output")
-    save_arrays: str = setting("", "keep the numbers of the pictures too, in this .npz")
+    n_embd: int = setting(
+        384, "model width, for the embedding's share of the parameters", lo=1, group="model"
+    )
+    n_layer: int = setting(6, "number of layers of that model", lo=1)
+    out_dir: str = setting("", "runs to compare in bits per byte, comma-separated", group="runs")
+    to: str = setting("tokenizers", "output path without extension", group="output")
+    save_arrays: str = setting("", "also write the tokens to this .npz file")
     debug: bool = setting(False, "show the traceback of an error")
 
     def problems(self) -> list[str]:
@@ -55,13 +61,13 @@ class TokenizersSettings:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A text as one tokenizer cuts it."""
+class Tokenization:
+    """A text as one tokenizer splits it."""
 
     name: str
     vocab_size: int
     ids: np.ndarray  # (T,)
-    pieces: list[str]  # (T,), to be seen
+    labels: list[str]  # of the first HTML_CHARACTERS tokens at most
     text_bytes: int
 
     @property
@@ -69,146 +75,149 @@ class Cut:
         return self.text_bytes / len(self.ids)
 
     def embedding_share(self, n_embd: int, n_layer: int) -> float:
-        """The part of a GPT's parameters that the token embedding is: V C of V C + 12 L C² (norms aside)."""
-        table = self.vocab_size * n_embd
-        return table / (table + 12 * n_layer * n_embd**2)
+        """The share of the token embedding in a GPT's parameters: V C / (V C + 12 L C²), without norms."""
+        embedding = self.vocab_size * n_embd
+        return embedding / (embedding + 12 * n_layer * n_embd**2)
 
 
-def cut_all(content: str, bpe_size: int) -> list[Cut]:
-    """A text in the three vocabularies. Raises ValueError where it is empty."""
+def tokenize_all(content: str, bpe_size: int) -> list[Tokenization]:
+    """Split a text with the three tokenizers. Raises ValueError if it is empty."""
     if not content:
-        raise ValueError("the text is empty: --input names a file with something in it")
-    made = [
+        raise ValueError("the text is empty: --input must name a file with some text")
+    candidates = [
         ("characters", tokenizers.CharTokenizer("".join(sorted(set(content))))),
         ("GPT-2's BPE", tokenizers.GPT2Tokenizer()),
         (f"its own BPE of {bpe_size:,}", tokenizers.train_bpe([content], bpe_size)),
     ]
-    return [cut(name, tokenizer, content) for name, tokenizer in made]
+    return [tokenize(name, tokenizer, content) for name, tokenizer in candidates]
 
 
-def cut(name: str, tokenizer: tokenizers.Tokenizer, content: str) -> Cut:
+def tokenize(name: str, tokenizer: tokenizers.Tokenizer, content: str) -> Tokenization:
+    """Split a text with one tokenizer."""
     ids = tokenizer.encode(content)
-    first = ids[: SHOWN["html"]]  # no more can be shown: a token is a byte at least
-    return Cut(name, tokenizer.vocab_size, ids, common.labels(tokenizer, first), len(content.encode()))
+    labels = common.token_labels(tokenizer, ids[:HTML_CHARACTERS])
+    return Tokenization(name, tokenizer.vocab_size, ids, labels, len(content.encode()))
 
 
-def compare(folders: list[Path]) -> list[tuple[str, float, float]]:
-    """Name, loss in nats a token and bits per byte of each run that has ended, the best first."""
-    found = []
+def compare_runs(folders: list[Path]) -> list[tuple[str, float, float]]:
+    """(name, loss in nats per token, bits per byte) of each finished run, the best first."""
+    results = []
     for folder in folders:
-        last = [record for record in metrics_file.read_metrics(folder) if "final_bits_per_byte" in record]
-        if not last:
-            raise ValueError(f"{folder} holds no run that has ended: only those have bits per byte")
-        found.append((folder.name, last[-1]["final_loss"], last[-1]["final_bits_per_byte"]))
-    return sorted(found, key=lambda one: one[2])
+        records = [r for r in metrics_file.read_metrics(folder) if "final_bits_per_byte" in r]
+        if not records:
+            raise ValueError(
+                f"{folder} has no finished run: bits per byte are measured at the end of training"
+            )
+        results.append((folder.name, records[-1]["final_loss"], records[-1]["final_bits_per_byte"]))
+    return sorted(results, key=lambda result: result[2])
+
+
+class PlacedPiece(NamedTuple):
+    """A piece of a token's label on the lines of the picture."""
+
+    x: int  # column of its first character
+    line: int
+    text: str
+    index: int  # of the token
+
+
+def wrap_labels(labels: Sequence[str], max_characters: int) -> list[PlacedPiece]:
+    """Lay out labels one after another on lines of LINE_LENGTH; a label that crosses a line end is split."""
+    pieces, x, line, total = [], 0, 0, 0
+    for index, label in enumerate(labels):
+        rest = label
+        while rest and total < max_characters:
+            piece = rest[: min(LINE_LENGTH - x, max_characters - total)]
+            pieces.append(PlacedPiece(x, line, piece, index))
+            x, rest, total = x + len(piece), rest[len(piece) :], total + len(piece)
+            if x == LINE_LENGTH:
+                x, line = 0, line + 1
+    return pieces
 
 
 # Draw
 
 
-def table(cuts: list[Cut], n_embd: int, n_layer: int) -> str:
+def summary_table(tokenizations: list[Tokenization], n_embd: int, n_layer: int) -> str:
     """Markdown: a row for each tokenizer."""
-    head = [
+    header = [
         "",
         "vocabulary",
         "tokens",
-        "bytes a token",
-        f"embedding at {n_embd} wide",
-        f"of {n_layer} layers' all",
+        "bytes per token",
+        f"embedding parameters (n_embd={n_embd})",
+        f"share of a model of {n_layer} layers",
     ]
-    lines = [head, ["---"] * len(head)]
-    for one in cuts:
-        lines.append(
-            [
-                one.name,
-                f"{one.vocab_size:,}",
-                f"{len(one.ids):,}",
-                f"{one.bytes_per_token:.2f}",
-                format_count(one.vocab_size * n_embd),
-                f"{one.embedding_share(n_embd, n_layer):.1%}",
-            ]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = [
+        [
+            t.name,
+            f"{t.vocab_size:,}",
+            f"{len(t.ids):,}",
+            f"{t.bytes_per_token:.2f}",
+            format_count(t.vocab_size * n_embd),
+            f"{t.embedding_share(n_embd, n_layer):.1%}",
+        ]
+        for t in tokenizations
+    ]
+    return common.markdown_table(header, rows)
 
 
-def draw(cuts: list[Cut], path: Path) -> None:
-    """The beginning of the text, a block of lines for each tokenizer, pieces in changing colours."""
-    rows = [lay_out(one.pieces, SHOWN["png"]) for one in cuts]
-    heights = [1 + row[-1][1] + 1.2 for row in rows]
+def draw_tokenizations(tokenizations: list[Tokenization]) -> Figure:
+    """The beginning of the text, a block of lines for each tokenizer, with its tokens in alternating colors."""
+    blocks = [wrap_labels(t.labels, PNG_CHARACTERS) for t in tokenizations]
+    heights = [1 + block[-1].line + 1.2 for block in blocks]
     figure = Figure(figsize=(10, 0.3 * sum(heights) + 0.3), dpi=110)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(-1, COLUMNS + 1)
+    axes.set_xlim(-1, LINE_LENGTH + 1)
     axes.set_ylim(sum(heights) + 0.4, -0.4)
     axes.axis("off")
     top = 0.0
-    for one, places, height in zip(cuts, rows, heights, strict=True):
-        told = (
-            f"{one.name}: {one.vocab_size:,} tokens to choose from, {one.bytes_per_token:.2f} bytes a token"
-        )
-        axes.text(0, top + 0.4, told, fontsize=10, va="center", weight="bold")
-        for x, line, piece, number in places:
-            y = top + 1 + line
-            colour = COLORS[number % len(COLORS)]
-            axes.add_patch(Rectangle((x, y), len(piece), 0.92, facecolor=colour, alpha=0.38, linewidth=0))
-            for i, char in enumerate(piece):
-                axes.text(
-                    x + i + 0.5, y + 0.46, char, fontsize=9, family="monospace", ha="center", va="center"
-                )
+    for t, block, height in zip(tokenizations, blocks, heights, strict=True):
+        title = f"{t.name}: vocabulary of {t.vocab_size:,}, {t.bytes_per_token:.2f} bytes per token"
+        axes.text(0, top + 0.4, title, fontsize=10, va="center", weight="bold")
+        for piece in block:
+            draw_piece(axes, piece, top + 1 + piece.line)
         top += height
-    figure.savefig(path)
+    return figure
 
 
-def lay_out(pieces: list[str], most: int) -> list[tuple[int, int, str, int]]:
-    """Where each piece stands on lines of COLUMNS: x, line, what is there of it, its number. A piece that
-    meets the end of a line goes on in the next."""
-    found, x, line, total = [], 0, 0, 0
-    for number, piece in enumerate(pieces):
-        while piece and total < most:
-            part = piece[: min(COLUMNS - x, most - total)]
-            found.append((x, line, part, number))
-            x, piece, total = x + len(part), piece[len(part) :], total + len(part)
-            if x == COLUMNS:
-                x, line = 0, line + 1
-    return found
+def draw_piece(axes: Axes, piece: PlacedPiece, y: float) -> None:
+    color = COLORS[piece.index % len(COLORS)]
+    background = Rectangle((piece.x, y), len(piece.text), 0.92, facecolor=color, alpha=0.38, linewidth=0)
+    axes.add_patch(background)
+    for i, char in enumerate(piece.text):
+        axes.text(piece.x + i + 0.5, y + 0.46, char, **GLYPH_STYLE)
 
 
-def coloured(one: Cut) -> str:
-    """The pieces as HTML."""
+def colored_tokens(tokenization: Tokenization) -> str:
+    """The beginning of the text as HTML, with its tokens in alternating colors."""
     spans, total = [], 0
-    for i, piece in enumerate(one.pieces):
-        total += len(piece)
-        if total > SHOWN["html"]:
+    for i, label in enumerate(tokenization.labels):
+        total += len(label)
+        if total > HTML_CHARACTERS:
             break
-        told = f"token {one.ids[i]}: {len(piece)} characters"
-        end = "<br>" if piece.endswith(common.LINE_END) else ""
-        spans.append(
-            f'<span class="token" style="background:{COLORS[i % len(COLORS)]}55" title="{told}">'
-            f"{html_page.escape(piece)}</span>{end}"
-        )
-    return f'<p class="text">{"".join(spans)}</p>'
+        tooltip = f"token {tokenization.ids[i]}: {len(label)} characters"
+        spans.append(html_page.token_span(label, tooltip, style=f"background:{COLORS[i % len(COLORS)]}55"))
+    return html_page.token_text(spans)
 
 
 def main(resolved: Resolved[TokenizersSettings]) -> int:
     settings = resolved.settings
     content = "".join(text.files_text(text.find_files([Path(settings.input)]), settings.input).chunks())
-    cuts = cut_all(content, settings.bpe)
-    told = table(cuts, settings.n_embd, settings.n_layer)
-    print(told)
+    tokenizations = tokenize_all(content, settings.bpe)
+    print(summary_table(tokenizations, settings.n_embd, settings.n_layer))
     parts = []
-    if settings.out_dir:
-        runs = compare([Path(name) for name in settings.out_dir.split(",") if name])
-        for name, loss, bits in runs:
-            print(f"{name}: {bits:.3f} bits per byte (loss {loss:.3f} nats a token)")
-            parts.append(html_page.note(f"{name}: {bits:.3f} bits per byte (loss {loss:.3f} nats a token)"))
+    for name, loss, bits in compare_runs([Path(name) for name in settings.out_dir.split(",") if name]):
+        result = f"{name}: {bits:.3f} bits per byte (loss {loss:.3f} nats per token)"
+        print(result)
+        parts.append(html_page.note(result))
     path = Path(settings.to)
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.write(path.with_suffix(".png"), lambda beside: draw(cuts, beside))
-    for one in cuts:
-        parts.append(
-            f"<h2>{html_page.escape(one.name)}: {one.bytes_per_token:.2f} bytes a token</h2>{coloured(one)}"
-        )
-    html_page.write(path.with_suffix(".html"), "One text in three vocabularies", parts)
-    common.save_arrays(settings.save_arrays, {one.name: one.ids for one in cuts})
+    common.save_figure(draw_tokenizations(tokenizations), path.with_suffix(".png"))
+    for t in tokenizations:
+        parts.append(f"<h2>{escape(t.name)}: {t.bytes_per_token:.2f} bytes per token</h2>{colored_tokens(t)}")
+    html_page.write_page(path.with_suffix(".html"), "One text in three vocabularies", parts)
+    common.save_arrays(settings.save_arrays, {t.name: t.ids for t in tokenizations})
     return 0
 
 

@@ -1,21 +1,23 @@
-"""What may come next, and how well a text was foreseen, token by token.
+"""Next-token probabilities after a prompt, and the loss of each token of the prompt.
 
     python -m lab.tokens --out_dir=out/eca-char --start="A figura é po"
     python -m lab.tokens --init_from=gpt2 --start="The capital of Portugal is" --top=20
 
-Writes the likeliest next tokens, at several temperatures and through top-k, top-p and min-p, with the entropy
-of each (PNG; HTML with the temperature to move), the same as an animation (GIF), and the text coloured by the
-loss of each token, to point at (HTML).
+Writes the most probable next tokens at several temperatures and with top-k, top-p and min-p, with the
+entropy of each distribution (PNG; HTML with a slider for the temperature); the same as an animation (GIF);
+and the prompt colored by the loss of each token (HTML).
 
-Shapes: T tokens, V vocabulary.
+Shapes: T tokens, V vocabulary size.
 """
 
 import math
 import sys
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
+import plotly.graph_objects as go
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,219 +30,220 @@ from fradique.training.loss_plot import COLORS
 from lab import animation, common, html_page
 from model import GPT
 
+FULL_COLOR_LOSS = 6.0  # nats: tokens with this loss or more have the strongest background
+TITLE_CHARACTERS = 60  # of the prompt, in titles
+
 
 @dataclass(frozen=True)
-class TokenSettings(common.LookSettings):
+class TokenSettings(common.ModelSettings):
     """python -m lab.tokens --out_dir=out/<run> --start="A figura é po" [--top=16]"""
 
-    start: str = setting("A figura é po", "the text: itself, FILE:path, or -", group="text")
-    top: int = setting(16, "how many tokens are shown", lo=1, hi=100, group="picture")
-    temperatures: str = setting("0.5,0.8,1,1.5", "with commas between them")
-    top_k: int = setting(5, "of the panel that draws from the k likeliest", lo=1, group="drawing")
+    start: str = setting("A figura é po", "prompt: text, FILE:path, or - for standard input", group="text")
+    top: int = setting(16, "number of tokens shown", lo=1, hi=100, group="picture")
+    temperatures: str = setting("0.5,0.8,1,1.5", "comma-separated, one panel each")
+    top_k: int = setting(5, "the top-k panel samples from the k most probable tokens", lo=1, group="sampling")
     top_p: float = setting(
-        0.9, "of the panel that draws from those whose probabilities reach p", above=0.0, hi=1.0
+        0.9,
+        "the top-p panel samples from the most probable tokens whose probabilities add up to p",
+        above=0.0,
+        hi=1.0,
     )
     min_p: float = setting(
         0.1,
-        "of the panel that draws from those at least p times as likely as the likeliest",
+        "the min-p panel samples from tokens at least p times as probable as the most probable one",
         above=0.0,
         hi=1.0,
     )
 
     def problems(self) -> list[str]:
-        return common.problems_of_numbers("temperatures", self.temperatures, least=0.0, above=True)
+        return common.number_problems("temperatures", self.temperatures, minimum=0.0, exclusive=True)
 
 
 # Compute
 
 
 @torch.no_grad()
-def logits_of(model: GPT, ids: torch.Tensor, n_vocab: int) -> torch.Tensor:
-    """What the model thinks behind each token: logits (T, n_vocab), float64, of ids (1, T)."""
+def all_logits(model: GPT, ids: torch.Tensor, n_vocab: int) -> torch.Tensor:
+    """The logits after each token of ids (1, T): (T, n_vocab), float64, on the CPU. Dropout is off."""
     training = model.training
     try:
         model.eval()
-        logits, _ = model(ids, ids, prefix=ids.size(1))  # targets, so that it answers for all places
+        logits, _ = model(ids, ids, prefix=ids.size(1))  # with targets, the model returns all T positions
     finally:
         model.train(training)
     return logits[0, :, :n_vocab].double().cpu()
 
 
-def distribution(logits: torch.Tensor, temperature: float = 1.0, **limits: float) -> np.ndarray:
-    """Probabilities (V,) that `sample.py` draws with, from logits (V,). limits: top_k, top_p or min_p."""
-    scaled = filter_logits(logits[None] / temperature, **limits)
-    return torch.softmax(scaled, dim=-1)[0].numpy()
+def probabilities(logits: torch.Tensor, temperature: float = 1.0, **filters: float) -> np.ndarray:
+    """The probabilities (V,) with which sample.py samples, from logits (V,). filters: top_k, top_p or min_p."""
+    filtered = filter_logits(logits[None] / temperature, **filters)
+    return torch.softmax(filtered, dim=-1)[0].numpy()
 
 
-def entropy(probabilities: np.ndarray) -> float:
-    """In bits: 0 where one token is certain, log2 V where all are as likely."""
-    some = probabilities[probabilities > 0]
-    return float(-(some * np.log2(some)).sum()) + 0.0
+def entropy_bits(distribution: np.ndarray) -> float:
+    """The entropy of probabilities (V,): 0 if one token is certain, log2 V if all are equally probable."""
+    nonzero = distribution[distribution > 0]
+    return float(-(nonzero * np.log2(nonzero)).sum()) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def panels(logits: torch.Tensor, settings: TokenSettings) -> dict[str, np.ndarray]:
-    """The distributions that are shown: title -> (V,)."""
-    found = {f"temperature {t:g}": distribution(logits, t) for t in common.numbers(settings.temperatures)}
-    return found | {
-        f"top-k {settings.top_k}": distribution(logits, top_k=settings.top_k),
-        f"top-p {settings.top_p:g}": distribution(logits, top_p=settings.top_p),
-        f"min-p {settings.min_p:g}": distribution(logits, min_p=settings.min_p),
+def panel_distributions(logits: torch.Tensor, settings: TokenSettings) -> dict[str, np.ndarray]:
+    """The distributions that are drawn: panel title -> probabilities (V,)."""
+    temperatures = common.parse_numbers(settings.temperatures)
+    return {f"temperature {t:g}": probabilities(logits, t) for t in temperatures} | {
+        f"top-k {settings.top_k}": probabilities(logits, top_k=settings.top_k),
+        f"top-p {settings.top_p:g}": probabilities(logits, top_p=settings.top_p),
+        f"min-p {settings.min_p:g}": probabilities(logits, min_p=settings.min_p),
     }
 
 
 @dataclass(frozen=True)
-class Foreseen:
-    """How well each token behind the first was foreseen: (T - 1,) each, `alternatives` (T - 1, k) ids."""
+class TokenScores:
+    """How well each token after the first was predicted: (T - 1,) each; of the top k, (T - 1, k)."""
 
     loss: np.ndarray  # nats
     probability: np.ndarray
-    rank: np.ndarray  # 0: it was the likeliest
-    alternatives: np.ndarray  # the likeliest, in order
-    chances: np.ndarray  # their probabilities
+    rank: np.ndarray  # 0: it was the most probable token
+    top_ids: np.ndarray  # the most probable tokens, in descending order
+    top_probabilities: np.ndarray
 
 
-def foresee(logits: torch.Tensor, ids: np.ndarray, count: int = 5) -> Foreseen:
-    """logits (T, V) behind each of ids (T,)."""
-    logs = torch.log_softmax(logits[:-1], dim=-1)  # (T - 1, V)
-    came = logs.gather(1, torch.from_numpy(ids[1:])[:, None])  # (T - 1, 1)
-    best = logs.topk(min(count, logs.size(1)), dim=-1)
-    return Foreseen(
-        loss=-came[:, 0].numpy(),
-        probability=came[:, 0].exp().numpy(),
-        rank=(logs > came).sum(1).numpy(),
-        alternatives=best.indices.numpy(),
-        chances=best.values.exp().numpy(),
+def score_tokens(logits: torch.Tensor, ids: np.ndarray, top: int = 5) -> TokenScores:
+    """Score ids (T,) with the logits (T, V) after each of them."""
+    log_probs = torch.log_softmax(logits[:-1], dim=-1)  # (T - 1, V)
+    actual = log_probs.gather(1, torch.from_numpy(ids[1:])[:, None])  # (T - 1, 1)
+    best = log_probs.topk(min(top, log_probs.size(1)), dim=-1)
+    return TokenScores(
+        loss=-actual[:, 0].numpy(),
+        probability=actual[:, 0].exp().numpy(),
+        rank=(log_probs > actual).sum(1).numpy(),
+        top_ids=best.indices.numpy(),
+        top_probabilities=best.values.exp().numpy(),
     )
 
 
 # Draw
 
 
-def draw_panel(
-    axes: Axes, probabilities: np.ndarray, order: np.ndarray, names: list[str], title: str, most: float = 1.0
+def draw_bars(
+    axes: Axes,
+    distribution: np.ndarray,
+    order: np.ndarray,
+    labels: list[str],
+    title: str,
+    max_x: float = 1.0,
 ) -> None:
-    """Bars of the tokens in `order`, with their probabilities, on a scale that ends above `most`."""
-    shown = probabilities[order]
-    axes.barh(range(len(order)), shown, color=COLORS[0], height=0.75)
-    for i, p in enumerate(shown):
-        axes.text(p + 0.02 * most, i, f"{p:.3f}" if p else "not drawn", va="center", fontsize=7)
-    axes.set_yticks(range(len(order)), names, fontsize=8)
+    """A bar for the probability of each token id in `order`, on an axis that is a little longer than `max_x`."""
+    values = distribution[order]
+    axes.barh(range(len(order)), values, color=COLORS[0], height=0.75)
+    for i, p in enumerate(values):
+        axes.text(p + 0.02 * max_x, i, f"{p:.3f}" if p else "excluded", va="center", fontsize=7)
+    axes.set_yticks(range(len(order)), labels, fontsize=8)
     axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.set_xlim(0, 1.15 * most)
+    axes.set_xlim(0, 1.15 * max_x)
     axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.tick_params(length=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{title}\n{entropy(probabilities):.2f} bits", fontsize=9)
+    axes.set_title(f"{title}\n{entropy_bits(distribution):.2f} bits", fontsize=9)
 
 
 def draw_panels(
-    found: dict[str, np.ndarray], order: np.ndarray, names: list[str], prompt: str, path: Path
-) -> None:
-    """All distributions, side by side in two rows."""
-    columns = math.ceil(len(found) / 2)
+    distributions: dict[str, np.ndarray], order: np.ndarray, labels: list[str], prompt: str
+) -> Figure:
+    """All distributions, in two rows of panels with one common scale."""
+    columns = math.ceil(len(distributions) / 2)
     height = 0.19 * len(order) + 0.8
     figure = Figure(figsize=(2.6 * columns, 2 * height + 0.5), dpi=110, layout="constrained")
     grid = figure.subplots(2, columns, squeeze=False).ravel()
-    most = max(float(probabilities.max()) for probabilities in found.values())  # one scale for all
-    for axes, (title, probabilities) in zip(grid, found.items(), strict=False):
-        draw_panel(axes, probabilities, order, names, title, most)
-    for axes in grid[len(found) :]:
+    max_x = max(float(distribution.max()) for distribution in distributions.values())
+    for axes, (title, distribution) in zip(grid, distributions.items(), strict=False):
+        draw_bars(axes, distribution, order, labels, title, max_x)
+    for axes in grid[len(distributions) :]:
         axes.axis("off")
-    figure.suptitle(f"what may follow “{prompt[-60:]}”", fontsize=11)
-    figure.savefig(path)
+    figure.suptitle(f"next token after “{prompt[-TITLE_CHARACTERS:]}”", fontsize=11)
+    return figure
 
 
-def draw_movie(logits: torch.Tensor, order: np.ndarray, names: list[str], path: Path) -> None:
-    """The temperature rising from 0.1 to 2 and falling again, as a GIF."""
+def write_temperature_gif(logits: torch.Tensor, order: np.ndarray, labels: list[str], path: Path) -> None:
+    """Animate the distribution while the temperature rises from 0.1 to 2 and falls again."""
     rising = np.geomspace(0.1, 2.0, 24)
     frames = []
     for temperature in [*rising, *rising[-2:0:-1]]:
         figure = Figure(figsize=(4.5, 0.22 * len(order) + 0.9), dpi=100, layout="constrained")
-        axes = figure.add_subplot()
-        draw_panel(axes, distribution(logits, temperature), order, names, f"temperature {temperature:.2f}")
-        frames.append(common.pixels(figure))
-    animation.gif(frames, path, seconds=0.12)
+        distribution = probabilities(logits, temperature)
+        draw_bars(figure.add_subplot(), distribution, order, labels, f"temperature {temperature:.2f}")
+        frames.append(common.figure_pixels(figure))
+    animation.write_gif(frames, path, frame_seconds=0.12)
 
 
-def coloured(names: list[str], found: Foreseen, alternatives: list[list[str]]) -> str:
-    """The text as HTML, each token on a ground that is the stronger, the worse it was foreseen."""
-    spans = [f'<span class="token">{html_page.escape(names[0])}</span>']
-    for i, name in enumerate(names[1:]):
-        others = ", ".join(
-            f"{other} {chance:.2f}" for other, chance in zip(alternatives[i], found.chances[i], strict=True)
+def loss_colored_text(tokenizer: tokenizers.Tokenizer, ids: np.ndarray, scores: TokenScores) -> list[str]:
+    """The text of ids (T,) as HTML, each token with a background that is stronger for a larger loss."""
+    labels = common.token_labels(tokenizer, ids)
+    spans = [html_page.token_span(labels[0])]  # the first token has no score
+    for i, label in enumerate(labels[1:]):
+        top_labels = common.token_labels(tokenizer, scores.top_ids[i])
+        top = ", ".join(
+            f"{other} {p:.2f}" for other, p in zip(top_labels, scores.top_probabilities[i], strict=True)
         )
-        told = (
-            f"{name}: probability {found.probability[i]:.3f}, rank {found.rank[i] + 1}, "
-            f"loss {found.loss[i]:.2f} nats; likeliest: {others}"
+        tooltip = (
+            f"{label}: probability {scores.probability[i]:.3f}, rank {scores.rank[i] + 1}, "
+            f"loss {scores.loss[i]:.2f} nats; most probable: {top}"
         )
-        strength = min(1.0, found.loss[i] / 6)
-        end = "<br>" if name == common.LINE_END else ""
-        spans.append(
-            f'<span class="token" style="--loss:{strength:.2f}" title="{html_page.escape(told)}">'
-            f"{html_page.escape(name)}</span>{end}"
-        )
-    return f'<p class="text">{"".join(spans)}</p>'
+        strength = min(1.0, scores.loss[i] / FULL_COLOR_LOSS)
+        spans.append(html_page.token_span(label, tooltip, style=f"--loss:{strength:.2f}"))
+    explanation = (
+        "The stronger the background, the larger the loss of the token. Hover over a token for details."
+    )
+    return [html_page.note(explanation), html_page.token_text(spans)]
 
 
-def bars(found: dict[float, np.ndarray], order: np.ndarray, names: list[str]) -> str:
-    """Bars whose temperature is moved by hand: {temperature: (V,)}."""
-    frames = [
-        html_page.go.Frame(
-            data=[html_page.go.Bar(x=p[order], y=names, orientation="h", marker={"color": COLORS[0]})],
-            name=f"{temperature:.2f}",
-            layout={"title": {"text": f"temperature {temperature:.2f}: {entropy(p):.2f} bits"}},
+def temperature_slider(logits: torch.Tensor, order: np.ndarray, labels: list[str]) -> str:
+    """Bars of the probabilities after logits (V,), as HTML with a slider for the temperature."""
+    frames = []
+    for temperature in np.geomspace(0.1, 3.0, 30):
+        p = probabilities(logits, temperature)
+        bar = go.Bar(x=p[order], y=labels, orientation="h", marker={"color": COLORS[0]})
+        title = f"temperature {temperature:.2f}: {entropy_bits(p):.2f} bits"
+        frames.append(
+            go.Frame(data=[bar], name=f"{temperature:.2f}", layout={"title": {"text": title}}),
         )
-        for temperature, p in found.items()
-    ]
-    start = min(range(len(frames)), key=lambda i: abs(float(frames[i].name) - 1))
-    made = html_page.go.Figure(data=frames[start].data, layout=frames[start].layout, frames=frames)
-    made.update_traces(hovertemplate="%{y}: %{x:.4f}<extra></extra>")
-    at_once = {"frame": {"duration": 0, "redraw": True}, "mode": "immediate"}
-    steps = [{"label": f.name, "method": "animate", "args": [[f.name], at_once]} for f in frames]
-    made.update_layout(
+    start = min(range(len(frames)), key=lambda i: abs(float(frames[i].name) - 1))  # nearest to 1
+    figure = go.Figure(data=frames[start].data, layout=frames[start].layout, frames=frames)
+    figure.update_traces(hovertemplate="%{y}: %{x:.4f}<extra></extra>")
+    immediate = {"frame": {"duration": 0, "redraw": True}, "mode": "immediate"}
+    steps = [{"label": f.name, "method": "animate", "args": [[f.name], immediate]} for f in frames]
+    figure.update_layout(
         xaxis={"range": [0, 1], "title": "probability"},
         yaxis={"autorange": "reversed", "type": "category"},
         sliders=[{"active": start, "steps": steps, "currentvalue": {"prefix": "temperature "}}],
     )
-    return html_page.figure(made, height=26 * len(order) + 220)
-
-
-def next_tokens(logits: torch.Tensor, order: np.ndarray, names: list[str]) -> str:
-    """The bars of what follows logits (V,), whose temperature is moved."""
-    return bars({t: distribution(logits, t) for t in np.geomspace(0.1, 3.0, 30)}, order, names)
-
-
-def text_by_loss(tokenizer: tokenizers.Tokenizer, ids: np.ndarray, foreseen: Foreseen) -> list[str]:
-    """The text of ids (T,) coloured by the loss of its tokens, and how to read it."""
-    others = [common.labels(tokenizer, row) for row in foreseen.alternatives]
-    return [
-        html_page.note(
-            "The stronger the ground, the larger the loss of the token; point at one to see more."
-        ),
-        coloured(common.labels(tokenizer, ids), foreseen, others),
-    ]
+    return html_page.figure_html(figure, height=26 * len(order) + 220)
 
 
 def main(resolved: Resolved[TokenSettings]) -> int:
     settings = resolved.settings
-    writer = common.open_model(settings)
-    tokenizer = writer.tokenizer
-    ids = common.prompt_ids(writer, settings.start)
-    logits = logits_of(writer.model, common.as_batch(writer, ids), tokenizer.vocab_size)
-    found, last = panels(logits[-1], settings), logits[-1]
-    order = distribution(last).argsort()[::-1][: settings.top].copy()
-    names = common.labels(tokenizer, order)
-    prompt = common.visible(tokenizer.decode(ids))
-    path = common.place(settings, "tokens")
-    common.write(path.with_suffix(".png"), lambda beside: draw_panels(found, order, names, prompt, beside))
-    common.write(path.with_suffix(".gif"), lambda beside: draw_movie(last, order, names, beside))
-    arrays = {f"probabilities of {title}": p for title, p in found.items()} | {"ids": ids}
-    parts = [f"<h2>What may follow “{html_page.escape(prompt[-60:])}”</h2>", next_tokens(last, order, names)]
+    loaded = common.open_model(settings)
+    tokenizer = loaded.tokenizer
+    ids = common.encode_prompt(loaded, settings.start)
+    logits = all_logits(loaded.model, common.to_batch(loaded, ids), tokenizer.vocab_size)
+    last = logits[-1]
+    distributions = panel_distributions(last, settings)
+    order = probabilities(last).argsort()[::-1][: settings.top].copy()
+    labels = common.token_labels(tokenizer, order)
+    prompt = common.show_whitespace(tokenizer.decode(ids))
+
+    path = common.output_path(settings, "tokens")
+    common.save_figure(draw_panels(distributions, order, labels, prompt), path.with_suffix(".png"))
+    common.write_output(
+        path.with_suffix(".gif"), lambda temporary: write_temperature_gif(last, order, labels, temporary)
+    )
+    title = f"Most probable tokens after “{escape(prompt[-TITLE_CHARACTERS:])}”"
+    parts = [f"<h2>{title}</h2>", temperature_slider(last, order, labels)]
+    arrays = {f"probabilities of {title}": p for title, p in distributions.items()} | {"ids": ids}
     if len(ids) > 1:
-        foreseen = foresee(logits, ids)
-        parts += ["<h2>How well the text was foreseen</h2>", *text_by_loss(tokenizer, ids, foreseen)]
-        arrays |= {"loss": foreseen.loss, "rank": foreseen.rank, "alternatives": foreseen.alternatives}
-    html_page.write(path.with_suffix(".html"), "Next tokens", parts)
+        scores = score_tokens(logits, ids)
+        parts += ["<h2>Loss of each token of the text</h2>", *loss_colored_text(tokenizer, ids, scores)]
+        arrays |= {"loss": scores.loss, "rank": scores.rank, "alternatives": scores.top_ids}
+    html_page.write_page(path.with_suffix(".html"), "Next tokens", parts)
     common.save_arrays(settings.save_arrays, arrays)
     return 0
 

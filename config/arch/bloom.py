@@ -1,24 +1,13 @@
-# BLOOM (BigScience Workshop 2022), four layers of it. It normalises the embedding too.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/bloom.py
+# BLOOM (BigScience Workshop 2022), with 4 layers. It also normalizes the token embeddings.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/bloom.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
-norm = "layernorm"
-norm_place = "pre"
 embd_norm = True
 position = "alibi"
 activation = "gelu_tanh"
 bias = True
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

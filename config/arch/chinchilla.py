@@ -1,25 +1,13 @@
-# Chinchilla (Hoffmann et al. 2022), four layers of it: Gopher's architecture, trained on more text.
-# Its relative positions are T5's here; the original has those of Transformer-XL.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/chinchilla.py
+# Chinchilla (Hoffmann et al. 2022), with 4 layers. The architecture is Gopher's (gopher.py); the paper trains it
+# on more text. Relative positions are T5's biases; the original uses those of Transformer-XL.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/chinchilla.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
 norm = "rmsnorm"
-norm_place = "pre"
 position = "relative"
-activation = "gelu"
 bias = True
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

@@ -1,24 +1,8 @@
-# Galactica (Taylor et al. 2022), four layers of it: no biases anywhere.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/galactica.py
+# Galactica (Taylor et al. 2022), with 4 layers: GPT-3 without biases, which is the default architecture.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/galactica.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
-
-norm = "layernorm"
-norm_place = "pre"
-position = "learned"
-activation = "gelu"
-bias = False
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

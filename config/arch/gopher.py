@@ -1,25 +1,13 @@
-# Gopher (Rae et al. 2021), four layers of it. Its relative positions are T5's here, a bias for each
-# bucket of distances; the original has those of Transformer-XL.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/gopher.py
+# Gopher (Rae et al. 2021), with 4 layers. Relative positions are T5's (a learned bias per bucket of distances); the
+# original uses those of Transformer-XL.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/gopher.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
 norm = "rmsnorm"
-norm_place = "pre"
 position = "relative"
-activation = "gelu"
 bias = True
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

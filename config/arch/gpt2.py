@@ -1,24 +1,11 @@
-# GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), four layers of it.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/gpt2.py
+# GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), with 4 layers.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/gpt2.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
-norm = "layernorm"
-norm_place = "pre"
-position = "learned"
 activation = "gelu_tanh"
 bias = True
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

@@ -1,25 +1,12 @@
-# GPT-3 (Brown et al. 2020), four layers of it. All of them are dense here: in the original every other
-# one attends sparsely, which pays at contexts that no laptop trains.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/gpt3.py
+# GPT-3 (Brown et al. 2020), with 4 layers. The same settings as gpt2.py: all layers use dense attention. In the
+# original every other layer uses sparse attention, which only pays off at much longer contexts.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/gpt3.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
-norm = "layernorm"
-norm_place = "pre"
-position = "learned"
 activation = "gelu_tanh"
 bias = True
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

@@ -1,24 +1,10 @@
-# Jurassic-1 (Lieber et al. 2021), four layers of it.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/jurassic1.py
+# Jurassic-1 (Lieber et al. 2021), with 4 layers: GPT-3 with an exact GELU.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/jurassic1.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
-norm = "layernorm"
-norm_place = "pre"
-position = "learned"
-activation = "gelu"
 bias = True
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

@@ -1,24 +1,13 @@
-# LLaMA (Touvron et al. 2023), four layers of it. Exports to transformers as a LlamaForCausalLM.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/llama.py
+# LLaMA (Touvron et al. 2023), with 4 layers. Its weights can be exported as a LlamaForCausalLM of transformers.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/llama.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
 norm = "rmsnorm"
-norm_place = "pre"
 position = "rope"
 activation = "swiglu"
-bias = False
 tie_weights = False
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-logit_softcap = 0.0

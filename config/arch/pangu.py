@@ -1,24 +1,11 @@
-# PanGu-α (Zeng et al. 2021), four layers of it, without the query layer that the original has on top.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/pangu.py
+# PanGu-α (Zeng et al. 2021), with 4 layers. The same settings as jurassic1.py: the original's additional query
+# layer on top is left out.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/pangu.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
-norm = "layernorm"
-norm_place = "pre"
-position = "learned"
-activation = "gelu"
 bias = True
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

@@ -1,25 +1,14 @@
-# The decoder of "Attention is all you need" (Vaswani et al. 2017), four layers of it, without the attention
-# to an encoder. Post-norm wants a long warm-up.
-# Any training config takes it: python train.py config/train_eca_char.py config/arch/vaswani.py
+# The decoder of "Attention is all you need" (Vaswani et al. 2017), with 4 layers and without cross-attention to an
+# encoder. Post-norm needs a long warm-up.
+# Use it after any training config: python train.py config/train_eca_char.py config/arch/vaswani.py
+
+reset("architecture")
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
-norm = "layernorm"
 norm_place = "post"
 position = "sinusoidal"
 activation = "relu"
 bias = True
-
-# what it does not have, in case the training config does
-n_kv_head = 0
-n_inner = 0
-qk_norm = False
-embd_norm = False
-rope_theta = 10000.0
-parallel_block = False
-prefix_len = 0
-sliding_window = 0
-tie_weights = True
-logit_softcap = 0.0

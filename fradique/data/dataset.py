@@ -1,9 +1,8 @@
-"""Shards -> batches, a pure function of (seed, step, rank).
+"""A prepared corpus: its two splits, read as batches of token windows, and its tokenizer.
 
-A corpus is a folder with `train.bin` and `val.bin` (or `train_00000.bin`, …): raw little-endian token ids, as
-`fradique.corpus` or nanoGPT writes them, any number of them: windows are read when they are needed, or a
-little before. Training walks through the windows of an epoch in an order that a keyed permutation gives for
-any index alone, so nothing needs to be remembered to go on at any step, on any number of ranks.
+A corpus is a folder with `train.bin` and `val.bin` (or `train_00000.bin`, ...): files of raw little-endian
+token ids, written by `fradique.data.build`, `fradique.data.shard_build` or nanoGPT. Windows are read when a
+batch needs them, so a split may be larger than memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,98 +15,95 @@ from torch import Tensor
 
 from fradique.data.shard_progress import check_finished, is_unfinished
 from fradique.data.token_files import TokenFiles
-from fradique.data.windows import (
-    Locations,
-    Tiling,
-    Window,
-    WindowIndex,
-    group_by_length,
-    list_windows,
-    locations_of,
-)
+from fradique.data.windows import Locations, Tiling, Window, WindowIndex, group_by_length, list_windows
 from fradique.io import files as file_io
 from fradique.tokenizer import tokenizer as tokenizers
 
-SCAN_LIMIT = 1 << 29  # bytes of a split whose ids are all checked at start-up; batches are, in any case
+SCAN_LIMIT = 1 << 29  # bytes: a split up to this size is checked in full when opened; batches always are
 
 
 class Split:
-    """One side of a corpus, train or val: its shards, and how many bytes of text they stand for."""
+    """One split of a corpus, train or val: its token files and the size of the text they encode."""
 
     def __init__(self, paths: list[Path], dtype: str, vocab_size: int, text_bytes: int | None) -> None:
+        """`text_bytes`: UTF-8 bytes of the encoded text; None if meta.json does not give them."""
         self.paths, self.vocab_size, self.text_bytes = paths, vocab_size, text_bytes
-        self.shards = TokenFiles(paths, dtype)
-        self.tokens = int(self.shards.lengths.sum())
-        self.targets = int(np.maximum(self.shards.lengths - 1, 0).sum())  # all tokens but a shard's first
-        self._grids: dict[int, WindowIndex] = {}
+        self.token_files = TokenFiles(paths, dtype)
+        self.tokens = int(self.token_files.lengths.sum())
+        self.targets = int(np.maximum(self.token_files.lengths - 1, 0).sum())  # without each file's first
+        self._window_indexes: dict[int, WindowIndex] = {}  # by block_size
+
+    def window_index(self, block_size: int) -> WindowIndex:
+        """The index of the adjacent full windows of `block_size` tokens."""
+        if block_size not in self._window_indexes:
+            self._window_indexes[block_size] = WindowIndex(self.token_files.lengths, block_size)
+        return self._window_indexes[block_size]
 
     def count_windows(self, block_size: int) -> int:
-        """Whole windows in all shards. A window needs block_size + 1 tokens of one shard."""
-        return int(self.grid(block_size).ends[-1])
+        """The number of full windows. A window needs block_size + 1 tokens of one file."""
+        return int(self.window_index(block_size).ends[-1])
 
-    def grid(self, block_size: int) -> WindowIndex:
-        """The whole windows, side by side."""
-        if block_size not in self._grids:
-            self._grids[block_size] = WindowIndex(self.shards.lengths, block_size)
-        return self._grids[block_size]
+    def read_locations(self, locations: Locations, length: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64, (B, T) each, of the B windows at `locations`, all of `length` T.
 
-    def read(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64, (B, T) each, of windows of one length T.
-
-        Raises ValueError where an id is not in the vocabulary, naming the file and the position.
+        Raises ValueError naming the file and the position if a token id is not in the vocabulary.
         """
-        return self.read_places(locations_of(windows), windows[0].length)
+        return inputs_and_targets(self.read_rows(locations, length))
 
-    def read_places(self, places: Locations, length: int) -> tuple[Tensor, Tensor]:
-        """`read` for windows that are given as places, B of them, all of one `length` T."""
-        return inputs_and_targets(self.rows(places, length))
+    def read_rows(self, locations: Locations, length: int) -> np.ndarray:
+        """The tokens of the B windows at `locations`, one more than `length` T: (B, T + 1), the files' dtype.
 
-    def rows(self, places: Locations, length: int) -> np.ndarray:
-        """The tokens of windows and one more, (B, T + 1), as their files have them."""
-        rows = self.shards.read(*places, length + 1)
+        Raises ValueError naming the file and the position if a token id is not in the vocabulary.
+        """
+        rows = self.token_files.read(*locations, length + 1)
         if rows.max() >= self.vocab_size:
             b, t = np.unravel_index(int(rows.argmax()), rows.shape)
-            raise self._beyond(int(places[0][b]), int(places[1][b] + t), int(rows[b, t]))
+            shards, starts = locations
+            raise self._vocabulary_error(int(shards[b]), int(starts[b] + t), int(rows[b, t]))
         return rows
 
     def check_ids(self) -> None:
-        """Raise ValueError for the first id beyond the vocabulary, in splits of up to SCAN_LIMIT bytes."""
-        if self.shards.nbytes > SCAN_LIMIT:
+        """Raise ValueError for a token id that is not in the vocabulary, if the split is within SCAN_LIMIT."""
+        if self.token_files.nbytes > SCAN_LIMIT:
             return
-        for i in range(len(self.shards)):
+        for i in range(len(self.token_files)):
             position = 0
-            for chunk in self.shards.chunks(i):
-                if (top := int(chunk.max())) >= self.vocab_size:
-                    raise self._beyond(i, position + int(chunk.argmax()), top)
+            for chunk in self.token_files.chunks(i):
+                if (max_id := int(chunk.max())) >= self.vocab_size:
+                    raise self._vocabulary_error(i, position + int(chunk.argmax()), max_id)
                 position += len(chunk)
 
-    def _beyond(self, shard: int, position: int, token: int) -> ValueError:
+    def _vocabulary_error(self, shard: int, position: int, token: int) -> ValueError:
         return ValueError(
-            f"{self.paths[shard]}: token {token} at position {position} is beyond the vocabulary of "
-            f"{self.vocab_size}; the file and its tokenizer do not belong together: prepare the corpus again"
+            f"{self.paths[shard]}: token {token} at position {position} is not in the vocabulary of "
+            f"{self.vocab_size} tokens: the file was written with another tokenizer; prepare the corpus again"
         )
 
     def fixed_windows(self, block_size: int, count: int) -> list[Window]:
-        """`count` windows spread evenly over the split (all, if it has fewer): the same every time."""
-        there = self.count_windows(block_size)
-        count = min(count, there)
-        return list_windows(self.grid(block_size).find(np.arange(count) * there // count), block_size)
+        """`count` windows spread evenly over the split (all, if it has fewer); always the same."""
+        available = self.count_windows(block_size)
+        count = min(count, available)
+        numbers = np.arange(count) * available // count
+        return list_windows(self.window_index(block_size).locate(numbers), block_size)
 
     def all_windows(self, block_size: int) -> Tiling:
-        """Windows that predict each token of the split once (but a shard's first); the last may be short."""
-        return Tiling(self.shards.lengths, block_size)
+        """Adjacent windows that predict each token of the split once, except the first of each file."""
+        return Tiling(self.token_files.lengths, block_size)
 
     def batches(
-        self, windows: Sequence[Window], batch_size: int, rank: int = 0, world: int = 1
+        self, windows: Sequence[Window], batch_size: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of `windows`, batch_size at a time, windows of one length together."""
-        number = 0  # of the batch, of all ranks
-        for run in group_by_length(windows):
-            for first in range(0, run.count, batch_size):
-                if number % world == rank:
-                    numbers = np.arange(first, min(first + batch_size, run.count))
-                    yield self.read_places(run.find(numbers), run.length)
-                number += 1
+        """This rank's batches of `windows`: inputs and targets, int64, (B, T) each, B <= batch_size.
+
+        The windows of a batch have equal length T. Batches are dealt to the ranks in turn.
+        """
+        batch_number = 0  # counted over all ranks
+        for group in group_by_length(windows):
+            for first in range(0, group.count, batch_size):
+                if batch_number % world_size == rank:
+                    numbers = np.arange(first, min(first + batch_size, group.count))
+                    yield self.read_locations(group.locate(numbers), group.length)
+                batch_number += 1
 
     def count_text_bytes(self, tokenizer: tokenizers.Tokenizer) -> int:
         """UTF-8 bytes of the text that the split encodes: from meta.json, else summed over its tokens."""
@@ -115,19 +111,19 @@ class Split:
             return self.text_bytes
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths()
-        files = range(len(self.shards))
-        return sum(int(lengths[chunk].sum()) for i in files for chunk in self.shards.chunks(i))
+        indices = range(len(self.token_files))
+        return sum(int(lengths[chunk].sum()) for i in indices for chunk in self.token_files.chunks(i))
 
 
 def inputs_and_targets(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """int64, (B, T) each, of tokens (B, T + 1)."""
+    """Split token rows (B, T + 1) into inputs and targets, int64, (B, T) each."""
     x, y = (torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
     return x, y
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus: both splits and the tokenizer that made them."""
+    """A prepared corpus: both splits and the tokenizer that encoded them."""
 
     folder: Path
     train: Split
@@ -136,42 +132,49 @@ class Corpus:
 
 
 def open_corpus(folder: Path, block_size: int) -> Corpus:
-    """Open `data/<corpus>/`, ours (meta.json) or nanoGPT's (meta.pkl, or none: GPT-2's tokens).
+    """Open the corpus in `folder`: Fradique's (with meta.json) or nanoGPT's.
 
-    Raises ValueError, saying what to do, where it is missing, damaged, or too small for one block.
+    A nanoGPT corpus has a meta.pkl with its characters, or no metadata, which means GPT-2's tokens. Raises
+    ValueError, with the fix, if the corpus is missing, unfinished, damaged, or too small for one block.
     """
     check_finished(folder)
-    if not _shards(folder, "train") or not _shards(folder, "val"):
-        raise ValueError(_no_corpus(folder))
-    described = folder / "meta.json"
-    meta = _read_meta(described) if described.exists() or described.is_symlink() else None
-    tokenizer = _tokenizer(folder, meta)
+    if not _token_paths(folder, "train") or not _token_paths(folder, "val"):
+        raise ValueError(_missing_corpus_message(folder))
+    path = folder / "meta.json"
+    meta = _read_meta(path) if path.exists() or path.is_symlink() else None
+    tokenizer = _load_tokenizer(folder, meta)
     train, val = (_open_split(folder, name, meta, tokenizer.vocab_size) for name in ("train", "val"))
-    name, small = min(("train", train), ("val", val), key=lambda pair: pair[1].shards.lengths.max())
-    if small.count_windows(block_size) < 1:
-        most = max(1, int(small.shards.lengths.max()) - 1)
-        raise ValueError(
-            f"{folder}: the {name} split has {small.tokens} tokens, too few for one block of "
-            f"{block_size} and its target; a longer text, or --block_size={most} at most"
-        )
+    _check_size(folder, train, val, block_size)
     train.check_ids()
     val.check_ids()
     return Corpus(folder, train, val, tokenizer)
 
 
-def _shards(folder: Path, split: str) -> list[Path]:
-    whole = folder / f"{split}.bin"
-    return [whole] if whole.exists() else sorted(folder.glob(f"{split}_[0-9]*.bin"))
+def _check_size(folder: Path, train: Split, val: Split, block_size: int) -> None:
+    """Raise ValueError if a split has no window of `block_size` tokens."""
+    splits = {"train": train, "val": val}
+    name, split = min(splits.items(), key=lambda item: item[1].token_files.lengths.max())
+    if split.count_windows(block_size) < 1:
+        max_block_size = max(1, int(split.token_files.lengths.max()) - 1)
+        raise ValueError(
+            f"{folder}: the {name} split has {split.tokens} tokens, too few for one block of {block_size} "
+            f"and its target: use a longer text, or --block_size={max_block_size} at most"
+        )
+
+
+def _token_paths(folder: Path, split: str) -> list[Path]:
+    single = folder / f"{split}.bin"
+    return [single] if single.exists() else sorted(folder.glob(f"{split}_[0-9]*.bin"))
 
 
 def _open_split(folder: Path, name: str, meta: dict | None, vocab_size: int) -> Split:
     if meta is None:
-        return Split(_shards(folder, name), "uint16", vocab_size, None)
+        return Split(_token_paths(folder, name), "uint16", vocab_size, None)
     entries = meta["splits"][name]["shards"]
     for entry in entries:
         path, expected = folder / entry["file"], entry["tokens"] * np.dtype(meta["dtype"]).itemsize
         if not path.exists():
-            raise ValueError(f"{path} is named in meta.json but is not there; prepare the corpus again")
+            raise ValueError(f"{path} is listed in meta.json but is missing; prepare the corpus again")
         if (size := path.stat().st_size) != expected:
             raise ValueError(
                 f"{path} has {size} bytes where meta.json says {expected}: the file is truncated or was "
@@ -182,40 +185,41 @@ def _open_split(folder: Path, name: str, meta: dict | None, vocab_size: int) -> 
 
 
 def _read_meta(path: Path) -> dict:
-    """meta.json, checked: its format, its dtype, and that its shards are plain names in the folder."""
+    """Read meta.json and check its format, its dtype, and that its files are plain names in the folder."""
     try:
         meta = file_io.read_json(path)
-        sound = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32")
+        valid = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32")
         for name in ("train", "val"):
             split = meta["splits"][name]
-            sound &= file_io.is_count(split["bytes"]) and len(split["shards"]) > 0
+            valid &= file_io.is_count(split["bytes"]) and len(split["shards"]) > 0
             for shard in split["shards"]:
-                sound &= file_io.is_count(shard["tokens"]) and file_io.is_plain_name(shard["file"])
+                valid &= file_io.is_count(shard["tokens"]) and file_io.is_plain_name(shard["file"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged (no {error}); prepare the corpus again") from error
-    if not sound:
+    if not valid:
         raise ValueError(f"{path} is damaged or of another version; prepare the corpus again")
     return meta
 
 
-def _tokenizer(folder: Path, meta: dict | None) -> tokenizers.Tokenizer:
+def _load_tokenizer(folder: Path, meta: dict | None) -> tokenizers.Tokenizer:
     if meta is not None or (folder / "tokenizer.json").exists():
         return tokenizers.load_tokenizer(folder / "tokenizer.json")
     if (folder / "meta.pkl").exists():
         return tokenizers.read_meta_pkl(folder / "meta.pkl")
-    return tokenizers.GPT2Tokenizer()  # as nanoGPT has it: no meta.pkl means GPT-2's BPE
+    return tokenizers.GPT2Tokenizer()  # as in nanoGPT: without meta.pkl, tokens are those of GPT-2's BPE
 
 
-def _no_corpus(folder: Path) -> str:
-    """What to say where a corpus is not prepared: the command that makes it, or those that are there."""
-    if (folder / "prepare.py").exists():
-        return f"the corpus {folder} is not prepared yet; make it with: python {folder / 'prepare.py'}"
-    found = {path.parent for path in folder.parent.glob("*/train*.bin")}
-    ready = sorted(there.name for there in found if not is_unfinished(there))
-    makers = sorted(p.parent.name for p in folder.parent.glob("*/prepare.py"))
+def _missing_corpus_message(folder: Path) -> str:
+    """The message for a folder without a corpus: the command that makes it, or the corpora that exist."""
+    script = folder / "prepare.py"
+    if script.exists():
+        return f"the corpus {folder} is not prepared yet; make it with: python {script}"
+    folders = {path.parent for path in folder.parent.glob("*/train*.bin")}
+    prepared = sorted(path.name for path in folders if not is_unfinished(path))
+    preparable = sorted(path.parent.name for path in folder.parent.glob("*/prepare.py"))
     return (
         f"there is no corpus in {folder}; "
-        + (f"prepared: {', '.join(ready)}; " if ready else "")
-        + (f"that can be prepared: {', '.join(makers)}; " if makers else "")
+        + (f"prepared: {', '.join(prepared)}; " if prepared else "")
+        + (f"that can be prepared: {', '.join(preparable)}; " if preparable else "")
         + "your own text: python data/custom/prepare.py --input book.txt --name my_book"
     )

@@ -1,8 +1,9 @@
-"""Files of token ids, any number of them, read window by window in memory that does not grow with them.
+"""Token files: any number of files of token ids, read window by window in bounded memory.
 
-Up to HELD_BYTES are read at once and kept. Of more, each window is read from its file when it is asked for:
-nothing is mapped, so the process does not grow by what it has seen, a file cut short while a run goes on is
-an error and not a SIGBUS, and no more files are open than the system allows.
+A split of up to MAX_CACHED_BYTES is read once and kept in memory. In a larger one, each window is read from
+its file when it is needed. Files are not memory-mapped for this: the resident memory of the process would
+grow with what it has read, and a file that is truncated during a run would raise SIGBUS instead of an error.
+No more files are open at a time than the system allows.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from typing import NoReturn
 
 import numpy as np
 
-MAX_CACHED_BYTES = 64 << 20  # of a split that is kept in memory: its windows come twice as fast
-CHUNK_TOKENS = 1 << 22  # of a scan from end to end, at a time
+assert sys.byteorder == "little", "token files are little-endian and are used without conversion"
+
+MAX_CACHED_BYTES = 64 << 20  # a split up to this size is kept in memory, which reads windows twice as fast
+CHUNK_TOKENS = 1 << 22  # tokens read at a time by `chunks`
 
 
 class TokenFiles(Sequence[np.ndarray]):
-    """Raw little-endian token ids in files; files[i] is what the i-th holds, mapped, (lengths[i],).
+    """Files of raw little-endian token ids; files[i] is the content of file i, memory-mapped, (lengths[i],).
 
-    `lengths` (n_files,) int64 are their tokens. Raises ValueError where a file cannot be whole, and OSError
-    where it cannot be read.
+    `lengths` (n_files,) int64 is the number of tokens in each file. Raises ValueError if a file ends within a
+    token, and OSError if a file cannot be read.
     """
 
     def __init__(self, paths: Sequence[Path], dtype: str) -> None:
@@ -34,17 +37,17 @@ class TokenFiles(Sequence[np.ndarray]):
         sizes = np.array([path.stat().st_size for path in self.paths], dtype=np.int64)
         for i in np.flatnonzero(sizes % self.dtype.itemsize)[:1]:
             raise ValueError(
-                f"{self.paths[i]} has {sizes[i]} bytes, which is no whole number of {dtype} tokens: the file "
-                "is truncated or not a token file; prepare the corpus again"
+                f"{self.paths[i]} has {sizes[i]} bytes, which is not a whole number of {dtype} tokens: the "
+                "file is truncated or not a token file; prepare the corpus again"
             )
         self.lengths = sizes // self.dtype.itemsize
         self.nbytes = int(sizes.sum())
-        self._ends = np.cumsum(self.lengths)  # (n_files,) tokens up to the end of each
-        self._held: np.ndarray | None = None
-        self._views: dict[int, np.ndarray] = {}  # of what is held, for a length
-        self._open: OrderedDict[int, int] = OrderedDict()  # file -> descriptor; the last used is the last
-        self._most_open = _files_allowed()
-        weakref.finalize(self, _close_all, self._open)
+        self._ends = np.cumsum(self.lengths)  # (n_files,) tokens up to the end of each file
+        self._cache: np.ndarray | None = None  # (n_tokens,) all tokens, if the split is small
+        self._views: dict[int, np.ndarray] = {}  # length -> sliding windows over the cache
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # file -> descriptor, last used last
+        self._max_open = _max_open_files()
+        weakref.finalize(self, _close_all, self._descriptors)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,72 +58,75 @@ class TokenFiles(Sequence[np.ndarray]):
         return np.asarray(np.memmap(self.paths[i], dtype=self.dtype, mode="r"))
 
     def read(self, files: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-        """`length` tokens of each of `files` (B,) from `starts` (B,) on: (B, length), of the files' dtype."""
+        """Read `length` tokens of each of `files` (B,) from `starts` (B,): (B, length), dtype of the files.
+
+        Raises ValueError if a file was truncated or replaced since it was opened.
+        """
         if self.nbytes <= MAX_CACHED_BYTES:
-            places = self._ends[files] - self.lengths[files] + starts
-            return self._windows(length)[places]
+            positions = self._ends[files] - self.lengths[files] + starts
+            return self._sliding_windows(length)[positions]
         size = length * self.dtype.itemsize
-        read = list(
-            map(_read, self._descriptors(files), repeat(size), (starts * self.dtype.itemsize).tolist())
-        )
-        rows = b"".join(read)
-        if len(rows) < size * len(read):
-            self._refuse(int(files[next(i for i, row in enumerate(read) if len(row) < size)]))
-        return np.frombuffer(rows, dtype=self.dtype).reshape(len(read), length)
+        offsets = (starts * self.dtype.itemsize).tolist()
+        rows = list(map(_read, self._open_files(files), repeat(size), offsets))
+        data = b"".join(rows)
+        if len(data) < size * len(rows):
+            self._raise_changed(int(files[next(i for i, row in enumerate(rows) if len(row) < size)]))
+        return np.frombuffer(data, dtype=self.dtype).reshape(len(rows), length)
 
     def chunks(self, i: int) -> Iterator[np.ndarray]:
-        """The tokens of the i-th file from its beginning to its end, CHUNK_TOKENS at a time."""
+        """The tokens of file i from the first to the last, CHUNK_TOKENS at a time."""
         with self.paths[i].open("rb") as file:
             while len(chunk := np.fromfile(file, dtype=self.dtype, count=CHUNK_TOKENS)):
                 yield chunk
 
-    def _windows(self, length: int) -> np.ndarray:
-        """Each `length` tokens in a row of all files, (n_tokens - length + 1, length): a view, made once."""
+    def _sliding_windows(self, length: int) -> np.ndarray:
+        """A view of the cache: `length` tokens from each position, (n_tokens - length + 1, length)."""
         if length not in self._views:
-            self._views[length] = np.lib.stride_tricks.sliding_window_view(self._hold(), length)
+            self._views[length] = np.lib.stride_tricks.sliding_window_view(self._cached_tokens(), length)
         return self._views[length]
 
-    def _hold(self) -> np.ndarray:
-        """All tokens, one file after another."""
-        if self._held is None:
-            self._held = np.concatenate([np.fromfile(path, dtype=self.dtype) for path in self.paths])
-            if len(self._held) != self._ends[-1]:
+    def _cached_tokens(self) -> np.ndarray:
+        """The tokens of all files, concatenated, (n_tokens,); read on the first call."""
+        if self._cache is None:
+            self._cache = np.concatenate([np.fromfile(path, dtype=self.dtype) for path in self.paths])
+            if len(self._cache) != self._ends[-1]:
                 raise ValueError(
-                    f"the files beside {self.paths[0]} changed while they were read: start again"
+                    f"{self.paths[0]} or another file of its split changed while it was read: start again"
                 )
-        return self._held
+        return self._cache
 
-    def _descriptors(self, files: np.ndarray) -> Iterable[int]:
-        """Those of `files` (B,), one after another."""
-        names = files.tolist()
-        there = list(map(self._open.get, names))
-        if None not in there and len(self.paths) <= self._most_open:
-            return there
-        # each is looked up when it is read: a batch may need more files than may be open
-        return map(self._descriptor, names)
+    def _open_files(self, files: np.ndarray) -> Iterable[int]:
+        """The descriptors of `files` (B,), in this order."""
+        indices = files.tolist()
+        descriptors = list(map(self._descriptors.get, indices))
+        if None not in descriptors and len(self.paths) <= self._max_open:
+            return descriptors
+        # lazily, so that each is used before the next is opened: a batch may need more than may be open
+        return map(self._open_file, indices)
 
-    def _descriptor(self, i: int) -> int:
-        """The i-th file, opened; the one that was used longest ago is closed where there are too many."""
-        descriptor = self._open.get(i)
+    def _open_file(self, i: int) -> int:
+        """The descriptor of file i; closes the least recently used file if too many are open."""
+        descriptor = self._descriptors.get(i)
         if descriptor is None:
-            if len(self._open) >= self._most_open:
-                os.close(self._open.popitem(last=False)[1])
-            descriptor = self._open[i] = os.open(self.paths[i], os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            if len(self._descriptors) >= self._max_open:
+                os.close(self._descriptors.popitem(last=False)[1])
+            descriptor = os.open(self.paths[i], os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._descriptors[i] = descriptor
             if os.fstat(descriptor).st_size != self.lengths[i] * self.dtype.itemsize:
-                self._refuse(i)
-        elif len(self.paths) > self._most_open:
-            self._open.move_to_end(i)
+                self._raise_changed(i)
+        elif len(self.paths) > self._max_open:
+            self._descriptors.move_to_end(i)
         return descriptor
 
-    def _refuse(self, i: int) -> NoReturn:
+    def _raise_changed(self, i: int) -> NoReturn:
         raise ValueError(
-            f"{self.paths[i]} was cut or replaced while it was in use: it had {self.lengths[i]} tokens "
-            "when the run began. Resume the run once the corpus is as it was"
+            f"{self.paths[i]} was truncated or replaced during the run: it had {self.lengths[i]} tokens at "
+            "the start. Restore the corpus, then resume the run"
         )
 
 
 def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
-    """os.pread where there is none (Windows)."""
+    """Replacement for os.pread, which Windows lacks."""
     os.lseek(descriptor, offset, os.SEEK_SET)
     return os.read(descriptor, size)
 
@@ -128,19 +134,16 @@ def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
 _read = getattr(os, "pread", _seek_and_read)
 
 
-def _files_allowed() -> int:
-    """How many files to keep open at most: a quarter of what this process may, and 4,096."""
+def _max_open_files() -> int:
+    """How many files to keep open at most: a quarter of the process's limit, and no more than 4,096."""
     try:
         import resource
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows
         return 256
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 4096 if allowed == resource.RLIM_INFINITY else max(16, min(4096, allowed // 4))
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if limit == resource.RLIM_INFINITY else max(16, min(4096, limit // 4))
 
 
 def _close_all(descriptors: OrderedDict[int, int]) -> None:
     while descriptors:
         os.close(descriptors.popitem()[1])
-
-
-assert sys.byteorder == "little", "tokens are little-endian and are used as they are"

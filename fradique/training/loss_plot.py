@@ -23,7 +23,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 @dataclass(frozen=True)
 class LossCurves:
-    """The losses of a run. Each dict has the x axes "step", "tokens" and "seconds" and its losses, (N,) each."""
+    """The losses of a run. Each dict has the columns "step", "tokens" and "seconds" too, (N,) each."""
 
     name: str
     batch: dict[str, np.ndarray]  # "loss": of single training batches
@@ -87,9 +87,9 @@ def save_plot(runs: list[LossCurves], path: Path, x: str = "step") -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically, in the format of the suffix of `path`, and free its memory.
 
-    A figure is full of reference cycles. Much of it reaches the garbage collector's oldest generation while it is
-    drawn, and that generation is rarely collected: without the explicit collection here, the figures of a long
-    training run would accumulate.
+    A figure is full of reference cycles. Much of it reaches the garbage collector's oldest generation while
+    it is drawn, and that generation is rarely collected: without the explicit collection here, the figures
+    of a long training run would accumulate.
     """
     with files.atomic_path(path, keep_suffix=True) as temporary, ignore_missing_glyphs():
         figure.savefig(temporary)

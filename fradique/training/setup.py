@@ -125,7 +125,7 @@ def make_sampler(settings: TrainSettings, corpus: dataset.Corpus, runtime: Runti
         settings.gradient_accumulation_steps,
         settings.seed,
     )
-    sampler.share(runtime.world)
+    sampler.rank_batches(runtime.world)
     return sampler
 
 

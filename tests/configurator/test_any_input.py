@@ -1,7 +1,14 @@
 """Property tests: valid values round-trip, and any other input raises ValueError."""
 
-IMPORTS
+from pathlib import Path
 
+import pytest
+from example_settings import Settings, get
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from configurator import Resolved, format_settings, resolve
 
 steady = hypothesis_settings(derandomize=True, deadline=None, max_examples=200, database=None)
 

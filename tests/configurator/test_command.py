@@ -1,7 +1,14 @@
 """The command: exit status, error messages, --debug, --help, --print_settings and resumed runs."""
 
-IMPORTS
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+from example_settings import ROOT, Settings, write
+
+from configurator import command
 
 SCRIPT = """
 import os, sys
@@ -12,7 +19,7 @@ from configurator import command, setting
 class Settings:
     '''python toy.py: a toy'''
     mode: str = setting("show", "what to do", group="toy")
-    n_layer: int = setting(12, "blocks", lo=1)
+    n_layer: int = setting(12, "blocks", lo=1, common=COMMON)
     DEBUG_FIELD
 
 def main(resolved):
@@ -23,6 +30,10 @@ def main(resolved):
         raise ValueError("the corpus is missing")
     if settings.mode == "empty":
         raise ValueError
+    if settings.mode == "library":
+        __import__("statistics").mean([])
+    if settings.mode == "builtin":
+        int("x")
     if settings.mode == "os":
         open("not/there.txt")
     if settings.mode == "bug":
@@ -44,9 +55,10 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def toy(folder):
-    def run(*argv, debug_field=False):
+    def run(*argv, debug_field=False, common="False"):
         line = 'debug: bool = setting(False, "show the traceback")' if debug_field else ""
-        Path("toy.py").write_text(SCRIPT.replace("DEBUG_FIELD", line), encoding="utf-8")
+        script = SCRIPT.replace("DEBUG_FIELD", line).replace("COMMON", common)
+        Path("toy.py").write_text(script, encoding="utf-8")
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "toy.py", *argv], capture_output=True, text=True, env=env)
         return done.returncode, done.stdout, done.stderr
@@ -68,12 +80,19 @@ def test_a_command_returns_the_status_of_main(toy):
 
 def test_invalid_settings_give_one_message_and_status_2(toy):
     message = "error: --n_layers=4: unknown setting 'n_layers' (did you mean 'n_layer'?)\n"
-    assert toy("--n_layers=4") == (2, "", message + HINT)
+    assert toy("--n_layers=4") == (2, "", message)
 
 
 def test_a_mistake_of_the_user_gives_one_message_and_status_2(toy):
-    assert toy("--mode=value") == (2, "", "error: the corpus is missing\n" + HINT)
-    assert toy("--mode=os") == (2, "", "error: not/there.txt: No such file or directory\n" + HINT)
+    assert toy("--mode=value") == (2, "", "error: the corpus is missing\n")
+    assert toy("--mode=os") == (2, "", "error: not/there.txt: No such file or directory\n")
+
+
+def test_only_unexpected_errors_get_the_hint_to_debug(toy):
+    assert toy("--mode=library") == (2, "", "error: mean requires at least one data point\n" + HINT)
+    message = "error: invalid literal for int() with base 10: 'x'\n"
+    assert toy("--mode=builtin") == (2, "", message + HINT)
+    assert toy("--mode=empty") == (2, "", "error: ValueError\n" + HINT)
 
 
 @pytest.mark.parametrize("debug_field", [True, False])
@@ -83,7 +102,8 @@ def test_debug_shows_the_traceback(toy, debug_field):
         assert (status, out) == (2, "")
         assert err.startswith("Traceback") and err.endswith("ValueError: the corpus is missing\n")
         assert HINT not in err
-    assert toy("--mode=value", "--debug=False", debug_field=debug_field)[2].endswith(HINT)
+    status, _, err = toy("--mode=builtin", "--debug=False", debug_field=debug_field)
+    assert (status, err.startswith("error: "), err.endswith(HINT)) == (2, True, True)
 
 
 def test_debug_in_a_config_file_shows_the_traceback(toy):
@@ -107,7 +127,7 @@ def test_an_interrupt_prints_nothing(toy):
     assert toy("--mode=interrupt") == (130, "", "")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error on Windows")
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe raises another error on Windows")
 @pytest.mark.parametrize("flags", [["--mode=lines"], ["--help"]])
 def test_a_closed_stdout_is_not_an_error(toy, flags):
     toy()  # writes the script
@@ -131,6 +151,18 @@ def test_help_works_with_an_invalid_config_file(toy):
         status, out, err = toy(*flags)
         assert (status, err) == (0, "")
         assert out.startswith("python toy.py: a toy") and "--n_layer" in out
+
+
+def test_help_shows_common_settings_and_help_all_shows_all(toy):
+    for flags in (["--help"], ["-h"], ["--help=True"]):
+        status, out, err = toy(*flags, common="True")
+        assert (status, err) == (0, "")
+        assert "--n_layer" in out and "--mode" not in out and "1 most used of 2 settings" in out
+    for flags in (["--help=all"], ["--help", "all"], ["-h", "all"]):
+        status, out, err = toy(*flags, common="True")
+        assert (status, err) == (0, "")
+        assert "--n_layer" in out and "--mode" in out and "most used" not in out
+    assert toy("--help=False", "--n_layer=4") == (0, "4 --n_layer\n", "")
 
 
 def test_print_settings_does_not_run_main(toy):
@@ -172,7 +204,7 @@ def test_a_command_can_start_from_saved_settings(capsys):
 
 def test_settings_are_checked_before_the_saved_run_is_read(capsys):
     def base(settings):
-        raise AssertionError("looked for")
+        raise AssertionError("was called")
 
     assert in_process(print, "--n_layer=0", base=base) == 2
     assert "--n_layer=0: must be at least 1" in capsys.readouterr().err

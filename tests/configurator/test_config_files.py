@@ -1,6 +1,11 @@
 """Config files: what they can do, and how their mistakes are reported."""
 
-IMPORTS
+from pathlib import Path
+
+import pytest
+from example_settings import Settings, get, problem, write
+
+from configurator import resolve
 
 
 def test_a_config_file_can_read_earlier_settings():
@@ -89,6 +94,48 @@ compile = False # do not torch compile the model
     assert settings.compile is False
 
 
+RESET = 'reset("model")\n'
+
+
+def test_reset_sets_a_group_to_its_defaults():
+    one = write("one.py", "n_layer = 3\nn_head = 4\nbias = True\nseed = 5\n")
+    two = write("two.py", RESET + "n_head = 6\n")
+    resolved = resolve(Settings, [one, two])
+    assert resolved.settings == Settings(n_head=6, seed=5)
+    assert resolved.sources["seed"] == "one.py"
+    model = {"n_layer", "n_head", "n_embd", "dropout", "bias"}
+    assert {key for key, source in resolved.sources.items() if source == "two.py"} == model
+    assert resolved.explicit == model | {"seed"}
+
+
+def test_flags_and_later_files_override_a_reset():
+    one, two = write("one.py", RESET), write("two.py", "n_layer = 3\n")
+    assert resolve(Settings, ["--n_head=6", one, two]).settings == Settings(n_layer=3, n_head=6)
+    assert get(write("x.py", "n_layer = 3\n" + RESET + "n_embd = 2 * n_embd\n")) == Settings(n_embd=1536)
+
+
+def test_reset_sets_defaults_and_not_the_values_of_a_resumed_run():
+    resolved = resolve(Settings, [write("x.py", RESET)], base={"n_layer": 2, "seed": 3}, base_name="saved")
+    assert resolved.settings == Settings(seed=3) and resolved.sources["n_layer"] == "x.py"
+
+
+def test_reset_replaces_an_invalid_value():
+    assert get(write("one.py", "n_layer = 0\n"), write("two.py", RESET)).n_layer == 12
+
+
+def test_an_unknown_group_is_reported_with_line_and_suggestion():
+    message = "x.py line 2: ValueError: reset('modle'): unknown group of settings (did you mean 'model'?)"
+    assert problem(write("x.py", "seed = 1\nreset('modle')\n")) == message
+    groups = "(the groups are 'run', 'model', 'optimization')"
+    for argument in ("None", "'zzzz'", "3"):
+        message = f"x.py line 1: ValueError: reset({argument}): unknown group of settings {groups}"
+        assert problem(write("x.py", f"reset({argument})\n")) == message
+
+
+def test_a_config_file_may_define_its_own_reset():
+    assert get(write("x.py", "def reset(n):\n    return n\nn_layer = reset(4)\n")).n_layer == 4
+
+
 def test_an_unknown_name_is_reported_with_line_and_suggestion():
     path = write("config/x.py", "n_layer = 4\n\nn_layers = 5\n")
     assert problem(path) == "config/x.py line 3: unknown setting 'n_layers' (did you mean 'n_layer'?)"
@@ -96,7 +143,7 @@ def test_an_unknown_name_is_reported_with_line_and_suggestion():
 
 def test_a_plain_variable_must_start_with_an_underscore():
     path = write("x.py", "for i in range(3):\n    seed = i\n")
-    assert problem(path) == "x.py line 1: unknown setting 'i' (begin a name of your own with _, as in _i)"
+    assert problem(path) == "x.py line 1: unknown setting 'i' (start names of your own with _: _i)"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +205,7 @@ def test_a_folder_or_invalid_path_is_not_a_config_file():
 
 
 @pytest.mark.parametrize(
-    ("line", "problem"),
+    ("line", "message"),
     [
         ("n_layer = '4'", "must be a whole number, at least 1"),
         ("n_layer = True", "must be a whole number, at least 1"),
@@ -171,9 +218,9 @@ def test_a_folder_or_invalid_path_is_not_a_config_file():
         ("seed = [1]", "must be a whole number"),
     ],
 )
-def test_an_invalid_value_is_reported_with_its_line(line, problem):
+def test_an_invalid_value_is_reported_with_its_line(line, message):
     path = write("config/x.py", f"# a comment\n{line}\n")
-    assert problem(path) == f"config/x.py line 2, {line}: {problem}"
+    assert problem(path) == f"config/x.py line 2, {line}: {message}"
 
 
 def test_a_number_too_large_for_a_float_is_rejected():

@@ -1,6 +1,7 @@
 """Flags on the command line: how values are written, and which are rejected."""
 
-IMPORTS
+import pytest
+from example_settings import get, problem, write
 
 
 def test_a_value_may_follow_after_a_space():
@@ -66,7 +67,7 @@ def test_none_is_accepted_only_by_optional_settings():
 
 
 @pytest.mark.parametrize(
-    ("flag", "problem"),
+    ("flag", "message"),
     [
         ("--n_layer=four", "must be a whole number, at least 1"),
         ("--n_layer=1.5", "must be a whole number, at least 1"),
@@ -89,15 +90,15 @@ def test_none_is_accepted_only_by_optional_settings():
         ("--device=qqq", "must be one of 'auto', 'cpu', 'cuda', 'mps'"),
         ("--n_haed=4", "unknown setting 'n_haed' (did you mean 'n_head'?)"),
         ("--print_setting", "unknown setting 'print_setting' (did you mean 'print_settings'?)"),
-        ("--zzz=4", "unknown setting 'zzz' (--help lists them)"),
-        ("--", "unknown setting '' (--help lists them)"),
-        ("--n_layer", "needs a value, as in --n_layer=12"),
-        ("--out_dir", "needs a value, as in --out_dir='out'"),
+        ("--zzz=4", "unknown setting 'zzz' (--help=all shows all settings)"),
+        ("--", "unknown setting '' (--help=all shows all settings)"),
+        ("--n_layer", "needs a value, for example --n_layer=12"),
+        ("--out_dir", "needs a value, for example --out_dir='out'"),
     ],
 )
-def test_an_invalid_flag_is_reported_in_one_line(flag, problem):
-    assert problem(flag) == f"{flag}: {problem}"
+def test_an_invalid_flag_is_reported_in_one_line(flag, message):
+    assert problem(flag) == f"{flag}: {message}"
 
 
 def test_a_missing_value_before_a_flag_is_reported():
-    assert problem("--n_layer", "--seed=1") == "--n_layer: needs a value, as in --n_layer=12"
+    assert problem("--n_layer", "--seed=1") == "--n_layer: needs a value, for example --n_layer=12"

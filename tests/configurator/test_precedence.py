@@ -1,6 +1,11 @@
 """Which source of a setting wins: defaults, a resumed run, config files, flags."""
 
-IMPORTS
+import subprocess
+import sys
+
+from example_settings import ROOT, Settings, get, problem, write
+
+from configurator import resolve
 
 
 def test_without_arguments_every_setting_is_its_default():

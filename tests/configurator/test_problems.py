@@ -1,6 +1,11 @@
 """Several problems in one message, contradictions, and mistakes in a settings class."""
 
-IMPORTS
+from dataclasses import field, make_dataclass
+
+import pytest
+from example_settings import problem, write
+
+from configurator import resolve, setting
 
 
 def test_all_problems_are_reported_at_once():

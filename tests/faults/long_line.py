@@ -37,7 +37,7 @@ def main(size: int, tokenizer: str, folder: Path) -> None:
     made = dataset.open_corpus(folder / "made", 256)
     there = made.train.count_text_bytes(made.tokenizer) + made.val.count_text_bytes(made.tokenizer)
     assert there == source.stat().st_size == sum(split["bytes"] for split in meta["splits"].values())
-    head = made.tokenizer.decode(made.train.shards[0][: 1 << 16])
+    head = made.tokenizer.decode(made.train.token_files[0][: 1 << 16])
     assert (LINE * (len(head) // len(LINE) + 1)).startswith(head.rstrip("\ufffd"))
     seconds, tokens = time.monotonic() - began, made.train.tokens + made.val.tokens
     shutil.rmtree(folder)

@@ -391,7 +391,7 @@ def corpus_text(data: bytes) -> None:
             name = ("char", "bpe:260", "gpt2")[kind % 3]
             made = build.prepare_text(text.files_text(files, "a text"), here / "made", name, 0.1)
             opened = dataset.open_corpus(here / "made", 1)
-            ids = np.concatenate([*opened.train.shards, *opened.val.shards])
+            ids = np.concatenate([*opened.train.token_files, *opened.val.token_files])
             expect(opened.tokenizer.decode(ids) == whole, "a corpus that is not the text")
             expect(sum(split["bytes"] for split in made["splits"].values()) == len(whole.encode()), "bytes")
 

@@ -158,7 +158,7 @@ def test_a_text_of_odd_characters_becomes_a_corpus_and_comes_back(tmp_path, text
     (tmp_path / "text.txt").write_bytes(text.encode())
     prepare_text(files_text(find_files([tmp_path / "text.txt"]), "text"), tmp_path / "made", kind, 0.2)
     corpus = open_corpus(tmp_path / "made", 1)
-    ids = np.concatenate([*corpus.train.shards, *corpus.val.shards])
+    ids = np.concatenate([*corpus.train.token_files, *corpus.val.token_files])
     assert corpus.tokenizer.decode(ids) == text.removeprefix("\ufeff")
 
 

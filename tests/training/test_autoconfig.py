@@ -116,7 +116,10 @@ def test_the_schedule_fits_the_steps_that_there_is_time_for():
     ],
 )
 def test_dropout_comes_with_epochs(tokens, corpus, expected):
-    assert Throughput(1, int(corpus), int(tokens), 1.0, 0.0).by_epochs(autoconfig.DROPOUT_BY_EPOCHS, 1.0) == expected
+    assert (
+        Throughput(1, int(corpus), int(tokens), 1.0, 0.0).by_epochs(autoconfig.DROPOUT_BY_EPOCHS, 1.0)
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,5 +207,8 @@ def test_what_contradicts_auto_is_told_before_anything_is_tried(tmp_path):
 
 def test_auto_without_a_time_is_refused(tmp_path):
     done = run_script("train.py", "config/auto.py", "--time_budget=", f"--out_dir={tmp_path / 'run'}")
-    assert done.returncode == 2 and "auto needs to know how much time there is: add --time_budget=5m" in done.stderr
+    assert (
+        done.returncode == 2
+        and "auto needs to know how much time there is: add --time_budget=5m" in done.stderr
+    )
     assert not Path(tmp_path / "run").exists()

@@ -1,0 +1,224 @@
+"""The diagram of `lab.anatomy`: a model from tokens to logits, with each module's share of the cost, as SVG."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from fradique.training.logger import format_count
+from fradique.training.loss_plot import COLORS
+from model import GPTConfig
+
+STYLE = """
+svg { font: 14px system-ui, sans-serif; background: #ffffff; --ink: #1b1b1b; --soft: #5f6368;
+  --line: #9aa0a6; --paper: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  svg { background: #16181c; --ink: #ececec; --soft: #a8adb4; --line: #6b7078; --paper: #16181c; } }
+text { fill: var(--ink); } .soft { fill: var(--soft); font-size: 12px; }
+.box { stroke: var(--line); fill-opacity: 0.22; }
+.frame { fill: none; stroke: var(--line); stroke-dasharray: 5 4; }
+.flow { fill: none; stroke: var(--line); stroke-width: 1.6; } .share { fill-opacity: 0.85; }
+.sum { fill: var(--paper); stroke: var(--line); stroke-width: 1.6; }
+"""
+LEFT, WIDTH, HEIGHT, GAP = 150, 300, 44, 26  # of the boxes, and the gap between them, in pixels
+CENTER = LEFT + WIDTH / 2  # the residual stream, a vertical line
+PARAMETER_BARS, FLOP_BARS, BAR_LENGTH = 520, 740, 100  # x of the bars, and the length of 100%
+
+
+@dataclass(frozen=True)
+class ModuleStats:
+    """A module of the model, and its cost for a batch."""
+
+    path: str  # "" is the whole model
+    kind: str  # class name
+    shape: tuple[int, ...]  # of its output
+    parameters: int  # with its submodules
+    flops: int  # of the forward pass, with its submodules
+
+    @property
+    def depth(self) -> int:
+        return self.path.count(".") + 1 if self.path else 0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of the diagram."""
+
+    title: str
+    subtitle: str
+    module: ModuleStats
+    color: str
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The boxes from tokens to logits.
+
+    A layer consists of residual groups: the input of a group is added to its output. A norm after the
+    addition (norm_place other than "pre") is a group of its own, without a residual connection.
+    """
+
+    before_layers: list[Box]
+    layer_groups: list[list[Box]]
+    after_layers: list[Box]
+
+
+def architecture_boxes(stats: Sequence[ModuleStats], config: GPTConfig) -> Boxes:
+    """The boxes of a model. Modules that it does not have are left out."""
+    by_path = {module.path: module for module in stats}
+    layer = "transformer.h.0"
+
+    def box(path: str, title: str, subtitle: str, color: int) -> list[Box]:
+        return [Box(title, subtitle, by_path[path], COLORS[color])] if path in by_path else []
+
+    C, H, inner = config.n_embd, config.n_head, config.inner
+    grouped = f", {config.kv_heads} for keys and values" if config.kv_heads != H else ""
+    tied = ", tied to the token embedding" if config.tie_weights else ""
+    attention = box(f"{layer}.attn", "attention", f"{H} heads of {config.head_dim}{grouped}", 0)
+    mlp = box(f"{layer}.mlp", "MLP", f"{C} → {inner} → {C}, {config.activation}", 1)
+    norm_1 = box(f"{layer}.ln_1", "norm", config.norm, 2)
+    norm_2 = box(f"{layer}.ln_2", "norm", config.norm, 2)
+    if config.parallel_block:
+        groups = [norm_1 + attention + mlp]
+    elif config.norm_place == "pre":
+        groups = [norm_1 + attention, norm_2 + mlp]
+    else:
+        groups = [attention, norm_1, mlp, norm_2]
+    return Boxes(
+        before_layers=[
+            *box("transformer.wte", "token embedding", f"{config.vocab_size} x {C}", 4),
+            *box("transformer.wpe", "position embedding", f"{config.block_size} x {C}, added", 4),
+            *box("transformer.ln_e", "norm", config.norm, 2),
+        ],
+        layer_groups=groups,
+        after_layers=[
+            *box("transformer.ln_f", "norm", config.norm, 2),
+            *box("lm_head", "output layer", f"{C} → {config.vocab_size}{tied}", 3),
+        ],
+    )
+
+
+def draw_svg(stats: Sequence[ModuleStats], config: GPTConfig, batch: int, tokens: int) -> str:
+    """The diagram of a model as SVG, from its tokens (top) to its logits (bottom)."""
+    boxes = architecture_boxes(stats, config)
+    diagram = _Diagram(stats[0], config.n_layer)
+    diagram.add_boxes(boxes.before_layers)
+    diagram.add_layers(boxes.layer_groups, config.parallel_block, f"{batch} x {tokens} x {config.n_embd}")
+    diagram.add_boxes(boxes.after_layers)
+    diagram.add_output(f"logits {batch} x {tokens} x {config.vocab_size}")
+    return diagram.svg(f"tokens {batch} x {tokens}")
+
+
+class _Diagram:
+    """SVG elements that are added from top to bottom."""
+
+    def __init__(self, total: ModuleStats, n_layer: int) -> None:
+        self.total, self.n_layer = total, n_layer
+        self.y = 70  # where the next box begins
+        self.elements: list[str] = []
+        self.sums: list[str] = []  # drawn over the lines that enter them
+
+    def add_boxes(self, boxes: Sequence[Box], count: int = 1) -> None:
+        """Boxes below one another, each with an arrow into it. count: how many layers have such a box."""
+        for box in boxes:
+            self.elements.append(arrow(self.y - GAP, self.y))
+            self.elements.append(box_svg(box, self.y, self.total, count))
+            self.y += HEIGHT + GAP
+
+    def add_layers(self, groups: Sequence[Sequence[Box]], parallel: bool, shape: str) -> None:
+        """The boxes of one layer in a frame, with residual connections. shape: that of the residual stream."""
+        top = self.y - GAP / 2
+        self.y += 16
+        self.elements.append(f'<text x="{CENTER + 12}" y="{self.y - 10}" class="soft">{shape}</text>')
+        for group in groups:
+            start = self.y - 11
+            if parallel:
+                self._add_parallel(group)
+            else:
+                self.add_boxes(group, self.n_layer)
+            if group[-1].title != "norm":  # a residual connection around the group
+                self.elements.append(detour(LEFT - 20, start, self.y - GAP / 2))
+                self.sums.append(plus(self.y - GAP / 2))
+                self.elements.append(arrow(self.y - GAP, self.y + 14))
+                self.y += 14
+        height = self.y - top - GAP / 2 + 4
+        self.elements.append(
+            f'<rect class="frame" x="{LEFT - 36}" y="{top}" width="{WIDTH + 72}" height="{height}" rx="10"/>'
+            f'<text x="{LEFT - 46}" y="{(top + self.y) / 2}" text-anchor="end">{self.n_layer} layers</text>'
+        )
+        self.y += 16
+
+    def _add_parallel(self, group: Sequence[Box]) -> None:
+        """Norm, attention and MLP. The MLP, drawn below the attention, gets its input from the norm too."""
+        norm, attention, mlp = group
+        self.add_boxes([norm, attention], self.n_layer)
+        norm_output, attention_output = self.y - 2 * GAP - HEIGHT + 4, self.y - GAP
+        self.elements.append(box_svg(mlp, self.y, self.total, self.n_layer))
+        around_attention = detour(LEFT + WIDTH + 20, norm_output, self.y - 8)
+        self.elements.append(around_attention + arrow(self.y - 8, self.y))
+        self.y += HEIGHT + GAP
+        around_mlp = detour(LEFT - 10, attention_output, self.y - GAP / 2, from_box=True)
+        self.elements.append(around_mlp + arrow(self.y - GAP, self.y - GAP / 2))
+
+    def add_output(self, label: str) -> None:
+        """The last arrow, and what it leads to."""
+        self.elements.append(arrow(self.y - GAP, self.y - 6))
+        self.elements.append(
+            f'<text x="{CENTER}" y="{self.y + 10}" text-anchor="middle" class="soft">{label}</text>'
+        )
+
+    def svg(self, input_label: str) -> str:
+        """The complete document, with the input and the headings of the bars."""
+        parameters, flops = format_count(self.total.parameters), format_count(self.total.flops)
+        header = (
+            f'<text x="{CENTER}" y="30" text-anchor="middle" class="soft">{input_label}</text>'
+            f'<text x="{PARAMETER_BARS}" y="30" class="soft">share of {parameters} parameters</text>'
+            f'<text x="{FLOP_BARS}" y="30" class="soft">share of {flops} FLOPs</text>'
+        )
+        width, height = 960, self.y + 30
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}"><style>{STYLE}</style>{header}{"".join(self.elements + self.sums)}</svg>\n'
+        )
+
+
+def arrow(start: float, end: float) -> str:
+    """A downward arrow on the residual stream."""
+    return f'<path class="flow" d="M{CENTER} {start} V{end} m-5 -6 l5 6 l5 -6"/>'
+
+
+def detour(x: float, start: float, end: float, from_box: bool = False) -> str:
+    """A line that leaves the residual stream at y = start, runs down at `x`, and returns at y = end.
+
+    from_box: it starts at the lower edge of a box instead.
+    """
+    begin = f"M{LEFT + 20} {start} v6 H{x}" if from_box else f"M{CENTER} {start} H{x}"
+    return f'<path class="flow" d="{begin} V{end} H{CENTER}"/>'
+
+
+def plus(y: float) -> str:
+    """The symbol of an addition to the residual stream."""
+    return (
+        f'<circle class="sum" cx="{CENTER}" cy="{y}" r="8"/>'
+        f'<path class="flow" d="M{CENTER - 5} {y} h10 M{CENTER} {y - 5} v10"/>'
+    )
+
+
+def box_svg(box: Box, y: float, total: ModuleStats, count: int) -> str:
+    """A box, and bars for the share that `count` of its modules have in the whole model."""
+    bars = ""
+    for x, cost, total_cost in (
+        (PARAMETER_BARS, box.module.parameters * count, total.parameters),
+        (FLOP_BARS, box.module.flops * count, total.flops),
+    ):
+        length = BAR_LENGTH * cost / total_cost
+        bars += (
+            f'<rect class="share" x="{x}" y="{y + 14}" width="{max(0.5, length):.1f}" height="16" '
+            f'fill="{box.color}"/><text x="{x + length + 8:.1f}" y="{y + 27}" class="soft">'
+            f"{format_count(cost) if cost else '0'} ({cost / total_cost:.1%})</text>"
+        )
+    return (
+        f'<rect class="box" x="{LEFT}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="7" fill="{box.color}"/>'
+        f'<text x="{CENTER}" y="{y + 18}" text-anchor="middle">{escape(box.title)}</text>'
+        f'<text x="{CENTER}" y="{y + 35}" text-anchor="middle" class="soft">{escape(box.subtitle)}</text>'
+        f"{bars}"
+    )

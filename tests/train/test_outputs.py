@@ -1,0 +1,178 @@
+"""Evaluations, checkpoints and files of a run."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import (
+    before_steps,
+    flags,
+    run_script,
+    run_training,
+)
+
+import train
+from fradique.checkpointing import checkpoint, metrics_file
+from fradique.io import files
+from fradique.training import evaluation, setup
+
+
+def test_the_final_figures_are_those_of_the_whole_split(settings):
+    """Against the definition, computed token by token with nothing of ours but the model."""
+    _, t = run_training(replace(settings, max_iters=4, eval_interval=2))
+    final = metrics_file.read_metrics(Path(settings.out_dir))[-1]
+    ids = torch.from_numpy(np.fromfile(Path(settings.data_dir) / "tiny" / "val.bin", "<u2").astype("int64"))
+    best = checkpoint.read_checkpoint(Path(settings.out_dir) / "best")
+    checkpoint.copy_parameters(t.model, best.model, "best")
+    t.model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            inputs = ids[start : start + 16][: len(ids) - 1 - start]
+            targets = ids[start + 1 : start + 1 + len(inputs)]
+            logits = t.model(inputs[None], targets[None])[0][0].double()
+            total -= torch.log_softmax(logits, -1)[torch.arange(len(inputs)), targets].sum().item()
+    n = len(ids) - 1
+    text = t.corpus.tokenizer.decode(ids.tolist())
+    size = len(text.encode()) * n / len(ids)
+    assert final["final_loss"] == pytest.approx(total / n, abs=1e-5)
+    assert final["final_perplexity"] == pytest.approx(math.exp(total / n), rel=1e-5)
+    assert final["final_bits_per_byte"] == pytest.approx(total / math.log(2) / size, abs=1e-5)
+
+
+def test_evaluations_of_the_same_weights_are_equal(settings):
+    t = setup.setup_training(replace(settings, eval_only=True))
+    assert evaluation.estimate_loss(t) == evaluation.estimate_loss(t)
+    assert evaluation.evaluate_val_split(t) == evaluation.evaluate_val_split(t)
+    assert t.model.training
+
+
+def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(settings):
+    """With a learning rate that ruins the model after a while, the best is not the last."""
+    settings = replace(settings, learning_rate=0.5, lr_schedule="constant", warmup_iters=15, min_lr=0.0)
+    run_training(settings)
+    records = [r for r in metrics_file.read_metrics(Path(settings.out_dir)) if "eval_val_loss" in r]
+    best = min(records, key=lambda r: r["eval_val_loss"])
+    state = checkpoint.read_checkpoint(Path(settings.out_dir) / "best").state
+    assert (
+        state["step"]
+        == best["step"]
+        == metrics_file.read_metrics(Path(settings.out_dir))[-1]["best_step"]
+        < 20
+    )
+    assert state["best_val_loss"] == best["eval_val_loss"]
+
+
+def test_the_last_checkpoints_are_kept(settings):
+    run_training(replace(settings, keep_checkpoints=3))
+    names = sorted(p.name for p in Path(settings.out_dir).glob("step-*"))
+    assert names == ["step-00000010", "step-00000015", "step-00000020"]
+
+
+def test_without_always_save_only_better_steps_and_the_last_are_saved(settings):
+    bad = replace(settings, learning_rate=0.5, lr_schedule="constant", warmup_iters=0, keep_checkpoints=9)
+    run_training(replace(bad, always_save_checkpoint=False))
+    records = [r for r in metrics_file.read_metrics(Path(settings.out_dir)) if "eval_val_loss" in r]
+    improved = [
+        r["step"]
+        for i, r in enumerate(records)
+        if r["eval_val_loss"] < min([x["eval_val_loss"] for x in records[:i]], default=math.inf)
+    ]
+    expected = {f"step-{step:08d}" for step in [*improved, 20]}
+    assert {p.name for p in Path(settings.out_dir).glob("step-*")} == expected
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(settings, capsys):
+    ruined = replace(settings, learning_rate=0.5, lr_schedule="constant", max_iters=10**6, early_stop_evals=3)
+    status, t = run_training(replace(ruined, warmup_iters=0))
+    assert status == 0
+    assert t.state.evals_since_best == 3 and t.state.step < 200
+    assert "no better validation loss in 3 evaluations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
+    settings, monkeypatch, where
+):
+    real = train.train_step
+
+    def poisoned(t, lr):
+        weight = t.model.transformer["h"][0].mlp.c_fc.weight
+        if t.state.step == 12 and where == "loss":
+            weight.data.fill_(math.nan)
+        elif t.state.step == 12:
+            weight.register_hook(lambda gradient: gradient * math.inf)
+        return real(t, lr)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(
+        ValueError, match=f"step 13: the {where} is not finite.*learning_rate.*init_from=resume"
+    ):
+        run_training(settings)
+    folders = checkpoint.step_folders(Path(settings.out_dir))
+    assert folders[-1].name == "step-00000010"
+    assert all(checkpoint.all_finite(checkpoint.read_checkpoint(folder).model) for folder in folders)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run_with_the_same_message(settings):
+    ruined = replace(
+        settings, learning_rate=1e30, max_iters=1, eval_interval=1, warmup_iters=0, grad_clip=0.0
+    )
+    with pytest.raises(ValueError, match=r"step 1: the loss is not finite.*learning_rate"):
+        run_training(ruined)
+    assert [p.name for p in checkpoint.step_folders(Path(settings.out_dir))] == ["step-00000000"]
+
+
+def test_eval_only_reports_and_writes_nothing(settings, capsys):
+    done = run_script("train.py", *flags(replace(settings, eval_only=True)))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"train loss \d.*val loss \d", done.stdout)
+    assert re.search(
+        r"whole validation split: loss \d\.\d+, perplexity \d+\.\d+, \d\.\d+ bits per byte", done.stdout
+    )
+    assert not Path(settings.out_dir).exists()
+
+
+def test_a_run_folder_stands_by_itself(settings):
+    run_training(replace(settings, sample_interval=10))
+    folder = Path(settings.out_dir)
+    names = {p.name for p in folder.iterdir()}
+    assert {"settings.json", "tokenizer.json", "metrics.jsonl", "samples.txt", "best", "loss.png"} <= names
+    about = files.read_json_object(folder / "settings.json")
+    assert about["settings"]["n_layer"] == 2 and about["versions"]["torch"] == torch.__version__
+    samples = (folder / "samples.txt").read_text()
+    assert re.findall(r"^=== step (\d+) ===$", samples, re.MULTILINE) == ["10", "20", "20"]
+    record = next(r for r in metrics_file.read_metrics(folder) if "loss" in r)
+    assert {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "mfu",
+    } <= record.keys()
+
+
+def test_the_loss_curve_is_drawn_anew_at_each_evaluation(settings, tmp_path, monkeypatch):
+    """Each time it is the picture of all that metrics.jsonl holds by then."""
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+    from fradique.training import loss_plot
+
+    folder, pictures = Path(settings.out_dir), []
+
+    def compare(t=None):
+        if t is None or t.state.step % settings.eval_interval == 0:
+            loss_plot.save_plot([loss_plot.read_curves(folder)], tmp_path / "now.png")
+            pictures.append((folder / "loss.png").read_bytes())
+            assert pictures[-1] == (tmp_path / "now.png").read_bytes()
+
+    before_steps(monkeypatch, compare)
+    run_training(replace(settings, max_iters=10))
+    compare()
+    assert len(set(pictures)) == 3

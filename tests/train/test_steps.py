@@ -1,0 +1,201 @@
+"""Training steps: against textbook code, in slices, compiled, in other dtypes, on two processes."""
+
+import copy
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support import (
+    flags,
+    losses,
+    run_script,
+    run_training,
+    torchrun,
+)
+
+import train
+from fradique.checkpointing import checkpoint, metrics_file
+from fradique.io import files
+from fradique.optim import optimizer
+from fradique.runtime import device
+from fradique.training import setup
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
+)
+
+
+def test_training_learns(settings):
+    run_training(replace(settings, max_iters=150, dropout=0.0, eval_interval=50))
+    records = [r for r in metrics_file.read_metrics(Path(settings.out_dir)) if "eval_val_loss" in r]
+    assert records[0]["eval_val_loss"] == pytest.approx(math.log(19), abs=0.4)
+    assert records[-1]["eval_val_loss"] < 1.5  # words in random order have about 0.5 nats a character
+
+
+def test_gradient_accumulation_equals_one_large_batch(settings, tmp_path):
+    settings = replace(settings, dropout=0.0, max_iters=5)
+    run_training(replace(settings, batch_size=8))
+    other = replace(settings, out_dir=str(tmp_path / "b"), batch_size=2, gradient_accumulation_steps=4)
+    run_training(other)
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(other.out_dir)[step] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_step_cut_into_slices_equals_the_whole_step(settings, tmp_path, monkeypatch):
+    found = []
+    for at_once in (1, 1 << 20):
+        monkeypatch.setattr(device, "CPU_MAX_TOKENS", at_once)
+        folder = tmp_path / str(at_once)
+        run_training(replace(settings, dropout=0.0, out_dir=str(folder)))
+        found.append(list(losses(folder).values()))
+    assert len(found[0]) == settings.max_iters
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_run(settings, tmp_path):
+    other = replace(
+        settings, gradient_checkpointing=True, dropout=0.2, out_dir=str(tmp_path / "checkpointed")
+    )
+    settings = replace(settings, dropout=0.2)
+    run_training(settings)
+    run_training(other)
+    assert losses(settings.out_dir) == losses(other.out_dir) != {}
+
+
+def test_a_step_is_the_textbook_step(settings):
+    """Loss, clipped gradient and AdamW of one step against plain torch on the same batch and weights."""
+    settings = replace(settings, dropout=0.0, grad_clip=0.5, eval_only=True)
+    t = setup.setup_training(settings)
+    twin = copy.deepcopy(t.model)
+    x, y = t.corpus.train.read_locations(t.sampler.locations(np.arange(4)), settings.block_size)
+    logits = twin(x, y)[0]
+    loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1))
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in twin.parameters()))
+    for p in twin.parameters():
+        p.grad *= min(1.0, 0.5 / (norm.item() + 1e-6))
+    groups = optimizer.parameter_groups(dict(twin.named_parameters()), settings.weight_decay)
+    torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), fused=False, foreach=False).step()
+    got, got_norm = train.train_step(t, 0.01)
+    assert got.item() == pytest.approx(loss.item(), abs=1e-6)
+    assert got_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    for p, q in zip(t.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_depends_on_seed_and_step_alone(settings):
+    t = setup.setup_training(replace(settings, eval_only=True, learning_rate=1e-9))
+    first = train.train_step(t, 0.0)[0].item()
+    torch.rand(100)  # whatever else draws numbers
+    again = train.train_step(t, 0.0)[0].item()
+    t.model.eval()
+    x, y = t.corpus.train.read_locations(t.sampler.locations(np.arange(4)), settings.block_size)
+    assert first == again != t.model(x, y)[1].item()
+
+
+def scaled(settings):
+    """A run that scales its loss as float16 does, on a CPU."""
+    t = setup.setup_training(settings)
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    return t
+
+
+def test_a_scaled_loss_gives_the_same_training(settings, tmp_path):
+    settings = replace(settings, dropout=0.0, max_iters=6, eval_interval=6)
+    run_training(settings)
+    t = scaled(replace(settings, out_dir=str(tmp_path / "b")))
+    train.train(t)
+    t.close()
+    assert t.scaler.get_scale() == 4096.0  # it grew twice
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(tmp_path / "b")[step] == pytest.approx(loss, abs=1e-5)
+    state = checkpoint.read_checkpoint(tmp_path / "b" / "step-00000006").state
+    assert state["scaler"]["scale"] == 4096.0
+    run_training(
+        replace(settings, out_dir=str(tmp_path / "b"), init_from="resume", max_iters=8)
+    )  # in float32
+
+
+def test_training_goes_on_from_another_run(settings, tmp_path):
+    run_training(settings)
+    tuned = replace(
+        settings, init_from=settings.out_dir, out_dir=str(tmp_path / "tuned"), n_layer=7, block_size=8
+    )
+    _, t = run_training(tuned)
+    assert t.model.config.n_layer == 2 and t.model.config.block_size == 8
+    assert files.read_json_object(tmp_path / "tuned" / "settings.json")["settings"]["n_layer"] == 2
+    best = checkpoint.read_checkpoint(Path(settings.out_dir) / "best").state["best_val_loss"]
+    first = next(r for r in metrics_file.read_metrics(tmp_path / "tuned") if "eval_val_loss" in r)
+    assert first["eval_val_loss"] == pytest.approx(best, abs=0.3)
+
+
+def test_a_failing_compiler_gives_one_warning_and_the_same_numbers(settings, tmp_path, monkeypatch, capsys):
+    run_training(settings)
+
+    def broken(model):
+        def fail(*_, **__):
+            raise RuntimeError("no compiler today")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    other = replace(settings, out_dir=str(tmp_path / "b"), compile=True)
+    run_training(other)
+    assert capsys.readouterr().err.count("torch.compile failed (RuntimeError: no compiler today)") == 1
+    assert losses(other.out_dir) == losses(settings.out_dir)
+
+
+@needs_compiler
+def test_a_compiled_run_equals_the_eager_run(settings, tmp_path):
+    settings = replace(settings, dropout=0.0, max_iters=6, n_layer=1)
+    run_training(settings)
+    done = run_script(
+        "train.py", *flags(replace(settings, out_dir=str(tmp_path / "b"), compile=True)), timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile failed" not in done.stderr
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(tmp_path / "b")[step] == pytest.approx(loss, abs=1e-4)
+
+
+def test_bfloat16_follows_float32_from_afar(settings, tmp_path):
+    settings = replace(settings, dropout=0.0, dtype="float32")
+    run_training(settings)
+    other = replace(settings, out_dir=str(tmp_path / "b"), dtype="bfloat16")
+    _, t = run_training(other)
+    assert all(p.dtype == torch.float32 for p in t.model.parameters())
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(other.out_dir)[step] == pytest.approx(loss, abs=0.05)
+
+
+def test_plain_attention_trains_as_the_fused_does(settings, tmp_path):
+    settings = replace(settings, dropout=0.0)
+    run_training(settings)
+    other = replace(settings, out_dir=str(tmp_path / "b"), flash=False)
+    run_training(other)
+    for step, loss in losses(settings.out_dir).items():
+        assert losses(other.out_dir)[step] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (4, 1)])
+def test_two_processes_give_the_losses_of_one(settings, tmp_path, batch_size, accumulation):
+    """Two micro-batches are shared between the processes; a single one is cut in two."""
+    settings = replace(
+        settings, dropout=0.0, batch_size=batch_size, gradient_accumulation_steps=accumulation, max_iters=10
+    )
+    run_training(settings)
+    other = replace(settings, out_dir=str(tmp_path / "two"))
+    done = torchrun(2, *flags(other))
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout and done.stdout.count("going") <= 1
+    alone, together = losses(settings.out_dir), losses(other.out_dir)
+    assert alone.keys() == together.keys()
+    for step, loss in alone.items():
+        assert together[step] == pytest.approx(loss, abs=1e-5)
+    last = [metrics_file.read_metrics(Path(s.out_dir))[-1] for s in (settings, other)]
+    assert last[0]["final_loss"] == pytest.approx(last[1]["final_loss"], abs=1e-5)
