@@ -47,7 +47,6 @@ MAX_FLAG_CHARS = 200  # of a flag that a message repeats
 MAX_PROBLEMS = 20  # in one message
 MIN_WIDTH, MAX_WIDTH = 60, 100  # columns of --help
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's RuntimeErrors
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,7 @@ class _Spec:
 
 
 SWITCHES = {  # flags of every command that are not settings
-    "help": _Spec(
-        (bool, str), False, "show help and exit", choices=("all", True, False), group="all commands"
-    ),
+    "help": _Spec((bool, str), False, "show help and exit", choices=("all", True, False), group="general"),
     "print_settings": _Spec((bool,), False, "show the value and the source of each setting and exit"),
     "debug": _Spec((bool,), False, "show the traceback of an error"),
 }
@@ -363,9 +360,7 @@ def format_help(cls: type, show_all: bool = False) -> str:
     specs = _specs(cls)
     shown = {key: spec for key, spec in specs.items() if spec.common and not show_all} or specs
     usage, *paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
-    paragraphs.append(
-        "Set a value with `--key=value`, or `key = value` in a config file; flags win over files."
-    )
+    paragraphs.append("Set values by `--key=value`, or by `key = value` in a config file; flags win.")
     if len(shown) < len(specs):
         paragraphs.append(f"The {len(shown)} most used of {len(specs)} settings; `--help=all` shows all:")
     lines = [usage]
@@ -398,7 +393,7 @@ def command(
 ) -> int:
     """Run `main` as a shell command and return its exit status: sys.exit(command(main, Settings)).
 
-    ValueError, OSError and a lack of memory get one message and status 2. Others are bugs and propagate.
+    ValueError, OSError and MemoryError get one message and status 2. Other errors are bugs and propagate.
     base: called with the settings before `problems` is. If they resume a run, it returns that run's settings
     and their name; the command line is then resolved again on top of them.
     """
@@ -424,21 +419,16 @@ def command(
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 141  # as a shell reports a program that SIGPIPE ended
         traceback.print_exception(error) if debug else print(_format_error(error), file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
-        if debug or not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
-            raise
-        print("error: not enough memory: use a smaller model, batch_size or block_size", file=sys.stderr)
-        return 2
     return status or 0
 
 
-def _format_error(error: ValueError | OSError) -> str:
-    message = str(error) or type(error).__name__
+def _format_error(error: ValueError | OSError | MemoryError) -> str:
+    message = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
     if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
         message = f"{error.filename}: {error.strerror}"
     # file names may contain terminal control sequences; flags may contain what cannot be encoded

@@ -18,10 +18,10 @@ from fradique.checkpointing import checkpoint as checkpoints
 from fradique.checkpointing import run_folder
 from fradique.generation import packed_weights
 from fradique.pretrained import loader
-from fradique.runtime.device import DTYPES, Runtime, setup_runtime
-from fradique.runtime.memory_limits import report_oom
+from fradique.runtime.device import DTYPES, Runtime, configure_process, setup_runtime
+from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer import tokenizer as tokenizers
-from model import GPT, GPTConfig
+from model import GPT
 
 MAX_PROMPT_BYTES = 4 << 20  # the model reads only the end of a long prompt
 
@@ -85,16 +85,13 @@ def load_model(
             "nanoGPT's ckpt.pt: put the corpus it was trained on into data/, or that corpus's tokenizer.json "
             "beside the file. For a run folder: copy its tokenizer.json back"
         )
-    config = GPTConfig(**weights.config)
-    if problems := config.problems():
-        raise ValueError(f"{source} is not a usable model: {'; '.join(problems)}")
     with torch.device("meta"):  # no memory, no initialization: the loaded tensors become the parameters
-        model = GPT(config)
+        model = GPT(weights.config)
     checkpoints.assign_parameters(model, weights.tensors, weights.source)
-    if weights.tokenizer.vocab_size > config.vocab_size:
+    if weights.tokenizer.vocab_size > weights.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {weights.tokenizer.vocab_size} tokens and the model "
-            f"{config.vocab_size}: they do not belong together"
+            f"{weights.config.vocab_size}: they do not belong together"
         )
     runtime = setup_runtime(device=device, dtype=dtype)
     return LoadedModel(model.to(runtime.device).eval(), weights.tokenizer, runtime)
@@ -188,10 +185,16 @@ def generate_text(loaded: LoadedModel, prompt: str, settings: SampleSettings) ->
     yield [sample.flush() for sample in samples]
 
 
-@report_oom
 def main(resolved: Resolved[SampleSettings]) -> int:
-    """Print the samples; the first one as it grows, the others after it."""
-    settings = resolved.settings
+    """Print the samples. Returns the exit status."""
+    with OomReport():
+        configure_process(resolved.settings.device)
+        print_samples(resolved.settings)
+    return 0
+
+
+def print_samples(settings: SampleSettings) -> None:
+    """Print the first sample as it grows, and the others after it."""
     source = settings.init_from
     if source == "resume":
         source = settings.out_dir
@@ -212,7 +215,6 @@ def main(resolved: Resolved[SampleSettings]) -> int:
     print()
     for text in others:
         print(f"---------------\n{prompt}{text}")
-    return 0
 
 
 if __name__ == "__main__":

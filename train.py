@@ -27,7 +27,7 @@ from fradique.nn.functional import ACTIVATIONS
 from fradique.optim import lr_schedule, optimizer
 from fradique.runtime import device, signals
 from fradique.runtime.device import DTYPES
-from fradique.runtime.memory_limits import report_oom
+from fradique.runtime.memory_limits import OomReport
 from fradique.training import autoconfig, evaluation, outputs, setup, skip_step
 from fradique.training.model_setup import model_config
 from fradique.training.time_budget import format_duration, parse_duration
@@ -153,21 +153,31 @@ class TrainSettings:
         return problems
 
 
-@report_oom
 def main(resolved: Resolved[TrainSettings]) -> int:
     """Train or evaluate as the settings say. Returns the exit status."""
+    with OomReport() as oom:
+        return run(resolved, oom)
+
+
+def run(resolved: Resolved[TrainSettings], oom: OomReport) -> int:
+    """`main`, without the report of an out-of-memory error."""
     settings, notes = resolved.settings, ()
     with lost_ranks.report_lost_ranks():
-        device.join_run(settings.device, settings.backend, settings.dist_timeout)
+        device.configure_process(
+            settings.device,
+            parallel=settings.parallel,
+            backend=settings.backend,
+            timeout=settings.dist_timeout,
+        )
         settings = process_group.broadcast_from_rank0(lambda: setup.settings_after_restart(settings))
         if settings.auto and settings.init_from == "scratch" and not settings.eval_only:
             fixed = {key: getattr(settings, key) for key in resolved.explicit}
             settings, notes = autoconfig.autotune(settings, fixed, time_step, START)
-        t = setup.setup_training(settings, notes, started=START)
+        t = setup.setup_training(settings, notes, started=START, oom=oom)
     try:
         status = report_evaluation(t) if t.settings.eval_only else train(t)
         t.forward = t.model  # a DDP wrapper must go before its process group
-        t.runtime.wait()
+        t.runtime.barrier()
         return status
     finally:
         t.close()
@@ -239,13 +249,13 @@ def train_step(t: Trainer, lr: float) -> tuple[Tensor, Tensor]:
     ValueError, before the weights change, if the loss or the gradient is not finite (see skip_step).
     """
     settings, runtime = t.settings, t.runtime
-    runtime.seed(derive_seed(settings.seed, t.state.step, runtime.rank))
+    runtime.seed_dropout(derive_seed(settings.seed, t.state.step, runtime.rank))
     optimizer.set_learning_rate(t.optimizers, lr)
-    batches = runtime.slices(t.sampler.micro_batches(t.state.step, runtime.rank, runtime.world))
+    batches = runtime.split_microbatches(t.sampler.micro_batches(t.state.step, runtime.rank, runtime.world))
     total_loss = torch.zeros((), device=runtime.device)
     with runtime.autocast():  # around all micro-batches: the weights are cast once
         for i, batch in enumerate(batches):
-            x, y = runtime.move(*batch)  # (B, T) each
+            x, y = runtime.to_device(*batch)  # (B, T) each
             if runtime.world > 1 and not runtime.sharded:  # all-reduce the gradients once, with the last
                 t.forward.require_backward_grad_sync = i == len(batches) - 1
             loss = t.forward(x, y, with_logits=False)[1] / len(batches)

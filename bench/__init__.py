@@ -1,1 +1,1 @@
-"""Speed: each file a command that prints a table and one last JSON line."""
+"""Benchmarks. Each file is a command that prints a table, and JSON on the last line."""

@@ -1,10 +1,11 @@
-"""How fast text becomes tokens, and tokens batches.
+"""Speed of the tokenizers and of the batch sampler.
 
     python -m bench.data [--input FILE_OR_FOLDER ...] [--threads 2] [--rounds 5]
 
-Rates are in MB of UTF-8 text a second. Ours and the library's own batch encoder take turns on the same text,
-so that a machine that is busy with other things slows both; the ratio is the median over the rounds. Batches
-are cut out of a file of 64 million tokens as train.py cuts them, and as a loop over windows would.
+Rates are in MB of UTF-8 text per second. Our tokenizers and the batch encoders of the libraries take turns
+on the same text, so that other load on the machine slows both; the ratio is the median over the rounds.
+Batches are read from a file of 64 million tokens, by the sampler of train.py and by a plain loop over
+windows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Rates = dict[str, float]
 
 
 def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
-    """The rates of the three tokenizers on `pieces`, beside those of the libraries that they stand on."""
+    """Rates of the three tokenizers on `pieces`, and of the libraries that they use."""
     import tokenizers as huggingface
 
     megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
@@ -40,8 +41,8 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
     gpt2 = tokenizer.GPT2Tokenizer()
     own = tokenizer.train_bpe(pieces, 4096)
     _, tiktoken_gpt2 = bpe.gpt2_encoding()
-    theirs = huggingface.Tokenizer.from_str(json.dumps(own.to_json()["model"]))
-    small = list(cut_pieces(pieces, 4096))  # as Hugging Face's encoder likes them best
+    huggingface_bpe = huggingface.Tokenizer.from_str(json.dumps(own.to_json()["model"]))
+    short = list(cut_pieces(pieces, 4096))  # the fastest size for Hugging Face's encoder
     tokens = sum(map(len, gpt2.encode_batch(pieces, threads)))
 
     def rates(ours: Callable[[], object], library: Callable[[], object] | None = None) -> Rates:
@@ -58,7 +59,7 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
         ),
         "bpe": rates(
             lambda: own.encode_batch(pieces, threads),
-            lambda: theirs.encode_batch(small),  # on as many threads as it likes
+            lambda: huggingface_bpe.encode_batch(short),  # it chooses the number of threads
         ),
     }
     result["gpt2"]["mtokens_s"] = result["gpt2"]["mb_s"] * tokens / megabytes / 1e6
@@ -68,8 +69,8 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
 LOADED_TOKENS, BLOCK_SIZE, BATCH_SIZE, BATCHES = 1 << 26, 1024, 12, 200
 
 
-def measure_loading(rounds: int) -> Rates:
-    """Million tokens a second of batches of 12 x 1024, cut by the sampler and by a loop over windows."""
+def measure_batches(rounds: int) -> Rates:
+    """Million tokens per second in batches of 12 x 1024: from the sampler, and from a loop over windows."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.bin"
         np.random.default_rng(0).integers(50257, size=LOADED_TOKENS).astype("<u2").tofile(path)
@@ -92,24 +93,28 @@ def measure_loading(rounds: int) -> Rates:
                         ]
                     )
 
-        found = compare(BATCHES * BATCH_SIZE * BLOCK_SIZE / 1e6, rounds, ours, loop)
+        rates = compare(BATCHES * BATCH_SIZE * BLOCK_SIZE / 1e6, rounds, ours, loop)
     names = {"mb_s": "mtokens_s", "library_mb_s": "loop_mtokens_s"}
-    return {names.get(name, name): value for name, value in found.items()}
+    return {names.get(name, name): value for name, value in rates.items()}
 
 
 def compare(
     megabytes: float, rounds: int, ours: Callable[[], object], library: Callable[[], object] | None
 ) -> Rates:
-    """MB/s of `ours` and `library`, medians of `rounds` in which they take turns, and that of their ratio."""
-    mine, others = [], []
+    """MB/s of `ours` and `library`, which take turns, and their ratio: medians over the rounds."""
+    our_rates, library_rates = [], []
     for _ in range(rounds):
-        mine.append(megabytes / _seconds(ours))
+        our_rates.append(megabytes / _seconds(ours))
         if library is not None:
-            others.append(megabytes / _seconds(library))
-    if not others:
-        return {"mb_s": statistics.median(mine)}
-    ratio = statistics.median(a / b for a, b in zip(mine, others, strict=True))
-    return {"mb_s": statistics.median(mine), "library_mb_s": statistics.median(others), "ratio": ratio}
+            library_rates.append(megabytes / _seconds(library))
+    if not library_rates:
+        return {"mb_s": statistics.median(our_rates)}
+    ratio = statistics.median(a / b for a, b in zip(our_rates, library_rates, strict=True))
+    return {
+        "mb_s": statistics.median(our_rates),
+        "library_mb_s": statistics.median(library_rates),
+        "ratio": ratio,
+    }
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -119,7 +124,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as people read it."""
+    """The result as text."""
     threads = result["threads"]
     rows = [
         ("char", 1, result["char"], "-"),
@@ -127,9 +132,9 @@ def table(result: dict[str, Any]) -> str:
         ("bpe:4096", threads, result["bpe"], "tokenizers encode_batch"),
     ]
     lines = [f"{'tokenizer':10} {'threads':>7} {'MB/s':>8} {'library':>8} {'ratio':>6}"]
-    for name, used, rates, library in rows:
+    for name, n_threads, rates, library in rows:
         other = f"{rates['library_mb_s']:8.1f} {rates['ratio']:6.2f}  {library}" if "ratio" in rates else ""
-        lines.append(f"{name:10} {used:7} {rates['mb_s']:8.1f} {other}".rstrip())
+        lines.append(f"{name:10} {n_threads:7} {rates['mb_s']:8.1f} {other}".rstrip())
     lines.append(
         f"gpt2: {result['gpt2']['mtokens_s']:.2f} million tokens/s; {result['text_mb']:.1f} MB of text"
     )
@@ -137,7 +142,7 @@ def table(result: dict[str, Any]) -> str:
         load = result["load"]
         lines.append(
             f"batches of {BATCH_SIZE} x {BLOCK_SIZE}: {load['mtokens_s']:.0f} million tokens/s, "
-            f"{load['ratio']:.2f} times a loop's"
+            f"{load['ratio']:.2f} times as fast as a loop"
         )
     return "\n".join(lines)
 
@@ -147,13 +152,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--input", nargs="+", type=Path, help="text files or folders (default: Python's library)")
-    add("--threads", type=int, default=2, help="for the BPE tokenizers (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="of which the median is told (default: %(default)s)")
+    add("--input", nargs="+", type=Path, help="text files or folders (default: Python's standard library)")
+    add("--threads", type=int, default=2, help="threads of the BPE tokenizers (default: %(default)s)")
+    add(
+        "--rounds",
+        type=int,
+        default=5,
+        help="number of rounds; the result is their median (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     text = _text(args.input)
     result = measure(list(cut_pieces(text.chunks())), args.threads, args.rounds)
-    result["load"] = measure_loading(args.rounds)
+    result["load"] = measure_batches(args.rounds)
     print(table(result))
     print(json.dumps({"bench": "data", **result}))
 

@@ -1,4 +1,4 @@
-"""What this machine can do at most: matrix products, memory bandwidth; and how much memory a process took."""
+"""Peak speed of this machine (matrix products, memory bandwidth), timers, and peak memory of a process."""
 
 import contextlib
 import re
@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def matmul_peaks(device: torch.device, size: int = 0) -> dict[str, float]:
-    """FLOP/s of a product of two square matrices of `size`, the best of some tries, for each dtype."""
+    """FLOP/s of a product of two square matrices of `size`, for each dtype: the best of 7 measurements."""
     size = size or (8192 if device.type == "cuda" else 2048)
     peaks = {}
     for name, dtype in DTYPES.items():
@@ -25,13 +25,13 @@ def matmul_peaks(device: torch.device, size: int = 0) -> dict[str, float]:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that are read from memory: a sum over 256 MB."""
+    """Bytes per second read from memory by a sum over 256 MB."""
     numbers = torch.ones(1 << 26, device=device)
     return numbers.nbytes / min(times(numbers.sum, device, rounds=7))
 
 
 def times(work: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
-    """Seconds of each of `rounds` calls, after one that does not count."""
+    """Seconds of each of `rounds` calls, after one warm-up call."""
     return [seconds(work, device) for _ in range(rounds + 1)][1:]
 
 
@@ -43,7 +43,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -51,24 +51,22 @@ def wait(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the card where there is one, else of this process."""
+    """Peak bytes: allocated by torch on a CUDA device, otherwise resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # of this program; the other is its parent's, if higher
+    with contextlib.suppress(OSError, AttributeError):  # ru_maxrss may be that of the parent process
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe(device: torch.device) -> str:
-    """The device and its name, as far as this machine tells it."""
+    """The name of a GPU, or the device type and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
-def median_ratio(theirs: list[float], ours: list[float]) -> float:
-    """The median over rounds of how many times longer theirs took."""
-    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+def median_ratio(others: list[float], ours: list[float]) -> float:
+    """The median over rounds of others / ours, in seconds: how many times faster ours is."""
+    return statistics.median(a / b for a, b in zip(others, ours, strict=True))

@@ -1,14 +1,15 @@
-"""How much memory training takes: a table of GPT-2's sizes, computed; and estimates beside measured peaks.
+"""Memory of training: a computed table for the sizes of GPT-2, and estimates compared with measured peaks.
 
     python -m bench.memory
     python -m bench.memory --measure config/train_shakespeare_char_cpu.py config/train_eca_char.py
     python -m bench.memory --measure --gpt2 gpt2 --batch_size=4 --gradient_accumulation_steps=2
     python -m bench.memory --measure --processes 2 config/train_eca_char.py --n_layer=4
 
-Flags of this bench are written with a space and settings with an equals sign. `--measure` runs an evaluation,
-three steps and a checkpoint of each config in a process of its own (`--processes N`: under torchrun), not
-compiled, and tells the highest memory it had beyond that of its imports, beside `fradique.memory`'s estimate.
-On CUDA both are of tensors alone (`torch.cuda.max_memory_allocated`). The last line is JSON.
+Options of this benchmark are written with a space, settings of train.py with an equals sign. `--measure`
+runs an evaluation, three steps and a checkpoint of each config in a new process (`--processes N`: under
+torchrun), not compiled, and compares its peak memory without the imports with the estimate of
+`fradique.runtime.memory_estimate`. On CUDA both count only tensors (`torch.cuda.max_memory_allocated`). The
+last line is JSON.
 """
 
 import argparse
@@ -28,9 +29,10 @@ from torch.distributed.tensor import DTensor
 
 import train
 from bench import machine
-from bench.train import ROOT, each_config, name_of, one_step, settings_for
+from bench.train import ROOT, config_name, one_step, settings_for, split_by_config
 from fradique.distributed import process_group
 from fradique.runtime import memory_estimate
+from fradique.runtime.device import configure_process
 from fradique.training import model_setup, outputs, setup
 from fradique.training.logger import format_count
 from fradique.training.trainer import Trainer
@@ -49,27 +51,32 @@ STEPS = 3
 
 
 def table() -> list[dict[str, Any]]:
-    """What each of GPT-2's sizes takes on each card, in bytes, in bfloat16 with blocks of 1,024 tokens."""
+    """Bytes on each device for each size of GPT-2, in bfloat16 with blocks of 1,024 tokens."""
     return [
         {
             "model": name,
             "parameters": memory_estimate.count_parameters(shape).total,
             "parallel": parallel,
             "cards": world,
-            "gradient_checkpointing": again,
+            "gradient_checkpointing": checkpointing,
             "batch_size": batch,
             "bytes": estimated.total,
-            "staying_bytes": estimated.staying,
+            "staying_bytes": estimated.persistent,
         }
         for name, (layers, heads, width) in FAMILY.items()
         for shape in [GPTConfig(n_layer=layers, n_head=heads, n_embd=width, bias=False)]
         for parallel, world in SHARING
-        for again in (False, True)
+        for checkpointing in (False, True)
         for batch in BATCHES
         for estimated in [
             memory_estimate.estimate_memory(
                 memory_estimate.MemoryPlan(
-                    shape, batch, 5 * world, parallel=parallel, world=world, gradient_checkpointing=again
+                    shape,
+                    batch,
+                    5 * world,
+                    parallel=parallel,
+                    world=world,
+                    gradient_checkpointing=checkpointing,
                 )
             )
         ]
@@ -77,33 +84,38 @@ def table() -> list[dict[str, Any]]:
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table as the README has it: GiB on each card, without and with gradient checkpointing."""
-    heads = ["model", "cards", "what stays", *(f"batch_size={batch}" for batch in BATCHES)]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    """A Markdown table: GiB on each device, without (with) gradient checkpointing."""
+    headings = ["model", "GPUs", "weights and optimizer", *(f"batch_size={batch}" for batch in BATCHES)]
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for name in FAMILY:
         for parallel, world in SHARING:
-            mine = [r for r in rows if (r["model"], r["parallel"], r["cards"]) == (name, parallel, world)]
-            each = {(r["batch_size"], r["gradient_checkpointing"]): r["bytes"] / 2**30 for r in mine}
-            size = f"{name}, {format_count(mine[0]['parameters'])}"
-            cards = "1" if world == 1 else f"{world}, {parallel}"
-            cells = [f"{each[batch, False]:.1f} ({each[batch, True]:.1f})" for batch in BATCHES]
+            group = [r for r in rows if (r["model"], r["parallel"], r["cards"]) == (name, parallel, world)]
+            gib = {(r["batch_size"], r["gradient_checkpointing"]): r["bytes"] / 2**30 for r in group}
+            size = f"{name}, {format_count(group[0]['parameters'])}"
+            gpus = "1" if world == 1 else f"{world}, {parallel}"
+            cells = [f"{gib[batch, False]:.1f} ({gib[batch, True]:.1f})" for batch in BATCHES]
             lines.append(
-                f"| {size} | {cards} | {mine[0]['staying_bytes'] / 2**30:.1f} | {' | '.join(cells)} |"
+                f"| {size} | {gpus} | {group[0]['staying_bytes'] / 2**30:.1f} | {' | '.join(cells)} |"
             )
     return "\n".join(lines)
 
 
-# Measured
+# Measurement
 
 
 def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """An evaluation, some steps and a checkpoint in this process, into a folder that all ranks share: its
-    peak and the estimate, in bytes."""
+    """Run an evaluation, some steps and a checkpoint; return peak memory and estimate in bytes.
+
+    scratch: a folder that all ranks share.
+    """
     before = machine.peak_memory(torch.device("cpu"))
     with contextlib.redirect_stdout(io.StringIO()):
-        own = scratch / f"rank-{process_group.rank_info()[0]}"  # for a corpus of its own; the run is one
-        asked = dataclasses.replace(settings_for(argv, own), out_dir=str(scratch / "run"))
-        t = setup.setup_training(dataclasses.replace(asked, eval_iters=1, compile=False))
+        own = scratch / f"rank-{process_group.rank_info()[0]}"  # each rank may write a random corpus
+        settings = dataclasses.replace(settings_for(argv, own), out_dir=str(scratch / "run"))
+        configure_process(
+            settings.device, parallel=settings.parallel, backend=settings.backend
+        )  # as train.py does
+        t = setup.setup_training(dataclasses.replace(settings, eval_iters=1, compile=False))
         device = t.runtime.device
         train.evaluate_and_save(t)
         for _ in range(STEPS):
@@ -114,48 +126,47 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
         with_checkpoint = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
         plan = model_setup.memory_plan(t.settings, t.model.config, t.runtime)
         estimated = memory_estimate.estimate_memory(plan)
-        tensors = staying(t) + recorded(lambda: one_step(t))[0] if device.type == "cpu" else peak
+        tensors = state_bytes(t) + recorded(lambda: one_step(t))[0] if device.type == "cpu" else peak
         t.close()
         t.forward = t.model
-        t.runtime.wait()
+        t.runtime.barrier()
         t.runtime.close()
-    told = estimated.total if device.type == "cpu" else estimated.allocated
+    estimate = estimated.total if device.type == "cpu" else estimated.allocated
     return {
-        "config": name_of(argv),
+        "config": config_name(argv),
         "machine": machine.describe(device),
         "torch": torch.__version__,
-        "plan": {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "shape"},
-        "shape": dataclasses.asdict(plan.shape),
-        "parameters": memory_estimate.count_parameters(plan.shape).total,
+        "plan": {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "config"},
+        "shape": dataclasses.asdict(plan.config),
+        "parameters": memory_estimate.count_parameters(plan.config).total,
         "imports_bytes": before,
         "measured_bytes": peak,
         "with_checkpoint_bytes": with_checkpoint,
-        "estimated_bytes": told,
-        "ratio": told / peak,
-        "tensors_bytes": tensors,  # of a step, by torch's own record
+        "estimated_bytes": estimate,
+        "ratio": estimate / peak,
+        "tensors_bytes": tensors,  # of a step, as torch's profiler records them
         "estimated_tensors_bytes": max(
-            m.allocated for m in memory_estimate.estimate_moments(plan) if m.moment != "evaluation"
+            m.allocated for m in memory_estimate.estimate_phases(plan) if m.phase != "evaluation"
         ),
         "estimate": dataclasses.asdict(estimated),
     }
 
 
-def staying(t: Trainer) -> int:
+def state_bytes(t: Trainer) -> int:
     """Bytes of this process's weights and optimizer state."""
-    kept = [p.detach() for p in t.model.parameters()]
-    kept += [x for one in t.optimizers for state in one.state.values() for x in state.values()]
-    local = (x.to_local() if isinstance(x, DTensor) else x for x in kept if isinstance(x, torch.Tensor))
+    tensors = [p.detach() for p in t.model.parameters()]
+    tensors += [x for optimizer in t.optimizers for state in optimizer.state.values() for x in state.values()]
+    local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors if isinstance(x, torch.Tensor))
     return sum(x.nbytes for x in local)
 
 
 def recorded(step: Callable[[], object]) -> tuple[int, int]:
-    """Bytes of the tensors that `step` makes on a CPU, at its fullest moment and at its end, by torch's
-    record of each allocation."""
+    """Bytes of tensors that `step` allocates on a CPU, at the peak and at the end (from torch's profiler)."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as record:
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiler:
         step()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
@@ -164,53 +175,57 @@ def recorded(step: Callable[[], object]) -> tuple[int, int]:
 
 
 def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
-    """`run_once` in a new process, or in several under torchrun, of which the fullest is told."""
+    """`run_once` in a new process, or in several under torchrun: the result with the highest peak."""
     with tempfile.TemporaryDirectory() as scratch:
-        start = [sys.executable, "-m", "bench.memory", f"--once={scratch}", *argv]
+        command = [sys.executable, "-m", "bench.memory", f"--once={scratch}", *argv]
         if processes > 1:
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-            start = [sys.executable, "-m", *torchrun, *start[2:]]
-        done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, check=False)
+            command = [sys.executable, "-m", *torchrun, *command[2:]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     results = list(_results(done.stdout))
     if done.returncode or len(results) != processes:
-        raise RuntimeError(f"{' '.join(start)} failed:\n{done.stderr[-2000:]}")
-    return max(results, key=lambda one: one["measured_bytes"])
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return max(results, key=lambda result: result["measured_bytes"])
 
 
 def _results(output: str) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a process, or of several that wrote into one stream."""
-    decoder, place = json.JSONDecoder(), output.find('{"config"')
-    while place >= 0:
-        found, place = decoder.raw_decode(output, place)
-        yield found
-        place = output.find('{"config"', place)
+    """The JSON results in the output of several processes, whose lines may be joined."""
+    decoder, position = json.JSONDecoder(), output.find('{"config"')
+    while position >= 0:
+        result, position = decoder.raw_decode(output, position)
+        yield result
+        position = output.find('{"config"', position)
 
 
 def report(result: dict[str, Any]) -> str:
-    """A result as people read it."""
+    """The result as text."""
     plan, shape = result["plan"], result["shape"]
     mib = {name.removesuffix("_bytes"): value / 2**20 for name, value in result.items() if "_bytes" in name}
     return (
         f"{result['config']}: {format_count(result['parameters'])} parameters, {shape['n_layer']} layers, "
-        f"{shape['n_embd']} wide, {plan['batch_size']} x {shape['block_size']} tokens, "
+        f"width {shape['n_embd']}, {plan['batch_size']} x {shape['block_size']} tokens, "
         f"vocabulary {shape['vocab_size']}, {plan['dtype']}, {plan['optimizer']}, {plan['world']} processes"
         f"{', gradient checkpointing' if plan['gradient_checkpointing'] else ''}: "
         f"estimate {mib['estimated']:.0f} MiB, measured {mib['measured']:.0f} MiB, "
         f"ratio {result['ratio']:.2f}; "
-        f"with a checkpoint {mib['with_checkpoint']:.0f} MiB; of tensors alone "
-        f"estimate {mib['estimated_tensors']:.0f} MiB, torch's record {mib['tensors']:.0f} MiB"
+        f"with a checkpoint {mib['with_checkpoint']:.0f} MiB; tensors only: "
+        f"estimate {mib['estimated_tensors']:.0f} MiB, torch's profiler {mib['tensors']:.0f} MiB"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table, or what was measured, and one line of JSON."""
+    """Print the table or the measurements, and one line of JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--measure", action="store_true", help="run each config, and put the estimate beside its peak")
-    add("--gpt2", choices=tuple(FAMILY), help="the shape of one of GPT-2's sizes, for --measure")
-    add("--processes", type=int, default=1, help="of torchrun (default: %(default)s)")
+    add(
+        "--measure",
+        action="store_true",
+        help="run each config and compare the estimate with the measured peak",
+    )
+    add("--gpt2", choices=tuple(FAMILY), help="model size for --measure")
+    add("--processes", type=int, default=1, help="number of processes under torchrun (default: %(default)s)")
     add("--once", type=Path, help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
     if args.gpt2:
@@ -225,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({"bench": "memory", "rows": rows}))
         return
     results = []
-    for arguments in each_config(rest):
+    for arguments in split_by_config(rest):
         results.append(measure(arguments, args.processes))
         print(report(results[-1]), flush=True)
     print(json.dumps({"bench": "memory", "results": results}))

@@ -1,12 +1,12 @@
-"""What a config reaches in a given time, and how long it takes to a given loss.
+"""The loss that a config reaches in a given time, and the time that it takes to reach a given loss.
 
     python -m bench.quality config/auto.py config/train_machado_char.py --budgets 1m,5m --corpora machado_char
     python -m bench.quality config/train_shakespeare_char_quick.py --to 1.886
 
-Each run is a `train.py` of its own, one after another, as a user starts it; settings have an equals sign and
-go to every run. The loss is that of the whole validation split; in bits per byte corpora in characters and in
-BPE compare. `--to LOSS` tells the tokens and the seconds of training after which an evaluation on the fixed
-windows (`--eval_interval=…`) was that low, evaluations not counted. The last line is JSON.
+Each run is a separate train.py, one after another. Settings are written with an equals sign and apply to
+all runs. The loss is that of the whole validation split; bits per byte make corpora in characters and in
+BPE comparable. `--to LOSS` reports the tokens and seconds of training (without evaluations) until an
+evaluation on the fixed windows (`--eval_interval=...`) was at or below LOSS. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(config: str, budget: str, corpus: str, flags: Sequence[str], to: float | None) -> dict[str, Any]:
-    """One run: what it reached."""
+    """Run train.py once and return its results. Raises SystemExit with its message if it fails."""
     words = [config, *flags]
     words += [f"--time_budget={budget}"] if budget else []
     words += [f"--dataset={corpus}"] if corpus else []
@@ -49,7 +49,7 @@ def measure(config: str, budget: str, corpus: str, flags: Sequence[str], to: flo
             raise SystemExit(f"train.py {' '.join(words)} ended with status {done.returncode}: {done.stderr}")
         lines = metrics_file.read_metrics(folder)
     last = lines[-1]
-    found = {
+    result = {
         "config": Path(config).stem,
         "budget": budget,
         "corpus": corpus,
@@ -61,24 +61,26 @@ def measure(config: str, budget: str, corpus: str, flags: Sequence[str], to: flo
         "training_seconds": training_seconds(lines, last["step"]),
         "notes": [line for line in done.stdout.splitlines() if line.startswith("auto: ")],
     }
-    return found | ({"to": reached(lines, to)} if to is not None else {})
+    return result | ({"to": reached(lines, to)} if to is not None else {})
 
 
 def training_seconds(lines: list[dict[str, Any]], step: int) -> float:
-    """Seconds of training until `step`: those of the logged steps, evaluations and checkpoints left out."""
-    total, at, pace = 0.0, 0, 0.0
+    """Seconds of training until `step`, from the logged step times; without evaluations and checkpoints."""
+    total, last_step, step_seconds = 0.0, 0, 0.0
     for line in lines:
         if "step_seconds" in line:
             if line["step"] > step:
-                pace = pace or line["step_seconds"]
+                step_seconds = step_seconds or line["step_seconds"]
                 break
-            total += line["step_seconds"] * (line["step"] - at)
-            at, pace = line["step"], total / line["step"]
-    return total + pace * (step - at)  # steps that no line tells of took as long as those before, or behind
+            total += line["step_seconds"] * (line["step"] - last_step)
+            last_step, step_seconds = line["step"], total / line["step"]
+    return total + step_seconds * (
+        step - last_step
+    )  # steps that are not logged: as long as those around them
 
 
 def reached(lines: list[dict[str, Any]], loss: float) -> dict[str, Any] | None:
-    """The first evaluation at or below `loss`; None where there was none."""
+    """The first evaluation at or below `loss`; None if there is none."""
     for line in lines:
         if line.get("eval_val_loss", float("inf")) <= loss:
             seconds = training_seconds(lines, line["step"])
@@ -86,53 +88,55 @@ def reached(lines: list[dict[str, Any]], loss: float) -> dict[str, Any] | None:
     return None
 
 
-def report(found: dict[str, Any]) -> str:
-    """A run as people read it."""
-    where = " ".join(word for word in (found["config"], found["corpus"], found["budget"]) if word)
+def report(result: dict[str, Any]) -> str:
+    """The result as text."""
+    name = " ".join(word for word in (result["config"], result["corpus"], result["budget"]) if word)
     text = (
-        f"{where}: loss {found['loss']:.4f}, {found['bits_per_byte']:.3f} bits per byte after "
-        f"{found['steps']} steps, {found['training_seconds']:.1f} s of training, {found['seconds']:.1f} s "
-        "in all"
+        f"{name}: loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits per byte after "
+        f"{result['steps']} steps, {result['training_seconds']:.1f} s of training, {result['seconds']:.1f} s "
+        "in total"
     )
-    if "to" in found and found["to"] is None:
-        return text + "; no evaluation was that low"
-    if "to" in found:
-        to = found["to"]
-        text += f"; that low at step {to['step']}: {to['tokens']:,} tokens, {to['training_seconds']:.1f} s"
-    return "\n".join([text, *(f"  {note}" for note in found["notes"])])
+    if "to" in result and result["to"] is None:
+        return text + "; the loss of --to was not reached"
+    if "to" in result:
+        to = result["to"]
+        text += (
+            f"; reached --to at step {to['step']}: {to['tokens']:,} tokens, {to['training_seconds']:.1f} s"
+        )
+    return "\n".join([text, *(f"  {note}" for note in result["notes"])])
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each config and corpus, a column for each budget."""
-    budgets = list(dict.fromkeys(found["budget"] for found in results))
+    """A Markdown table: a row for each config and corpus, a column for each budget."""
+    budgets = list(dict.fromkeys(result["budget"] for result in results))
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for found in results:
-        cell = f"{found['bits_per_byte']:.3f}"
-        rows.setdefault((found["config"], found["corpus"]), {})[found["budget"]] = cell
-    head = ["config", "corpus", *(budget or "as set" for budget in budgets)]
-    lines = [head, ["---"] * len(head)]
+    for result in results:
+        cell = f"{result['bits_per_byte']:.3f}"
+        rows.setdefault((result["config"], result["corpus"]), {})[result["budget"]] = cell
+    heading = ["config", "corpus", *(budget or "as configured" for budget in budgets)]
+    lines = [heading, ["---"] * len(heading)]
     lines += [[*key, *(cells.get(budget, "") for budget in budgets)] for key, cells in rows.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run them all, print each as it ends, the table, and one line of JSON."""
+    """Run all configs, print each result, the table, and one line of JSON."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("configs", nargs="+", help="config files")
-    add("--budgets", default="", help="time budgets, with commas: 1m,5m,15m; empty: as the config has it")
-    add("--corpora", default="", help="corpora, with commas; empty: as the config has it")
-    add("--to", type=float, help="tell when the validation loss was this low")
+    add("--budgets", default="", help="time budgets, separated by commas: 1m,5m,15m; empty: the config's")
+    add("--corpora", default="", help="corpora, separated by commas; empty: the config's")
+    add("--to", type=float, help="report when the validation loss reached this value")
     args, flags = parser.parse_known_args(argv)
     results = []
     for corpus, config, budget in product(args.corpora.split(","), args.configs, args.budgets.split(",")):
-        found = measure(config, budget, corpus, flags, args.to)
-        print(report(found), flush=True)
-        results.append(found)
+        result = measure(config, budget, corpus, flags, args.to)
+        print(report(result), flush=True)
+        results.append(result)
     print(table(results))
-    where = {"machine": machine.describe(device.choose_device("auto")), "torch": torch.__version__}
-    print(json.dumps({"bench": "quality", **where, "results": results}))
+    environment = {"machine": machine.describe(device.choose_device("auto")), "torch": torch.__version__}
+    print(json.dumps({"bench": "quality", **environment, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How fast the framework-free references are: NumPy and C beside eager PyTorch, and plain Python by itself.
+"""Speed of the reference implementations: NumPy and C compared with eager PyTorch, and plain Python alone.
 
     python -m bench.reference                      GPT-2 124M, one row of 256 tokens, forward and backward
     python -m bench.reference --n_layer 2 --rounds 5
 
 PyTorch runs `model.py` in float32, eager; NumPy and C read the same random weights from a file. They take
-turns, so that a busy machine is busy for all, and ratios are medians over the rounds. The C program is built
-anew (`make reference` builds the same). The last line is JSON.
+turns, so that other load on the machine slows all of them equally; ratios are medians over the rounds. The
+C program is compiled first (as `make reference` does). The last line is JSON.
 """
 
 import argparse
@@ -35,7 +35,7 @@ FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast")
 CPU = torch.device("cpu")
 
 
-def load(name: str) -> ModuleType:
+def load_module(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, REFERENCE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,68 +43,72 @@ def load(name: str) -> ModuleType:
 
 
 def plain_python(seconds: float) -> float:
-    """Tokens a second that one layer, 16 wide, learns from, in rows of 16, Adam included."""
-    reference = load("gpt_python")
+    """Training tokens per second of one layer of width 16, in rows of 16 tokens, including Adam."""
+    reference = load_module("gpt_python")
     model = reference.GPT(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=16)
-    adam, ids, rows, begun = reference.Adam(model), list(range(17)), 0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
+    adam, ids, rows, start = reference.Adam(model), list(range(17)), 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
         for _ in range(8):
             model.learn(ids, 1 / 8)
         adam.step(0.01)
         rows += 8
-    return 16 * rows / (time.perf_counter() - begun)
+    return 16 * rows / (time.perf_counter() - start)
 
 
-def gpt2_file(model: GPT, path: Path) -> None:
-    """The weights as Hugging Face keeps a GPT-2's: bare names, linear layers as (in, out)."""
+def write_gpt2_file(model: GPT, path: Path) -> None:
+    """Write the weights in Hugging Face's GPT-2 format: no "transformer." prefix, linear layers (in, out)."""
     tensors = {}
     for name, weight in model.named_parameters():
-        turned = weight.t() if weight.ndim == 2 and ".h." in name else weight
-        tensors[name.removeprefix("transformer.")] = turned.detach().contiguous()
+        transposed = weight.t() if weight.ndim == 2 and ".h." in name else weight
+        tensors[name.removeprefix("transformer.")] = transposed.detach().contiguous()
     save_file(tensors, path)
 
 
-def in_torch(model: GPT, ids: torch.Tensor) -> Callable[[], float]:
+def torch_step(model: GPT, ids: torch.Tensor) -> Callable[[], float]:
+    """A function that runs a forward and backward pass and returns its seconds."""
+
     def step() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         model.zero_grad()
         logits = model(ids[:, :-1], ids[:, 1:].contiguous())
         logits[1].backward()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     return step
 
 
-def in_numpy(weights: Path, ids: np.ndarray) -> Callable[[], float]:
-    model = load("gpt_numpy").load(weights)
+def numpy_step(weights: Path, ids: np.ndarray) -> Callable[[], float]:
+    """As `torch_step`, with reference/gpt_numpy.py."""
+    model = load_module("gpt_numpy").load(weights)
 
     def step() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         model.gradients(ids[:, :-1], ids[:, 1:])
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     return step
 
 
-def in_c(program: Path, weights: Path, tokens: Path, batch: int, block: int) -> Callable[[], float]:
-    """The median of the second and third step, as the program itself times them: the first touches memory."""
+def c_step(program: Path, weights: Path, tokens: Path, batch: int, block: int) -> Callable[[], float]:
+    """As `torch_step`, with reference/gpt2.c: the median of steps 2 and 3 (step 1 touches new memory)."""
     options = (f"--batch={batch}", f"--block={block}", "--steps=3")
 
     def step() -> float:
         command = [str(program), "train", str(weights), str(tokens), *options]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        rates = [float(rate) for rate in re.findall(r"([\d.]+) tokens/s", told)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        rates = [float(rate) for rate in re.findall(r"([\d.]+) tokens/s", output)]
         return batch * block / statistics.median(rates[1:])
 
     return step
 
 
 def build(folder: Path) -> Path | None:
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    """Compile reference/gpt2.c; None if there is no C compiler."""
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
         return None
     program = folder / "gpt2"
-    for threads in (["-fopenmp"], []):  # Apple's clang has none of its own
+    for threads in (["-fopenmp"], []):  # Apple's clang has no OpenMP
         command = [compiler, *FLAGS, *threads, str(REFERENCE / "gpt2.c"), "-o", str(program), "-lm"]
         if subprocess.run(command, capture_output=bool(threads), check=not threads).returncode == 0:
             return program
@@ -112,7 +116,7 @@ def build(folder: Path) -> Path | None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of each, and how many times PyTorch's speed that is."""
+    """Tokens per second of each implementation, and the ratio to PyTorch."""
     config = GPTConfig(
         vocab_size=50257,
         n_layer=args.n_layer,
@@ -132,41 +136,41 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "block": args.block,
         "plain_python_tokens_per_second": plain_python(args.seconds),
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        gpt2_file(model, folder / "model.safetensors")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_gpt2_file(model, folder / "model.safetensors")
         ids.flatten().numpy().astype("<u2").tofile(folder / "tokens.bin")
-        sides = {
-            "pytorch": in_torch(model, ids),
-            "numpy": in_numpy(folder / "model.safetensors", ids.numpy()),
+        steps = {
+            "pytorch": torch_step(model, ids),
+            "numpy": numpy_step(folder / "model.safetensors", ids.numpy()),
         }
         if program := build(folder):
             files = (folder / "model.safetensors", folder / "tokens.bin")
-            sides["c"] = in_c(program, *files, args.batch, args.block)
-        for side in ("pytorch", "numpy"):
-            sides[side]()  # the first touches memory
-        spent: dict[str, list[float]] = {side: [] for side in sides}
+            steps["c"] = c_step(program, *files, args.batch, args.block)
+        for name in ("pytorch", "numpy"):
+            steps[name]()  # warm-up: the first step touches new memory
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(args.rounds):
-            for side, step in sides.items():
-                times = [step() for _ in range(1 if side == "c" else 3)]
-                spent[side].append(statistics.median(times))
-    for side, seconds in spent.items():
-        result[side] = {
-            "tokens_per_second": count / statistics.median(seconds),
-            "ratio": machine.median_ratio(spent["pytorch"], seconds),
+            for name, step in steps.items():
+                times = [step() for _ in range(1 if name == "c" else 3)]
+                seconds[name].append(statistics.median(times))
+    for name, times in seconds.items():
+        result[name] = {
+            "tokens_per_second": count / statistics.median(times),
+            "ratio": machine.median_ratio(seconds["pytorch"], times),
         }
     return result
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.reference", description=__doc__.splitlines()[0])
-    parser.add_argument("--n_layer", type=int, default=12, help="default: 12, GPT-2 124M's")
-    parser.add_argument("--n_embd", type=int, default=768, help="a multiple of 64; default: 768")
-    parser.add_argument("--batch", type=int, default=1, help="rows at a time; default: 1")
-    parser.add_argument("--block", type=int, default=256, help="tokens in a row; default: 256")
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for plain Python; default: 5")
-    args = parser.parse_args(words)
+    parser.add_argument("--n_layer", type=int, default=12, help="number of layers (default: 12)")
+    parser.add_argument("--n_embd", type=int, default=768, help="width, a multiple of 64 (default: 768)")
+    parser.add_argument("--batch", type=int, default=1, help="rows per step (default: 1)")
+    parser.add_argument("--block", type=int, default=256, help="tokens per row (default: 256)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds for plain Python (default: 5)")
+    args = parser.parse_args(argv)
     if args.n_embd < 64 or args.n_embd % 64 or min(args.n_layer, args.batch, args.block, args.rounds) < 1:
         parser.error(
             "--n_embd must be a multiple of 64, and --n_layer, --batch, --block and --rounds at least 1"
@@ -175,11 +179,11 @@ def main(words: Sequence[str] | None = None) -> int:
     shape = f"{result['batch']} x {result['block']} tokens"
     print(f"{result['parameters']:,} weights, {shape}, forward and backward")
     print(f"{'':10}{'tokens/s':>10}{'of PyTorch':>12}")
-    for side in ("pytorch", "numpy", "c"):
-        if side in result:
-            print(f"{side:10}{result[side]['tokens_per_second']:10.0f}{result[side]['ratio']:12.2f}")
+    for name in ("pytorch", "numpy", "c"):
+        if name in result:
+            print(f"{name:10}{result[name]['tokens_per_second']:10.0f}{result[name]['ratio']:12.2f}")
     print(
-        f"plain Python, 1 layer, 16 wide, 16 tokens: {result['plain_python_tokens_per_second']:.0f} tokens/s"
+        f"plain Python, 1 layer, width 16, 16 tokens: {result['plain_python_tokens_per_second']:.0f} tokens/s"
     )
     print(json.dumps(result))
     return 0

@@ -1,13 +1,13 @@
-"""How fast a model writes: reading a prompt, and making tokens one by one.
+"""Speed of generation: prefill (reading the prompt) and decode (one token at a time).
 
     python -m bench.sample                                   GPT-2 124M with random weights
     python -m bench.sample --shape char --nanogpt FOLDER --huggingface
     python -m bench.sample --out_dir out/eca-char --dtype bfloat16
 
-A token cannot be written faster than the weights are read from memory: that limit is measured beside, and told
-as `limit`. `--nanogpt` measures the `generate` of a nanoGPT that lies in FOLDER, `--huggingface` that of
-transformers, by turns and with weights of the same shape; the ratios are medians over the rounds. The last line
-is JSON.
+Decoding a token cannot be faster than reading all weights from memory: this limit is measured and printed
+too. `--nanogpt FOLDER` alternates with `generate` of the nanoGPT in FOLDER, `--huggingface` with that of
+transformers, with random weights of the same shape. Ratios are medians over the rounds. The last line is
+JSON.
 """
 
 import argparse
@@ -30,99 +30,101 @@ SHAPES = {
     "gpt2": GPTConfig(vocab_size=50257),
     "char": GPTConfig(block_size=256, vocab_size=128, n_layer=6, n_head=6, n_embd=384, bias=False),
 }
-Write = Callable[[Tensor, int], object]  # a prompt (B, T) and a number of tokens to write behind it
+Generate = Callable[[Tensor, int], object]  # (prompt (B, T), number of new tokens)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Rates of prefill and decode, in tokens a second over all rows, and what they are measured beside."""
-    writer = writer_of(args)
-    model, place = writer.model, writer.runtime
-    config, device = model.config, place.device
+    """Tokens per second of prefill and decode (sum over all rows), their limit, and the ratios to other programs."""
+    loaded = load_or_make_model(args)
+    model, runtime = loaded.model, loaded.runtime
+    config, device = model.config, runtime.device
 
     def ours(idx: Tensor, count: int) -> None:
-        with writer.autocast():
+        with loaded.autocast():
             list(model.stream(idx, count))
 
-    others: dict[str, Write] = {}
+    others: dict[str, Generate] = {}
     if args.nanogpt:
         others["nanogpt_ratio"] = nanogpt(config, args.nanogpt, device)
     if args.huggingface:
         others["huggingface_ratio"] = huggingface(config, device)
-    parameters = parameters_of(config)
-    weights = parameters * place.dtype.itemsize
+    parameters = count_parameters(config)
+    weights = parameters * runtime.dtype.itemsize
     result: dict[str, Any] = {
         "machine": machine.describe(device),
         "torch": torch.__version__,
-        "dtype": str(place.dtype).removeprefix("torch."),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
         "parameters": parameters,
         "limit_tokens_per_second": machine.read_bandwidth(device) / weights,
     }
     prompt = torch.randint(config.vocab_size, (1, min(512, config.block_size // 2)), device=device)
-    spent = statistics.median(machine.times(lambda: ours(prompt, 1), device, args.rounds))
-    result["prefill_tokens_per_second"] = prompt.size(1) / spent
+    seconds = statistics.median(machine.times(lambda: ours(prompt, 1), device, args.rounds))
+    result["prefill_tokens_per_second"] = prompt.size(1) / seconds
     for batch in map(int, args.rows.split(",")):
         start = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        mine, theirs = by_turns(ours, others, start, args.tokens, args.rounds)
-        rates = {"tokens_per_second": batch * args.tokens / statistics.median(mine)}
-        rates |= {name: machine.median_ratio(seconds, mine) for name, seconds in theirs.items()}
+        our_times, other_times = alternate(ours, others, start, args.tokens, args.rounds)
+        rates = {"tokens_per_second": batch * args.tokens / statistics.median(our_times)}
+        rates |= {name: machine.median_ratio(times, our_times) for name, times in other_times.items()}
         result[f"decode_{batch}"] = rates
     return result
 
 
-def parameters_of(config: GPTConfig) -> int:
+def count_parameters(config: GPTConfig) -> int:
     with torch.device("meta"):
         return GPT(config).num_params(non_embedding=False)
 
 
-def by_turns(
-    ours: Write, others: dict[str, Write], start: Tensor, count: int, rounds: int
+def alternate(
+    ours: Generate, others: dict[str, Generate], start: Tensor, count: int, rounds: int
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Seconds of each round, of ours and of the others."""
-    for write in (ours, *others.values()):
-        write(start, 4)
-    mine: list[float] = []
-    theirs: dict[str, list[float]] = {name: [] for name in others}
+    """Seconds of each round: of our model, and of the others by name. They take turns."""
+    for generate in (ours, *others.values()):
+        generate(start, 4)
+    our_times: list[float] = []
+    other_times: dict[str, list[float]] = {name: [] for name in others}
     for _ in range(rounds):
-        mine.append(machine.seconds(lambda: ours(start, count), start.device))
-        for name, write in others.items():
-            theirs[name].append(machine.seconds(lambda write=write: write(start, count), start.device))
-    return mine, theirs
+        our_times.append(machine.seconds(lambda: ours(start, count), start.device))
+        for name, generate in others.items():
+            seconds = machine.seconds(lambda generate=generate: generate(start, count), start.device)
+            other_times[name].append(seconds)
+    return our_times, other_times
 
 
-def writer_of(args: argparse.Namespace) -> sample.LoadedModel:
-    """The model of a run, or one of a shape with random weights, as sample.py would open it."""
+def load_or_make_model(args: argparse.Namespace) -> sample.LoadedModel:
+    """The model of a run, or random weights of a shape, prepared as sample.py does."""
+    devices.configure_process(args.device)
     if args.out_dir:
-        writer = sample.load_model(args.out_dir, device=args.device, dtype=args.dtype)
+        loaded = sample.load_model(args.out_dir, device=args.device, dtype=args.dtype)
     else:
         torch.manual_seed(0)
-        place = devices.setup_runtime(device=args.device, dtype=args.dtype)
-        model = GPT(SHAPES[args.shape]).to(place.device).eval()
-        writer = sample.LoadedModel(model, tokenizer=None, runtime=place)
-    return sample.prepare_for_inference(writer, args.dtype)
+        runtime = devices.setup_runtime(device=args.device, dtype=args.dtype)
+        model = GPT(SHAPES[args.shape]).to(runtime.device).eval()
+        loaded = sample.LoadedModel(model, tokenizer=None, runtime=runtime)
+    return sample.prepare_for_inference(loaded, args.dtype)
 
 
-def nanogpt(config: GPTConfig, folder: Path, device: torch.device) -> Write:
-    """nanoGPT's own model, from its folder, in float32 on a CPU and bfloat16 on CUDA, as its sample.py runs."""
-    ours = sys.modules.pop("model")  # its module has the name of ours
+def nanogpt(config: GPTConfig, folder: Path, device: torch.device) -> Generate:
+    """`generate` of the nanoGPT in `folder`: float32 on a CPU, bfloat16 on CUDA, as its sample.py does."""
+    our_module = sys.modules.pop("model")  # nanoGPT's module is called model, too
     sys.path.insert(0, str(folder))
     try:
         import model
     finally:
         sys.path.remove(str(folder))
-        sys.modules["model"] = ours
+        sys.modules["model"] = our_module
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
-    made = model.GPT(model.GPTConfig(**{name: getattr(config, name) for name in names}))
-    made.to(device).eval()
+    gpt = model.GPT(model.GPTConfig(**{name: getattr(config, name) for name in names}))
+    gpt.to(device).eval()
 
-    def write(idx: Tensor, count: int) -> None:
+    def generate(idx: Tensor, count: int) -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            made.generate(idx, count)
+            gpt.generate(idx, count)
 
-    return write
+    return generate
 
 
-def huggingface(config: GPTConfig, device: torch.device) -> Write:
-    """transformers' GPT-2 of the same shape, with its cache."""
+def huggingface(config: GPTConfig, device: torch.device) -> Generate:
+    """`generate` of transformers' GPT-2 with the same shape and its KV cache."""
     import transformers
 
     shape = transformers.GPT2Config(
@@ -135,22 +137,22 @@ def huggingface(config: GPTConfig, device: torch.device) -> Write:
         eos_token_id=None,
         pad_token_id=0,
     )
-    made = transformers.GPT2LMHeadModel(shape).to(device).eval()
-    return lambda idx, count: made.generate(
+    gpt = transformers.GPT2LMHeadModel(shape).to(device).eval()
+    return lambda idx, count: gpt.generate(
         idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=0, max_new_tokens=count
     )
 
 
 def report(result: dict[str, Any]) -> str:
-    """A result as people read it."""
+    """The result as text."""
     lines = [
         f"{result['parameters'] / 1e6:.1f}M parameters, {result['dtype']}, on {result['machine']}",
-        f"  reading a prompt: {result['prefill_tokens_per_second']:.0f} tokens/s",
-        f"  no faster than memory: {result['limit_tokens_per_second']:.0f} tokens/s for one row",
+        f"  prefill: {result['prefill_tokens_per_second']:.0f} tokens/s",
+        f"  limit of memory bandwidth: {result['limit_tokens_per_second']:.0f} tokens/s for one row",
     ]
     for batch in (int(key.removeprefix("decode_")) for key in result if key.startswith("decode_")):
         rates = result[f"decode_{batch}"]
-        line = f"  writing {batch} row{'s' if batch > 1 else ''}: {rates['tokens_per_second']:.0f} tokens/s"
+        line = f"  decode, {batch} row{'s' if batch > 1 else ''}: {rates['tokens_per_second']:.0f} tokens/s"
         for name, other in (("nanogpt_ratio", "nanoGPT"), ("huggingface_ratio", "Hugging Face")):
             if name in rates:
                 line += f", {rates[name]:.2f} times {other}'s"
@@ -159,22 +161,27 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print what was found, and one line of JSON."""
+    """Measure, print the result, and one line of JSON."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="gpt2", help="random weights of this shape (default: %(default)s)")
-    add("--out_dir", help="a run folder, or what sample.py takes as init_from, instead")
-    add("--device", default="auto")
-    add("--dtype", default="auto")
-    add("--tokens", type=int, default=500, help="to write in a round (default: %(default)s)")
-    add("--rows", default="1,16", help="samples written at once, with commas (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="of which the medians are told (default: %(default)s)")
-    add("--nanogpt", type=Path, metavar="FOLDER", help="measure beside a nanoGPT that lies there")
-    add("--huggingface", action="store_true", help="measure beside transformers' generate")
+    add("--out_dir", help="model to measure instead: a run folder, or another value of sample.py's init_from")
+    add("--device", default="auto", help="default: %(default)s")
+    add("--dtype", default="auto", help="default: %(default)s")
+    add("--tokens", type=int, default=500, help="new tokens per round (default: %(default)s)")
+    add("--rows", default="1,16", help="batch sizes, separated by commas (default: %(default)s)")
+    add(
+        "--rounds",
+        type=int,
+        default=5,
+        help="number of rounds; the result is their median (default: %(default)s)",
+    )
+    add("--nanogpt", type=Path, metavar="FOLDER", help="also measure the nanoGPT in this folder")
+    add("--huggingface", action="store_true", help="also measure transformers' generate")
     args = parser.parse_args(argv)
     if args.huggingface and not args.out_dir and args.tokens >= SHAPES[args.shape].block_size:
-        parser.error("transformers writes no further than the block: give fewer --tokens")
+        parser.error("transformers cannot generate more than block_size tokens: use fewer --tokens")
     result = measure(args)
     print(report(result))
     print(json.dumps({"bench": "sample", **result}))

@@ -1,13 +1,12 @@
-"""The step that everybody writes first, to measure against: GPT-2 as nanoGPT has it, in plain torch.
+"""The baseline of bench.train: a GPT-2 training step as nanoGPT has it, in plain PyTorch.
 
-It shares no code with what it is measured beside, and runs in a process of its own, so that nothing that
-ours sets (malloc, threads, caches) helps or hinders it. On a CPU it is float32 and eager, as nanoGPT is
-there, with an AdamW that is not fused and batches cut out in Python; on CUDA bfloat16, compiled, and with the
-fused AdamW.
+It shares no code with Fradique and runs in its own process, so that our process settings (malloc, threads,
+caches) do not affect it. On a CPU: float32 and eager, as nanoGPT is there, unfused AdamW, batches cut in
+Python. On CUDA: bfloat16, compiled, fused AdamW.
 
     python -m bench.textbook '{"n_layer": 4, ...}' [--nanogpt FOLDER]
 
-Then each line of standard input is a number of steps to make.
+Each line of standard input is a number of steps to run; the answer is the line "seconds S".
 """
 
 import argparse
@@ -54,7 +53,7 @@ class Block(nn.Module):
         return x + F.dropout(self.c_proj(F.gelu(self.c_fc(self.ln_2(x)))), self.dropout)
 
 
-class Textbook(nn.Module):
+class BaselineGPT(nn.Module):
     def __init__(self, c: SimpleNamespace) -> None:
         super().__init__()
         self.dropout = c.dropout
@@ -71,48 +70,48 @@ class Textbook(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-class Steps:
-    """The model and all that a step needs; `run` makes some."""
+class BaselineTrainer:
+    """Model, optimizer and data of the baseline."""
 
     def __init__(self, shape: dict, nanogpt: Path | None) -> None:
         c = SimpleNamespace(**shape)
         self.device, self.batch_size, self.block_size = torch.device(c.device), c.batch_size, c.block_size
-        self.accumulation, self.on_card = c.accumulation, self.device.type == "cuda"
+        self.accumulation, self.is_cuda = c.accumulation, self.device.type == "cuda"
         torch.manual_seed(0)
-        torch.set_float32_matmul_precision("high" if self.on_card else "highest")
+        torch.set_float32_matmul_precision("high" if self.is_cuda else "highest")
         if nanogpt:
             self.model, self.optimizer = self._nanogpt(c, nanogpt)
         else:
-            self.model = Textbook(c).to(self.device)
+            self.model = BaselineGPT(c).to(self.device)
             self.optimizer = torch.optim.AdamW(
-                self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=self.on_card
+                self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=self.is_cuda
             )
-        self.forward = torch.compile(self.model) if self.on_card else self.model
+        self.forward = torch.compile(self.model) if self.is_cuda else self.model
         self.data = torch.randint(c.vocab_size, (1 << 20,), dtype=torch.int32)
 
     def _nanogpt(self, c: SimpleNamespace, folder: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
         sys.path.insert(0, str(folder))
-        import model  # nanoGPT's own, from its folder
+        import model  # nanoGPT's model.py
 
         names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
-        made = model.GPT(model.GPTConfig(**{name: getattr(c, name) for name in names})).to(self.device)
-        return made, made.configure_optimizers(0.1, 1e-4, (0.9, 0.95), self.device.type)
+        gpt = model.GPT(model.GPTConfig(**{name: getattr(c, name) for name in names})).to(self.device)
+        return gpt, gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), self.device.type)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         starts = torch.randint(len(self.data) - self.block_size, (self.batch_size,)).tolist()
         x = torch.stack([self.data[i : i + self.block_size].long() for i in starts])
         y = torch.stack([self.data[i + 1 : i + 1 + self.block_size].long() for i in starts])
-        if self.on_card:
+        if self.is_cuda:
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def run(self, count: int) -> float:
-        """Seconds of `count` steps."""
+        """Run `count` steps and return the seconds they took."""
         start = time.perf_counter()
         for _ in range(count):
             for _ in range(self.accumulation):
                 x, y = self.batch()
-                with torch.autocast("cuda", torch.bfloat16) if self.on_card else contextlib.nullcontext():
+                with torch.autocast("cuda", torch.bfloat16) if self.is_cuda else contextlib.nullcontext():
                     loss = self.forward(x, y)[1] / self.accumulation
                 loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -122,8 +121,8 @@ class Steps:
         return time.perf_counter() - start
 
 
-class Beside:
-    """Such a process: `run(3)` makes three steps in it and gives their seconds. A context."""
+class BaselineProcess:
+    """A context manager: a baseline trainer in its own process."""
 
     def __init__(self, shape: dict, nanogpt: Path | None = None) -> None:
         command = [sys.executable, "-m", "bench.textbook", json.dumps(shape)]
@@ -134,7 +133,7 @@ class Beside:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
         )
 
-    def __enter__(self) -> "Beside":
+    def __enter__(self) -> "BaselineProcess":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -144,14 +143,14 @@ class Beside:
         self.process.stdout.close()
 
     def run(self, count: int) -> float:
-        """Raises RuntimeError where the process has died: its own message stands above."""
+        """Run `count` steps and return the seconds. Raises RuntimeError if the process has ended."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{count}\n")
             self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("seconds "):
                 return float(line.split()[1])
-        raise RuntimeError("the process that was to be measured beside has ended; its message stands above")
+        raise RuntimeError("the baseline process has ended; see its error message above")
 
 
 def main() -> None:
@@ -161,9 +160,9 @@ def main() -> None:
     parser.add_argument("shape", type=json.loads)
     parser.add_argument("--nanogpt", type=Path)
     args = parser.parse_args()
-    steps = Steps(args.shape, args.nanogpt)
+    trainer = BaselineTrainer(args.shape, args.nanogpt)
     for line in sys.stdin:
-        print("seconds", steps.run(int(line)), flush=True)
+        print("seconds", trainer.run(int(line)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # Eça de Queiroz, 21 works, by characters: 10.7M parameters.
-# Measured on two cores of an Intel Xeon with AMX (2.6 GHz): 7 s a step, so the whole run is for a GPU
-#   (not measured yet); the first 37 steps (--time_budget=6m --warmup_iters=10) reach a whole-validation
-#   loss of 2.499, 3.49 bits per byte.
-# Peak memory on a CPU, the whole process: 1.5 GiB.
+# For a GPU; the whole run has not been measured yet. Measured on two cores of an Intel Xeon with AMX (2.6
+#   GHz): 7 s per step; the first 37 steps (--time_budget=6m --warmup_iters=10) reach a loss of 2.499 on the
+#   whole validation split, 3.49 bits per byte.
+# Peak memory on a CPU, whole process: 1.5 GiB.
 
 out_dir = "out/eca-char"
 dataset = "eca_char"

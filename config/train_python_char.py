@@ -1,7 +1,7 @@
-# A writer of Python for `make demo`: characters of the standard library's own source.
-# Measured on two cores of an Intel Xeon with AMX (2.6 GHz): 1896 steps in the minute, whole-validation
-#   loss 1.428, 2.06 bits per byte. (Two cores of an AMD EPYC, Zen 4: 600 steps, 1.846.)
-# Peak memory on a CPU, the whole process: 422 MiB.
+# Python code for `make demo`: the source of the standard library, by characters.
+# Measured on two cores of an Intel Xeon with AMX (2.6 GHz): 1896 steps in one minute, loss on the whole
+#   validation split 1.428, 2.06 bits per byte. (Two cores of an AMD EPYC, Zen 4: 600 steps, 1.846.)
+# Peak memory on a CPU, whole process: 422 MiB.
 
 out_dir = "out/python-char"
 dataset = "python_char"

@@ -1,4 +1,4 @@
-"""The diagram of `lab.anatomy`: a model from tokens to logits, with each module's share of the cost, as SVG."""
+"""The diagram of `lab.anatomy`: an SVG of the model, with the share of each module in the cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,14 +118,14 @@ class _Diagram:
         self.sums: list[str] = []  # drawn over the lines that enter them
 
     def add_boxes(self, boxes: Sequence[Box], count: int = 1) -> None:
-        """Boxes below one another, each with an arrow into it. count: how many layers have such a box."""
+        """Boxes below one another, each with an arrow into it; `count` layers have such a box."""
         for box in boxes:
             self.elements.append(arrow(self.y - GAP, self.y))
             self.elements.append(box_svg(box, self.y, self.total, count))
             self.y += HEIGHT + GAP
 
     def add_layers(self, groups: Sequence[Sequence[Box]], parallel: bool, shape: str) -> None:
-        """The boxes of one layer in a frame, with residual connections. shape: that of the residual stream."""
+        """One layer's boxes in a frame, with residual connections. shape: that of the residual stream."""
         top = self.y - GAP / 2
         self.y += 16
         self.elements.append(f'<text x="{CENTER + 12}" y="{self.y - 10}" class="soft">{shape}</text>')

@@ -38,9 +38,9 @@ MIN_WEIGHT = 0.04  # edges of smaller weights are not drawn: too many would hide
 WEIGHT_BINS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.01)  # on the page, edges of one bin share their line style
 EDGE_COLOR, NODE_COLOR = "#f0a000", "#8a8f98"
 VIEW_3D_HELP = (
-    "One axis has the tokens, one the heads, and the vertical one the layers. A line goes from the token that is "
-    "read, in the layer below, to the token that reads it, in the layer above: never from a later token to an "
-    "earlier one. The brighter the line, the larger the weight. Drag to rotate, scroll to zoom."
+    "One axis has the tokens, one the heads, and the vertical one the layers. A line goes from the token "
+    "that is read, in the layer below, to the token that reads it, in the layer above: never from a later "
+    "token to an earlier one. The brighter the line, the larger the weight. Drag to rotate, scroll to zoom."
 )
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
@@ -63,7 +63,7 @@ class AttentionSettings(common.ModelSettings):
 def attention_weights(model: GPT, ids: Tensor) -> np.ndarray:
     """The attention weights for ids (1, T): (L, H, T, T), [query, key]; the rows sum to 1. Dropout is off.
 
-    Each layer's `attend` is wrapped for one forward pass: it records the weights, then computes as always.
+    Each layer's `attention` is wrapped for one forward pass: it records the weights, then computes as always.
     """
     recorded: list[np.ndarray] = []
 
@@ -77,17 +77,17 @@ def attention_weights(model: GPT, ids: Tensor) -> np.ndarray:
         return attend_and_record
 
     layers = [block.attn for block in model.transformer["h"]]
-    original = [layer.attend for layer in layers]
+    original = [layer.attention for layer in layers]
     training = model.training
     try:
         model.eval()
         for layer in layers:
-            layer.attend = recording(layer.attend)
+            layer.attention = recording(layer.attention)
         model(ids, prefix=ids.size(1))
     finally:
         model.train(training)
         for layer, attend in zip(layers, original, strict=True):
-            layer.attend = attend
+            layer.attention = attend
     return np.stack(recorded)
 
 
@@ -132,7 +132,8 @@ def draw_heatmaps(weights: np.ndarray, labels: list[str], heads: list[tuple[int,
     figsize = (size * len(head_columns) + 0.8, size * len(layer_rows) + 1.0)
     figure = Figure(figsize=figsize, dpi=110, layout="compressed")
     grid = figure.subplots(len(layer_rows), len(head_columns), squeeze=False)
-    with_labels = T <= (MAX_LABELED if single else MAX_LABELED_IN_GRID)
+    max_labeled = MAX_LABELED if single else MAX_LABELED_IN_GRID
+    with_labels = max_labeled >= T
     with_numbers = T <= MAX_NUMBERED and (single or size > 3)
     image = None
     for layer, head in heads:
@@ -140,7 +141,7 @@ def draw_heatmaps(weights: np.ndarray, labels: list[str], heads: list[tuple[int,
         image = draw_heatmap(axes, weights[layer, head], labels, with_labels, with_numbers)
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
     figure.colorbar(image, ax=grid, label="weight", shrink=0.6, fraction=0.03)
-    figure.suptitle("attention of each token (row) to the tokens before it (columns)", fontsize=11)
+    figure.suptitle("attention weights: each row shows what one token reads", fontsize=11)
     return figure
 
 
@@ -233,10 +234,10 @@ def view_3d_html(edges: np.ndarray, labels: list[str], shape: tuple[int, ...]) -
     """The edges (E, 5) as lines in space, as HTML. shape: that of the weights, (L, H, T, T)."""
     L, H, T = shape[:3]
     figure = go.Figure()
-    for low, high in itertools.pairwise(WEIGHT_BINS):
-        selected = edges[(edges[:, 4] >= low) & (edges[:, 4] < high)]
+    for min_weight, max_weight in itertools.pairwise(WEIGHT_BINS):
+        selected = edges[(edges[:, 4] >= min_weight) & (edges[:, 4] < max_weight)]
         if len(selected):
-            add_edges(figure, selected, labels, low, high)
+            add_edges(figure, selected, labels, min_weight, max_weight)
     nodes = np.array([(t, h, layer) for layer in range(L + 1) for h in range(H) for t in range(T)])
     figure.add_scatter3d(
         x=nodes[:, 0], y=nodes[:, 1], z=nodes[:, 2], mode="markers",
@@ -257,8 +258,10 @@ def view_3d_html(edges: np.ndarray, labels: list[str], shape: tuple[int, ...]) -
     return html_page.figure_html(figure, height=760)
 
 
-def add_edges(figure: go.Figure, edges: np.ndarray, labels: list[str], low: float, high: float) -> None:
-    """Add edges (E, 5) with weights between low and high to a 3D figure, as one trace."""
+def add_edges(
+    figure: go.Figure, edges: np.ndarray, labels: list[str], min_weight: float, max_weight: float
+) -> None:
+    """Add edges (E, 5) with weights between min_weight and max_weight to a 3D figure, as one trace."""
     layer, head, query, key = edges.T[:4]
     gap = np.full(len(edges), np.nan)  # interrupts the line between two edges
     tooltips = [
@@ -272,9 +275,9 @@ def add_edges(figure: go.Figure, edges: np.ndarray, labels: list[str], low: floa
         text=[text for tooltip in tooltips for text in (tooltip, tooltip, "")],
         mode="lines",
         hovertemplate="%{text}<extra></extra>",
-        line={"color": EDGE_COLOR, "width": 1 + 6 * high},
-        opacity=min(1.0, 0.12 + 0.9 * low),
-        name=f"{low:g} to {min(high, 1):g}",
+        line={"color": EDGE_COLOR, "width": 1 + 6 * max_weight},
+        opacity=min(1.0, 0.12 + 0.9 * min_weight),
+        name=f"{min_weight:g} to {min(max_weight, 1):g}",
     )
 
 

@@ -58,7 +58,7 @@ def encode_prompt(loaded: LoadedModel, start: str) -> np.ndarray:
     block_size = loaded.model.config.block_size
     if len(ids) > block_size:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, more than the model's block_size {block_size}: shorten --start"
+            f"the prompt has {len(ids)} tokens, and the model's block_size is {block_size}: shorten --start"
         )
     return ids.astype(np.int64)
 
@@ -153,6 +153,5 @@ def number_problems(name: str, text: str, minimum: float, exclusive: bool = Fals
     in_range = min(values) > minimum if exclusive else min(values) >= minimum
     if in_range and all(map(math.isfinite, values)):
         return []
-    return [
-        f"{name} = {reprlib.repr(text)}: each must be {'above' if exclusive else 'at least'} {minimum:g} and finite"
-    ]
+    limit = f"{'above' if exclusive else 'at least'} {minimum:g}"
+    return [f"{name} = {reprlib.repr(text)}: each must be {limit} and finite"]

@@ -1,4 +1,4 @@
-"""Groups of tokens, by which pictures are colored: vowels, capitals, digits; for BPE, "space before" a word."""
+"""Groups of tokens, to color pictures: vowels, capitals, digits; for BPE, with or without a space before."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -163,7 +163,7 @@ def summary_table(tokenizations: list[Tokenization], n_embd: int, n_layer: int) 
 
 
 def draw_tokenizations(tokenizations: list[Tokenization]) -> Figure:
-    """The beginning of the text, a block of lines for each tokenizer, with its tokens in alternating colors."""
+    """The beginning of the text, a block of lines for each tokenizer, its tokens in alternating colors."""
     blocks = [wrap_labels(t.labels, PNG_CHARACTERS) for t in tokenizations]
     heights = [1 + block[-1].line + 1.2 for block in blocks]
     figure = Figure(figsize=(10, 0.3 * sum(heights) + 0.3), dpi=110)

@@ -75,7 +75,7 @@ def all_logits(model: GPT, ids: torch.Tensor, n_vocab: int) -> torch.Tensor:
 
 
 def probabilities(logits: torch.Tensor, temperature: float = 1.0, **filters: float) -> np.ndarray:
-    """The probabilities (V,) with which sample.py samples, from logits (V,). filters: top_k, top_p or min_p."""
+    """The probabilities (V,) that sample.py would use, from logits (V,). filters: top_k, top_p or min_p."""
     filtered = filter_logits(logits[None] / temperature, **filters)
     return torch.softmax(filtered, dim=-1)[0].numpy()
 
@@ -132,7 +132,7 @@ def draw_bars(
     title: str,
     max_x: float = 1.0,
 ) -> None:
-    """A bar for the probability of each token id in `order`, on an axis that is a little longer than `max_x`."""
+    """A bar for the probability of each token id in `order`; the x axis ends a little after `max_x`."""
     values = distribution[order]
     axes.barh(range(len(order)), values, color=COLORS[0], height=0.75)
     for i, p in enumerate(values):

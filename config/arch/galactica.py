@@ -1,4 +1,5 @@
-# Galactica (Taylor et al. 2022), with 4 layers: GPT-3 without biases, which is the default architecture.
+# Galactica (Taylor et al. 2022), with 4 layers: learned positions, GELU and no biases, which are the
+# defaults.
 # Use it after any training config: python train.py config/train_eca_char.py config/arch/galactica.py
 
 reset("architecture")

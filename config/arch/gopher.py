@@ -1,5 +1,5 @@
-# Gopher (Rae et al. 2021), with 4 layers. Relative positions are T5's (a learned bias per bucket of distances); the
-# original uses those of Transformer-XL.
+# Gopher (Rae et al. 2021), with 4 layers. Relative positions are T5's (a learned bias per bucket of
+# distances); the original uses those of Transformer-XL.
 # Use it after any training config: python train.py config/train_eca_char.py config/arch/gopher.py
 
 reset("architecture")

@@ -1,5 +1,5 @@
-# GPT-3 (Brown et al. 2020), with 4 layers. The same settings as gpt2.py: all layers use dense attention. In the
-# original every other layer uses sparse attention, which only pays off at much longer contexts.
+# GPT-3 (Brown et al. 2020), with 4 layers. The same settings as gpt2.py: all layers use dense attention. In
+# the original every other layer uses sparse attention, which only pays off at much longer contexts.
 # Use it after any training config: python train.py config/train_eca_char.py config/arch/gpt3.py
 
 reset("architecture")

@@ -1,5 +1,5 @@
-# PaLM (Chowdhery et al. 2022), with 4 layers: attention and MLP in parallel, and multi-query attention (one key
-# and value head).
+# PaLM (Chowdhery et al. 2022), with 4 layers: attention and MLP in parallel, and multi-query attention (one
+# key and value head).
 # Use it after any training config: python train.py config/train_eca_char.py config/arch/palm.py
 
 reset("architecture")

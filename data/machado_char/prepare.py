@@ -1,26 +1,28 @@
-"""Machado de Assis (1839-1908), his tales, character by character: 1.8 MB of Portuguese.
+"""Machado de Assis (1839-1908): his short stories, 1.8 MB of Portuguese, tokenized by character.
 
-The text is in the public domain. It is downloaded once, checked, and kept in raw/.
+The text is in the public domain. It is downloaded once, verified, and kept in raw/.
 
     python data/machado_char/prepare.py
-    python data/machado_char/prepare.py --input FILE   # for work without a network
+
+    # without a network
+    python data/machado_char/prepare.py --input FILE
 """
 
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a fresh clone, without an installation
+sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a clone without being installed
 
 from fradique.data.prepare import CorpusSpec, main  # noqa: E402
 from fradique.data.sources import MACHADO_TALES, download_text  # noqa: E402
 
 CORPUS = CorpusSpec(
     folder=FOLDER,
-    about=__doc__,
+    description=__doc__,
     tokenizer="char",
     text=download_text(MACHADO_TALES),
-    then="python train.py config/train_machado_char.py",
+    next_command="python train.py config/train_machado_char.py",
 )
 
 if __name__ == "__main__":

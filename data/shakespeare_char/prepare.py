@@ -1,27 +1,29 @@
-"""Shakespeare, the tinyshakespeare selection of Andrej Karpathy's char-rnn, character by character: 1.1 MB.
+"""Shakespeare, the tinyshakespeare selection of Andrej Karpathy's char-rnn: 1.1 MB, tokenized by character.
 
-The text is in the public domain. It is downloaded once, checked, and kept in raw/.
+The text is in the public domain. It is downloaded once, verified, and kept in raw/.
 The tokens are those of nanoGPT's data/shakespeare_char.
 
     python data/shakespeare_char/prepare.py
-    python data/shakespeare_char/prepare.py --input FILE   # for work without a network
+
+    # without a network
+    python data/shakespeare_char/prepare.py --input FILE
 """
 
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a fresh clone, without an installation
+sys.path.insert(0, str(FOLDER.parents[1]))  # so that it runs from a clone without being installed
 
 from fradique.data.prepare import CorpusSpec, main  # noqa: E402
 from fradique.data.sources import SHAKESPEARE, download_text  # noqa: E402
 
 CORPUS = CorpusSpec(
     folder=FOLDER,
-    about=__doc__,
+    description=__doc__,
     tokenizer="char",
     text=download_text(SHAKESPEARE),
-    then="python train.py config/train_shakespeare_char.py",
+    next_command="python train.py config/train_shakespeare_char.py",
 )
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Split:
         return rows
 
     def check_ids(self) -> None:
-        """Raise ValueError for a token id that is not in the vocabulary, if the split is within SCAN_LIMIT."""
+        """Raise ValueError for an id outside the vocabulary; a split beyond SCAN_LIMIT is not checked."""
         if self.token_files.nbytes > SCAN_LIMIT:
             return
         for i in range(len(self.token_files)):

@@ -1,4 +1,4 @@
-"""Documents, one at a time, from Parquet, JSON Lines and text files, or from the Hugging Face hub.
+"""Documents, one at a time, from Parquet, JSON Lines and text files or from the Hugging Face hub.
 
 A document is an iterable of pieces of text: one piece for a row of a table, several for a large text file.
 """
@@ -13,53 +13,55 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from fradique.data.text import not_utf8_error, read_file
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 MAX_LINE_BYTES = 64 << 20  # of JSON Lines
-FIELD = "text"  # the column or key that holds the text
+FIELD = "text"  # the column or key with the text of a document
 
-
-Document = Iterable[str]
+Document: TypeAlias = Iterable[str]
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A Parquet file on the Hugging Face hub, of which only what is needed is fetched."""
+    """A Parquet file on the Hugging Face hub; only the parts that are read are downloaded.
+
+    It has the part of Path's interface that reading needs: `name` and `open`.
+    """
 
     url: str  # with the commit
     size: int  # bytes
 
     @property
     def name(self) -> str:
-        """As a Path has it."""
+        """The file name, the last part of the URL."""
         return self.url.rsplit("/", 1)[-1]
 
     def open(self, mode: str) -> BinaryIO:
-        """As a Path does."""
+        """Open the file for reading ("rb")."""
         import fsspec
 
         return fsspec.open(self.url, mode).open()
 
 
 def local_documents(files: Sequence[Path]) -> Iterator[Document]:
-    """The documents of `files` in order: a row of a .parquet, a line of a .jsonl(.gz), or a whole .txt.
+    """The documents of `files` in order: each row of a .parquet, line of a .jsonl(.gz), or whole .txt.
 
-    Raises ValueError that names the file, and the line or byte, for anything that cannot be read as such.
+    Raises ValueError naming the file, and the line or byte, if a file is damaged or not of its kind.
     """
     for path in files:
         yield from read_documents(path)
 
 
 def read_documents(file: Path | HubFile, first: int = 0) -> Iterator[Document]:
-    """The documents of one file from number `first` on. Raises as `local_documents`."""
+    """The documents of one file from number `first`. Raises as `local_documents` does."""
     name = file.name.lower()
     if name.endswith(".parquet"):
-        yield from ((text,) for text in _parquet(file, first))
+        yield from ((text,) for text in _parquet_texts(file, first))
     elif name.endswith((".jsonl", ".jsonl.gz")):
-        yield from ((text,) for text in _json_lines(file, first))
+        yield from ((text,) for text in _json_lines_texts(file, first))
     elif name.endswith(".txt"):
         if not first:
             yield read_file(file)
@@ -68,43 +70,46 @@ def read_documents(file: Path | HubFile, first: int = 0) -> Iterator[Document]:
 
 
 def count_documents(file: Path | HubFile) -> int:
-    """How many documents a file has: a .parquet tells, a .jsonl is read, not parsed. Raises as above."""
+    """The number of documents in a file. Raises as `local_documents` does.
+
+    A .parquet states it in its metadata; the lines of a .jsonl are counted without parsing them.
+    """
     name = file.name.lower()
     if name.endswith(".parquet"):
         with _open_parquet(file) as table:
             return table.metadata.num_rows
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return sum(1 for _ in _lines(file))
+        return sum(1 for _ in _read_lines(file))
     return 1
 
 
 def hub_documents(name: str) -> Iterator[Document]:
-    """The documents of a data set on the Hugging Face hub, streamed: nothing is kept on the disk.
+    """Stream the documents of a data set on the Hugging Face hub; nothing is written to the disk.
 
-    Raises ValueError where it cannot be reached, or breaks off.
+    Raises ValueError if it cannot be reached or the connection fails.
     """
     try:
         from datasets import load_dataset
 
-        # this branch, which the hub makes for each data set, needs no loading script
+        # the hub makes this branch for each data set; it needs no loading script
         for row in load_dataset(name, revision="refs/convert/parquet", split="train", streaming=True):
             yield (row[FIELD],)
-    except Exception as error:  # of requests, huggingface_hub, datasets, fsspec, pyarrow...
-        raise _unreachable(name, error) from error
+    except Exception as error:  # from requests, huggingface_hub, datasets, fsspec, pyarrow...
+        raise _stream_error(name, error) from error
 
 
-def _unreachable(name: str, error: Exception) -> ValueError:
+def _stream_error(name: str, error: Exception) -> ValueError:
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return ValueError(
-        f"the data set {name} cannot be streamed from the Hugging Face hub ({reason}). Is there a "
-        f"network? Documents can also come from files of yours ({', '.join(ENDINGS)}): --input FILE"
+        f"the data set {name} cannot be streamed from the Hugging Face hub ({reason}). Check the network, "
+        f"or use files of your own ({', '.join(ENDINGS)}): --input FILE"
     )
 
 
 def hub_files(name: str) -> list[HubFile]:
-    """The files of a data set on the Hugging Face hub, in order, with the commit that they are of now.
+    """The files of a data set on the Hugging Face hub, in order, at the current commit.
 
-    Raises ValueError where it cannot be reached.
+    Raises ValueError if it cannot be reached.
     """
     try:
         import fsspec
@@ -114,16 +119,17 @@ def hub_files(name: str) -> list[HubFile]:
         urls = [str(url) for url in builder.config.data_files["train"]]
         return [HubFile(url, int(fsspec.core.url_to_fs(url)[0].size(url))) for url in urls]
     except Exception as error:  # as in hub_documents
-        raise _unreachable(name, error) from error
+        raise _stream_error(name, error) from error
 
 
 @contextlib.contextmanager
 def _open_parquet(file: Path | HubFile) -> Iterator[Any]:
+    """Open a Parquet file that has the column FIELD. Raises ValueError if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        # read in small steps: a row group can be as large as the file
+        # read in small steps, because a row group can be as large as the file
         with (
             contextlib.nullcontext(file) if isinstance(file, Path) else file.open("rb") as source,
             pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table,
@@ -133,13 +139,13 @@ def _open_parquet(file: Path | HubFile) -> Iterator[Any]:
             yield table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}") from error
-    except Exception as error:  # of the network, for a file on the hub
+    except Exception as error:  # network errors of a file on the hub
         if isinstance(error, ValueError) or isinstance(file, Path):
             raise
-        raise _unreachable(file.url, error) from error
+        raise _stream_error(file.url, error) from error
 
 
-def _parquet(file: Path | HubFile, first: int) -> Iterator[str]:
+def _parquet_texts(file: Path | HubFile, first: int) -> Iterator[str]:
     with _open_parquet(file) as table:
         row, group = 0, 0
         while group < table.num_row_groups and row + table.metadata.row_group(group).num_rows <= first:
@@ -154,40 +160,43 @@ def _parquet(file: Path | HubFile, first: int) -> Iterator[str]:
                 row += 1
 
 
-def _json_lines(path: Path, first: int) -> Iterator[str]:
-    for document, (number, offset, line) in enumerate(_lines(path)):
+def _json_lines_texts(path: Path, first: int) -> Iterator[str]:
+    for document, (line_number, offset, line) in enumerate(_read_lines(path)):
         if document >= first:
-            yield _text_of_line(line, path, number, offset)
+            yield _parse_line(line, path, line_number, offset)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """The lines that are not blank: the number of each, from 1, its first byte, and what it holds."""
-    number, offset = 0, 0
+def _read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """The lines that are not blank: line number from 1, byte offset of the line, and its bytes."""
+    line_number, offset = 0, 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
             while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
+                line_number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"{path}, line {number} is longer than {MAX_LINE_BYTES >> 20} MB")
+                    raise ValueError(f"{path}, line {line_number} is longer than {MAX_LINE_BYTES >> 20} MB")
                 if not line.isspace():
-                    yield number, offset, line
+                    yield line_number, offset, line
                 offset += len(line)
     except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
-        raise ValueError(f"{path} cannot be unpacked after line {number}: {error}") from error
+        raise ValueError(f"{path} cannot be decompressed after line {line_number}: {error}") from error
 
 
-def _text_of_line(line: bytes, path: Path, number: int, offset: int) -> str:
+def _parse_line(line: bytes, path: Path, line_number: int, offset: int) -> str:
+    """The text of a line of JSON that begins at byte `offset` of `path`."""
     try:
         text = json.loads(line.decode("utf-8"))[FIELD]
-        text.encode()  # "\\ud800" is JSON, and is no character
+        text.encode()  # "\\ud800" is valid JSON, but not a character
         return text
     except UnicodeDecodeError as error:
         raise not_utf8_error(path, offset + error.start, line[error.start]) from None
     except UnicodeEncodeError as error:
-        raise ValueError(f"{path}, line {number}: half of a surrogate pair is no text ({error})") from error
+        raise ValueError(
+            f"{path}, line {line_number}: half of a surrogate pair is not text ({error})"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        raise ValueError(f"{path}, line {line_number} is not JSON: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f'{path}, line {number} is not an object with a text: {{"{FIELD}": "..."}}'
+            f'{path}, line {line_number} is not an object with a text: {{"{FIELD}": "..."}}'
         ) from error

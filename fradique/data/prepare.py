@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import errno
 import re
+import shlex
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,149 +24,203 @@ from fradique.data.shard_plan import DocumentJob, Job, TextJob
 from fradique.data.shard_progress import ShardCount, check_finished
 from fradique.data.text import Text, files_text, find_files
 
+HUB_SOURCE = "the Hugging Face hub"  # in meta.json
+MAX_LISTED_FILES = 30  # in the source that meta.json names
+
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """What makes a corpus. With neither `text` nor `documents`, it is made of the reader's own --input."""
+    """What a corpus is made from. Without `text` and `documents`, --input is required."""
 
-    folder: Path  # data/<corpus>, where its prepare.py lies
-    about: str  # the docstring of its prepare.py
+    folder: Path  # data/<corpus>, which contains its prepare.py
+    description: str  # for --help: the docstring of its prepare.py
     tokenizer: str  # char | gpt2 | bpe:SIZE
-    then: str  # the command to go on with; {name} is the corpus
-    text: Callable[[Path], Text] | None = None  # from `folder`, where downloads are kept
+    next_command: str  # the command that trains on it; {name} is the folder name of the corpus
+    text: Callable[[Path], Text] | None = None  # called with `folder`, where downloads are kept
     documents: Callable[[], Iterator[Iterable[str]]] | None = None
     document_files: Callable[[], Sequence[documents.HubFile]] | None = None  # the same, for --shards
 
     @property
     def is_custom(self) -> bool:
-        """Whether the text, the tokenizer and the name are the reader's."""
+        """Whether the text, the tokenizer and the name are the user's."""
         return self.text is None and self.documents is None
 
 
-def main(recipe: CorpusSpec, argv: Sequence[str] | None = None) -> int:
-    """Prepare a corpus as the command line says, and return the exit status.
+def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
+    """Prepare a corpus according to the command line, and return the exit status.
 
-    0: the corpus is there. 2: a mistake that the user can mend, told on standard error. 130 and 143: stopped
-    by Ctrl-C and by SIGTERM. Whatever happens, nothing half-made stays; with --shards, finished shards do.
+    0: the corpus, or this worker's part of it, is finished. 2: a mistake of the user, with a message on
+    standard error. 130, 143, 129: stopped by Ctrl-C, SIGTERM, SIGHUP. If the preparation does not finish, it
+    leaves no partial files; with --shards, it keeps the finished shards.
     """
-    args = _parser(recipe).parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _make_parser(spec).parse_args(argv)
     try:
         with _handle_signals():
-            out_dir = _out_dir(recipe, args)
+            out_dir = _choose_out_dir(spec, args)
             if args.shards is None:
-                meta: dict[str, Any] | ShardCount = _prepare(recipe, args, out_dir)
+                print(_format_result(spec, out_dir, _prepare(spec, args, out_dir)))
             else:
                 worker = Worker() if args.worker is None else Worker.parse(args.worker)
-                meta = prepare_shards(_job(recipe, args), out_dir, worker)
-            _report(recipe, out_dir, meta)
+                result = prepare_shards(_make_job(spec, args), out_dir, worker)
+                if isinstance(result, ShardCount):
+                    print(_format_progress(spec, out_dir, result, argv))
+                else:
+                    print(_format_result(spec, out_dir, result))
     except (KeyboardInterrupt, SystemExit) as stop:
-        shards = "finished shards stay; the same command goes on with the rest"
-        print(f"stopped; {'nothing half-made is left' if args.shards is None else shards}", file=sys.stderr)
+        kept = "no partial files are left" if args.shards is None else "finished shards are kept"
+        advice = "" if args.shards is None else "; run the same command to continue"
+        print(f"stopped: {kept}{advice}", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(str(stop.code))
     except (ValueError, OSError, ImportError) as error:
         if args.debug == "True":
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {_format_error(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _parser(recipe: CorpusSpec) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=recipe.about.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wraps the text to the terminal, but not within a word, a path or a flag.
+
+    An indented line of the description is a command; if it is too long, it is continued after a backslash.
+    """
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return _wrap(" ".join(text.split()), width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = [
+            " \\\n".join(_wrap(line, width - 2, " " * 8))
+            if line.startswith(" ")
+            else "\n".join(self._split_lines(line, width))
+            for line in re.sub(r"(?<=\S)\n(?=\S)", " ", text).split("\n")
+        ]
+        return "\n".join(paragraphs)
+
+
+def _wrap(text: str, width: int, next_indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, width, subsequent_indent=next_indent, break_long_words=False, break_on_hyphens=False
     )
+
+
+def _make_parser(spec: CorpusSpec) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=spec.description.strip(), formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    _add_source_flags(parser, spec)
+    _add_shard_flags(parser)
+    parser.add_argument(
+        "--debug",
+        nargs="?",
+        choices=("True", "False"),
+        const="True",
+        default="False",
+        help="show the traceback of an error",
+    )
+    return parser
+
+
+def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None:
+    """Flags for the text, its tokenizer, its splits and the folder of the corpus."""
     add = parser.add_argument
-    kinds = ", ".join(documents.ENDINGS) if recipe.documents else ".txt"
-    paths = f"files or folders (their {kinds} files, at any depth, in the order of names)"
+    endings = ", ".join(documents.ENDINGS) if spec.documents else ".txt"
+    suffix = "" if spec.is_custom else ", instead of the usual source"
     add(
         "--input",
         nargs="+",
         action="extend",
         type=Path,
         metavar="PATH",
-        required=recipe.is_custom,
-        help=f"your {paths}" if recipe.is_custom else f"{paths} to use instead of the usual source",
+        required=spec.is_custom,
+        help=f"files, or folders whose {endings} files are used, at any depth, sorted by name{suffix}",
     )
-    if recipe.is_custom:
-        add("--tokenizer", default=recipe.tokenizer, help="char, gpt2, or bpe:SIZE (default: %(default)s)")
-        add("--name", help="the corpus is made in data/NAME (default: data/custom)")
+    if spec.is_custom:
+        add("--tokenizer", default=spec.tokenizer, help="char, gpt2, or bpe:SIZE (default: %(default)s)")
+        add("--name", help="make the corpus in data/NAME (default: data/custom)")
     add(
         "--val_fraction",
         type=float,
-        default=0.0005 if recipe.documents else 0.1,
+        default=0.0005 if spec.documents else 0.1,
         metavar="F",
-        help="the part that validates and is never trained on (default: %(default)s)",
+        help="fraction that is held out for validation (default: %(default)s)",
     )
-    if recipe.documents:
-        add("--max_documents", type=int, metavar="N", help="stop after N documents, for a trial")
-    add("--out_dir", type=Path, metavar="DIR", help="where to make it (default: the folder of prepare.py)")
+    if spec.documents:
+        add("--max_documents", type=int, metavar="N", help="use only the first N documents, for a trial")
     add(
+        "--out_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the corpus (default: the folder of prepare.py)",
+    )
+
+
+def _add_shard_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--shards",
         type=int,
         metavar="N",
-        help="make the training split of N files, train_00000.bin and so on; the same command goes on with "
-        "what is missing",
+        help="write the training split as N files, train_00000.bin and so on; the same command makes only "
+        "the missing files",
     )
-    add(
+    parser.add_argument(
         "--worker",
         metavar="I/N",
-        help="with --shards: make only the shards k with k mod N = I, for an I from 0 to N-1. Others make "
-        "the rest, at any time, on any machine that has the folder; the files do not depend on who makes "
-        "them",
+        help="with --shards: make only the shards k with k mod N = I, for an I from 0 to N-1. Other workers "
+        "make the rest, at any time, on any machine that shares the folder; the files do not depend on the "
+        "number of workers",
     )
-    truth = {"nargs": "?", "choices": ("True", "False"), "const": "True", "default": "False"}
-    add("--debug", **truth, help="show the traceback of an error")
-    return parser
 
 
-def _out_dir(recipe: CorpusSpec, args: argparse.Namespace) -> Path:
+def _choose_out_dir(spec: CorpusSpec, args: argparse.Namespace) -> Path:
+    """The folder that --name or --out_dir asks for. Raises ValueError if it cannot be used."""
     name = getattr(args, "name", None)
     if name is None:
-        return args.out_dir or recipe.folder
+        return args.out_dir or spec.folder
     if args.out_dir:
-        raise ValueError("--name and --out_dir both say where the corpus goes: give one of them")
+        raise ValueError("--name and --out_dir both set the folder of the corpus: use only one of them")
     if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name.endswith("."):
         raise ValueError(f"--name {name!r} is not a plain folder name: use letters, digits, _ and -")
-    folder = recipe.folder.parent / name
+    folder = spec.folder.parent / name
     if (folder / "prepare.py").exists():
-        raise ValueError(f"--name {name}: {folder} has a prepare.py of its own: choose another name")
+        raise ValueError(f"--name {name}: {folder} has its own prepare.py: choose another name")
     return folder
 
 
-def _prepare(recipe: CorpusSpec, args: argparse.Namespace, out_dir: Path) -> dict[str, Any]:
+def _prepare(spec: CorpusSpec, args: argparse.Namespace, out_dir: Path) -> dict[str, Any]:
+    """Make the whole corpus in this process, and return its meta.json."""
     if args.worker is not None:
-        raise ValueError("--worker makes a part of the shards: give --shards, too, the same for all workers")
+        raise ValueError("--worker makes some of the shards: also give --shards, the same for all workers")
     check_finished(out_dir)
-    if recipe.documents is None:
-        return prepare_text(_text(recipe, args), out_dir, _tokenizer(recipe, args), args.val_fraction)
+    if spec.documents is None:
+        return prepare_text(_open_text(spec, args), out_dir, _tokenizer(spec, args), args.val_fraction)
     _check_max_documents(args)
-    source, stream = "the Hugging Face hub", recipe.documents
     if args.input:
         files = find_files(args.input, documents.ENDINGS)
-        source, stream = _names(files), lambda: documents.local_documents(files)
-    return prepare_documents(
-        stream(), source, out_dir, recipe.tokenizer, args.val_fraction, args.max_documents
-    )
+        source, stream = _describe_files(files), documents.local_documents(files)
+    else:
+        source, stream = HUB_SOURCE, spec.documents()
+    return prepare_documents(stream, source, out_dir, spec.tokenizer, args.val_fraction, args.max_documents)
 
 
-def _job(recipe: CorpusSpec, args: argparse.Namespace) -> Job:
-    if recipe.documents is None:
-        return TextJob(_text(recipe, args), _tokenizer(recipe, args), args.val_fraction, args.shards)
+def _make_job(spec: CorpusSpec, args: argparse.Namespace) -> Job:
+    """The job that --shards divides among workers."""
+    if spec.documents is None:
+        return TextJob(_open_text(spec, args), _tokenizer(spec, args), args.val_fraction, args.shards)
     _check_max_documents(args)
     if args.input:
         files: Sequence[Path | documents.HubFile] = find_files(args.input, documents.ENDINGS)
-        source = _names(files)
-    elif recipe.document_files is not None:
-        source, files = "the Hugging Face hub", recipe.document_files()
+        source = _describe_files(files)
+    elif spec.document_files is not None:
+        source, files = HUB_SOURCE, spec.document_files()
     else:
-        raise ValueError("--shards needs files whose documents can be counted: give --input")
-    return DocumentJob(files, source, recipe.tokenizer, args.val_fraction, args.shards, args.max_documents)
+        raise ValueError("--shards needs files whose documents can be counted: use --input")
+    return DocumentJob(files, source, spec.tokenizer, args.val_fraction, args.shards, args.max_documents)
 
 
-def _tokenizer(recipe: CorpusSpec, args: argparse.Namespace) -> str:
-    return getattr(args, "tokenizer", recipe.tokenizer)
+def _tokenizer(spec: CorpusSpec, args: argparse.Namespace) -> str:
+    return getattr(args, "tokenizer", spec.tokenizer)
 
 
 def _check_max_documents(args: argparse.Namespace) -> None:
@@ -172,69 +228,93 @@ def _check_max_documents(args: argparse.Namespace) -> None:
         raise ValueError(f"--max_documents is {args.max_documents}, and must be at least 1")
 
 
-def _text(recipe: CorpusSpec, args: argparse.Namespace) -> Text:
+def _open_text(spec: CorpusSpec, args: argparse.Namespace) -> Text:
     if args.input:
         files = find_files(args.input)
-        return files_text(files, _names(files))
-    assert recipe.text is not None  # a custom recipe requires --input
-    return recipe.text(recipe.folder)
+        return files_text(files, _describe_files(files))
+    assert spec.text is not None  # a custom corpus requires --input
+    return spec.text(spec.folder)
 
 
-def _names(files: Sequence[Path]) -> str:
-    """Files as meta.json names them: not where they lie on this machine."""
-    if len(files) > 30:
+def _describe_files(files: Sequence[Path]) -> str:
+    """The source in meta.json: file names without folders, which may differ between machines."""
+    if len(files) > MAX_LISTED_FILES:
         return f"{files[0].name} ... {files[-1].name} ({len(files)} files)"
     return ", ".join(path.name for path in files)
 
 
-def _report(recipe: CorpusSpec, out_dir: Path, meta: dict[str, Any] | ShardCount) -> None:
-    if isinstance(meta, ShardCount):
-        print(
-            f"{out_dir.name}: the shards of this worker are finished, {meta.done} of {meta.total} in all. "
-            "Whoever finishes the last one makes the corpus; should no worker be running, run any of them "
-            "again"
-        )
-        return
+def _format_result(spec: CorpusSpec, out_dir: Path, meta: dict[str, Any]) -> str:
+    """A summary of a finished corpus and the command that trains on it."""
     train, val = meta["splits"]["train"], meta["splits"]["val"]
-    print(
-        f"{out_dir.name}: {train['tokens']:,} tokens to train on and {val['tokens']:,} to validate with, "
-        f"from {(train['bytes'] + val['bytes']) / 1e6:.2f} MB of text; vocabulary of {meta['vocab_size']:,} "
-        f"({meta['tokenizer']})"
-    )
     first, *_, last = [shard["file"] for shard in train["shards"] * 2]
-    trained = first if first == last else f"{first} to {last}"
-    print(f"written to {out_dir}: {trained}, val.bin, tokenizer.json, meta.json")
-    if out_dir.resolve().parent == recipe.folder.resolve().parent:
-        print(f"next: {recipe.then.format(name=out_dir.name)}")
+    train_files = first if first == last else f"{first} to {last}"
+    return (
+        f"{out_dir.resolve().name}: {train['tokens']:,} training tokens and {val['tokens']:,} validation "
+        f"tokens from {(train['bytes'] + val['bytes']) / 1e6:.2f} MB of text; vocabulary of "
+        f"{meta['vocab_size']:,} ({meta['tokenizer']})\n"
+        f"written to {_relative(out_dir)}: {train_files}, val.bin, tokenizer.json, meta.json\n"
+        f"next: {_training_command(spec, out_dir)}"
+    )
 
 
-def _message(error: Exception) -> str:
-    """What went wrong, without Python's names for it."""
+def _training_command(spec: CorpusSpec, out_dir: Path) -> str:
+    """`next_command` with the flags that name the folder, if it is not the usual one."""
+    folder = out_dir.resolve()
+    command = spec.next_command.format(name=shlex.quote(folder.name))
+    if folder != spec.folder.resolve() and "{name}" not in spec.next_command:
+        command += f" --dataset={shlex.quote(folder.name)}"
+    if folder.parent != spec.folder.resolve().parent:
+        command += f" --data_dir={shlex.quote(str(folder.parent))}"
+    return command
+
+
+def _format_progress(spec: CorpusSpec, out_dir: Path, count: ShardCount, argv: Sequence[str]) -> str:
+    """The progress of an unfinished corpus and the command that makes the remaining shards."""
+    words = [
+        word
+        for previous, word in zip(["", *argv], argv, strict=False)
+        if previous != "--worker" and word != "--worker" and not word.startswith("--worker=")
+    ]
+    return (
+        f"{out_dir.resolve().name}: this worker's shards are finished; {count.done} of {count.total} shards "
+        "are finished in all\n"
+        "The worker that finishes the last shard completes the corpus. If no other worker is running:\n"
+        f"next: python {shlex.join([str(_relative(spec.folder / 'prepare.py')), *words])}"
+    )
+
+
+def _relative(path: Path) -> Path:
+    """`path` relative to the current folder, if it is inside it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _format_error(error: Exception) -> str:
+    """The message of an error, without Python's error numbers and class names."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
-    place = f"{error.filename}: " if error.filename else ""
+    path = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return f"{place}the disk is full. Free some space, or choose another place with --out_dir"
-    return f"{place}{error.strerror}"
+        return f"{path}the disk is full. Free some space, or choose another folder with --out_dir"
+    return f"{path}{error.strerror}"
 
 
 @contextlib.contextmanager
 def _handle_signals() -> Iterator[None]:
-    """Let SIGTERM, and a terminal that closes, unwind the stack as Ctrl-C does."""
+    """Make SIGTERM and SIGHUP (a closed terminal) raise SystemExit, so that they clean up as Ctrl-C does."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # once is enough
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         raise SystemExit(128 + number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
-        numbers = []  # only the main thread may
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # nohup asks for that
+        numbers = []  # only the main thread may set handlers
+    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Where the corpora come from: files on the web with their sums, and the interpreter's own library."""
+"""The sources of the corpora: files on the web with their sha256, and Python's standard library."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fradique.data.console import progress_bar
 from fradique.data.text import Text, files_text
 from fradique.io.download import Download, fetch
 
@@ -69,64 +70,66 @@ GOLDEN_AGE = (
 
 
 def download_text(items: tuple[Download, ...]) -> Callable[[Path], Text]:
-    """The text of `items`, one after another in the order of their names, once they are called for.
+    """A function of the corpus's folder that downloads `items` and returns their text, sorted by file name.
 
-    They are kept in raw/ of the corpus's folder, so that the next time needs no network.
+    The files are kept in raw/ in that folder, so that later calls need no network.
     """
 
     def text(folder: Path) -> Text:
-        from tqdm import tqdm
-
         ordered = sorted(items, key=lambda item: item.name)
-        bar = tqdm(ordered, desc="fetching", unit="file", disable=None)
-        files = [fetch(item.url, item.sha256, folder / "raw" / item.name) for item in bar]
+        files = []
+        with progress_bar(len(ordered), "downloading", "file") as bar:
+            for item in ordered:
+                files.append(fetch(item.url, item.sha256, folder / "raw" / item.name))
+                bar.update()
         return files_text(files, ", ".join(item.url for item in ordered))
 
     return text
 
 
-# Python's library, the embedded corpus. Left out are what is not the library, what some installations lack
-# (tests, IDLE, demos), and tables that are no code to learn from (encodings, the topics of pydoc).
-_NOT_LIBRARY = {"site-packages", "dist-packages", "ensurepip", "__pycache__", "test", "tests", "idlelib"}
-_NOT_LIBRARY |= {"lib2to3", "turtledemo", "encodings", "pydoc_data"}
-_THIS_MACHINE = ("_sysconfigdata", "python-config", "sitecustomize")  # how it was set up: in no corpus
-_LIBRARY_BYTES = 8_000_000  # enough to learn from for an hour, and prepared in a second
-_PLAIN = bytes([10, *range(32, 127)])  # newline and printable ASCII: a vocabulary of 96
+# What is left out of the corpus of Python's standard library: packages that are not part of it or that some
+# installations lack (tests, IDLE, demos), and data tables (encodings, the topics of pydoc).
+_EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "ensurepip", "__pycache__", "test", "tests", "idlelib"}
+_EXCLUDED_FOLDERS |= {"lib2to3", "turtledemo", "encodings", "pydoc_data"}
+_EXCLUDED_PREFIXES = ("_sysconfigdata", "python-config", "sitecustomize")  # settings of one installation
+_MAX_LIBRARY_BYTES = 8_000_000  # enough text to train on for an hour; prepared in a second
+_PLAIN_ASCII = bytes([10, *range(32, 127)])  # newline and printable ASCII: a vocabulary of 96
 
 
 def python_library(folder: Path) -> Text:
-    """The running interpreter's standard library, up to 8 MB of it. Raises ValueError where there is none.
+    """The standard library of the running Python, up to 8 MB of it. `folder` is not used.
 
-    Files come in the order of a hash of their names, so that the end of the text, which validates, is a
-    sample of the whole. A file with any character but newline and printable ASCII is left out. The text is a
-    function of the Python version and of what its packager left out.
+    Files are ordered by a hash of their names, so that the end of the text, which is the validation split, is
+    a sample of the whole. Files with characters other than newline and printable ASCII are left out. The text
+    depends only on the Python version and on what its packager left out. Raises ValueError if there are no
+    sources.
     """
     library = Path(sysconfig.get_path("stdlib"))
     names = sorted(_library_files(library), key=lambda name: hashlib.sha256(name.encode()).digest())
-    chosen, size = [], 0
+    paths, size = [], 0
     for name in names:
-        source = _plain_source(library / name)
-        if source and size + len(source) <= _LIBRARY_BYTES:
-            chosen.append(library / name)
-            size += len(source)
-    if not chosen:
-        raise ValueError(f"this Python has no sources in {library}: give a text of yours with --input FILE")
-    source = f"the standard library of Python {platform.python_version()}, {len(chosen)} files"
-    return Text(source, size, lambda: map(_plain_source, chosen))
+        code = _read_plain_ascii(library / name)
+        if code and size + len(code) <= _MAX_LIBRARY_BYTES:
+            paths.append(library / name)
+            size += len(code)
+    if not paths:
+        raise ValueError(f"this Python has no sources in {library}: use a text of your own with --input FILE")
+    source = f"the standard library of Python {platform.python_version()}, {len(paths)} files"
+    return Text(source, size, lambda: map(_read_plain_ascii, paths))
 
 
 def _library_files(library: Path) -> Iterator[str]:
     """The names of the library's source files, relative to it, with forward slashes."""
     for parent, folders, names in os.walk(library):
-        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS]
         for name in names:
-            if name.endswith(".py") and not name.startswith(_THIS_MACHINE):
+            if name.endswith(".py") and not name.startswith(_EXCLUDED_PREFIXES):
                 yield (Path(parent) / name).relative_to(library).as_posix()
 
 
-def _plain_source(path: Path) -> str:
-    """The text of a file of plain ASCII, its newlines as "\\n"; nothing where it is not such a file."""
-    if not path.is_file():  # a link to nowhere
+def _read_plain_ascii(path: Path) -> str:
+    """The text of a plain ASCII file with "\\n" newlines; "" if the file has other characters."""
+    if not path.is_file():  # for example a broken link
         return ""
     data = path.read_bytes().replace(b"\r\n", b"\n")
-    return "" if data.translate(None, _PLAIN) else data.decode("ascii")
+    return "" if data.translate(None, _PLAIN_ASCII) else data.decode("ascii")

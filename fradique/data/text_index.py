@@ -1,6 +1,7 @@
-"""The first pass over a text: how much it is, its characters, and sums of its blocks.
+"""An index of a text: its size, its characters, and the offset and checksum of each block.
 
-With these any part of it can be found and read again, and is checked to be what was surveyed.
+With the index, any part of the text can be read again without reading what comes before it, and is verified
+to be unchanged.
 """
 
 from __future__ import annotations
@@ -8,79 +9,75 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from fradique.data.console import progress_bar
 from fradique.data.text import Text
 from fradique.tokenizer.tokenizer import code_points
 
-BLOCK_CHARS = 1 << 22  # read and checked together
+BLOCK_CHARS = 1 << 22  # characters that are read and verified together
 
 
 @dataclass(frozen=True)
 class TextIndex:
-    """What is known of a text."""
+    """The result of a pass over a text."""
 
     chars: int
-    bytes: int  # of its UTF-8
-    alphabet: str  # its different characters, in order
-    blocks: list[tuple[int, str]]  # of BLOCK_CHARS, the last may be shorter: first byte, sha256
+    bytes: int  # of its UTF-8 encoding
+    alphabet: str  # its distinct characters, sorted
+    blocks: list[tuple[int, str]]  # (first byte, sha256) of each BLOCK_CHARS characters; the last is shorter
 
 
 def index_text(text: Text) -> TextIndex:
-    """Read all of `text`. Raises ValueError where it is empty."""
-    seen = np.zeros(0x110000, dtype=bool)
-    chars = size = first = 0
+    """Read all of `text` and index it. Raises ValueError if it is empty."""
+    seen = np.zeros(0x110000, dtype=bool)  # by code point
+    n_chars = n_bytes = block_start = 0
     blocks: list[tuple[int, str]] = []
-    room, digest = BLOCK_CHARS, hashlib.sha256()  # of the block that is being read
+    remaining, digest = BLOCK_CHARS, hashlib.sha256()  # of the current block
     with progress_bar(text.size, "reading", "B") as bar:
         for chunk in text.chunks():
             while chunk:
-                piece, chunk = chunk[:room], chunk[room:]
+                piece, chunk = chunk[:remaining], chunk[remaining:]
                 seen[code_points(piece)] = True
                 data = piece.encode()
                 digest.update(data)
-                chars, size, room = chars + len(piece), size + len(data), room - len(piece)
+                n_chars += len(piece)
+                n_bytes += len(data)
+                remaining -= len(piece)
                 bar.update(len(data))
-                if not room:
-                    blocks.append((first, digest.hexdigest()))
-                    first, room, digest = size, BLOCK_CHARS, hashlib.sha256()
-    if not chars:
+                if not remaining:
+                    blocks.append((block_start, digest.hexdigest()))
+                    block_start, remaining, digest = n_bytes, BLOCK_CHARS, hashlib.sha256()
+    if not n_chars:
         raise ValueError("the text is empty")
-    if room < BLOCK_CHARS:
-        blocks.append((first, digest.hexdigest()))
-    return TextIndex(chars, size, "".join(map(chr, np.flatnonzero(seen))), blocks)
+    if remaining < BLOCK_CHARS:
+        blocks.append((block_start, digest.hexdigest()))
+    return TextIndex(n_chars, n_bytes, "".join(map(chr, np.flatnonzero(seen))), blocks)
 
 
-def read_between(text: Text, found: TextIndex, start: int, end: int) -> Iterator[str]:
-    """Characters `start` to `end` of a text that was surveyed, in chunks.
+def read_between(text: Text, index: TextIndex, start: int, end: int) -> Iterator[str]:
+    """Characters `start` to `end` (exclusive) of an indexed text, in chunks.
 
-    Only the blocks that hold them are read. Raises ValueError where one is not what it was.
+    Only the blocks that contain them are read. Raises ValueError if one of these blocks has changed.
     """
     if start >= end:
         return
-    index = start // BLOCK_CHARS
-    chunks = text.from_byte(found.blocks[index][0])
-    rest = ""
-    for first in range(index * BLOCK_CHARS, end, BLOCK_CHARS):
-        size = min(BLOCK_CHARS, found.chars - first)
+    first_block = start // BLOCK_CHARS
+    chunks = text.from_byte(index.blocks[first_block][0])
+    rest = ""  # what was read beyond the last block
+    for block_start in range(first_block * BLOCK_CHARS, end, BLOCK_CHARS):
+        size = min(BLOCK_CHARS, index.chars - block_start)
         parts, missing = [rest], size - len(rest)
         while missing > 0 and (chunk := next(chunks, "")):
             parts.append(chunk)
             missing -= len(chunk)
         block = "".join(parts)
         block, rest = block[:size], block[size:]
-        if missing > 0 or hashlib.sha256(block.encode()).hexdigest() != found.blocks[first // BLOCK_CHARS][1]:
+        _, expected = index.blocks[block_start // BLOCK_CHARS]
+        if missing > 0 or hashlib.sha256(block.encode()).hexdigest() != expected:
             raise ValueError(
-                "the text is not the one that these shards were begun with: it has changed since. Give that "
-                "text, or delete .shards and train_*.bin in the folder of the corpus to begin anew"
+                "the text has changed since the first shards were made from it. Give the original text, or "
+                "delete .shards and train_*.bin in the folder of the corpus to start over"
             )
-        yield block[max(0, start - first) : end - first]
-
-
-def progress_bar(total: int | None, doing: str, unit: str) -> Any:
-    """A progress bar, shown only on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=doing, unit=unit, unit_scale=True, disable=None, leave=False)
+        yield block[max(0, start - block_start) : end - block_start]

@@ -1,67 +1,31 @@
-"""Writing with a model, token by token: the cache of keys and values, the moving window, the draw.
+"""The generation loop: sliding window, KV cache, CUDA graph, one sampled token at a time.
 
-Shapes: B batch, T time (tokens), S keys seen so far, V vocabulary.
+Shapes: B batch, T tokens, V vocab_size.
 """
 
+from __future__ import annotations
+
+import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fradique.generation.kv_cache import KVCache
 from fradique.generation.sampling import penalize_repetition, sample_token
 
-CUDA_GRAPH_MIN_TOKENS = 8  # tokens; to record a step takes about as long as a few steps
-CUDA_GRAPH_MAX_ROWS = 16  # at most: with more the kernels take longer than to call them
-CAPTURE_STREAMS: dict[torch.device, "torch.cuda.Stream"] = {}  # on which graphs are recorded, one a device
+if TYPE_CHECKING:
+    from model import GPT
 
-
-def capture_cuda_graph(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """`work` recorded as a CUDA graph: what plays it again, and where its result then lies."""
-    with torch.cuda.device(device):
-        side = CAPTURE_STREAMS.setdefault(device, torch.cuda.Stream(device))
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # at their first calls libraries set themselves up, unrecorded
-            for _ in range(2):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            result = work()
-    return graph.replay, result
-
-
-class CUDAGraphDecoder:
-    """The step from one token to the next, recorded once and played again for each: a GPU is given all of its
-    work at once, which for small batches takes less than giving it kernel by kernel."""
-
-    def __init__(self, model: nn.Module, cache: KVCache, batch: int) -> None:
-        device = cache.keys[0].device
-        self.cache, self.token = cache, torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.position = cache.position = torch.zeros(1, dtype=torch.long, device=device)
-
-        def step() -> Tensor:
-            cache.length = 0  # where the token stands is told by the position
-            return model(self.token, cache=cache, prefix=0)[0]
-
-        try:
-            self.play, self.logits = capture_cuda_graph(step, device)
-        finally:
-            cache.position, cache.length = None, 0
-
-    def __call__(self, token: Tensor) -> Tensor:
-        """Logits (B, 1, V) behind a token a row, (B, 1); the next call overwrites them."""
-        self.token.copy_(token)
-        self.position.fill_(self.cache.length)
-        self.play()
-        self.cache.length += 1
-        return self.logits
+CUDA_GRAPH_MIN_TOKENS = 8  # capturing a graph takes about as long as a few decode steps
+CUDA_GRAPH_MAX_ROWS = 16  # with more rows the kernels take longer than their launches
 
 
 @torch.no_grad()
 def stream(
-    model: nn.Module,
+    model: GPT,
     idx: Tensor,
     max_new_tokens: int,
     *,
@@ -75,69 +39,160 @@ def stream(
     hop: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Continue ids (B, T) with a GPT: yield the next token of every row, (B,), as each is drawn.
+    """Continue ids (B, T): yield the next token of every row, (B,), as soon as it is sampled.
 
-    temperature 0 takes the likeliest; what `filter_logits` takes restricts the draw. `n_vocab` keeps to
-    the first ids, where the vocabulary is padded. Raises ValueError for options out of range.
-    Past the block the window slides on by `hop` tokens at a time (an eighth of the block where None is
-    given; 1 is nanoGPT's), so that a cache is refilled once in `hop` tokens. With and without a cache the
-    windows, and so the tokens, are the same.
+    temperature 0 is greedy. top_k, top_p and min_p: see `filter_logits`. `n_vocab`: sample only the first ids
+    of a padded vocabulary. `hop`: when the text exceeds block_size, the window moves forward by this many
+    tokens at once, so that the cache is recomputed once per hop; default block_size / 8; 1 is nanoGPT's
+    sliding window. The windows, and so the tokens, are the same with and without a cache.
+    Raises ValueError if an option is out of range.
     """
-    training, block_size = model.training, model.config.block_size
-    hop = max(1, block_size // 8) if hop is None else hop
-    for sound, wrong in (
-        (idx.size(1) > 0, "there is no token to go on from"),
-        (1 <= hop <= block_size, f"hop = {hop} must be between 1 and the block size, {block_size}"),
-        (temperature >= 0, f"temperature = {temperature} must be at least 0"),
-        (top_k is None or top_k > 0, f"top_k = {top_k} must be at least 1"),
-        (top_p is None or top_p > 0, f"top_p = {top_p} must be above 0"),
-        (min_p is None or 0 < min_p <= 1, f"min_p = {min_p} must be above 0 and at most 1"),
-        (repetition_penalty > 0, f"repetition_penalty = {repetition_penalty} must be above 0"),
-    ):
-        if not sound:
-            raise ValueError(wrong)
-    room = min(block_size, idx.size(1) + max_new_tokens)  # tokens that the cache may have to hold
-    window, given = -1, 0  # where the window begins, and how many tokens were there when it did
+    hop = max(1, model.config.block_size // 8) if hop is None else hop
+    _check_options(model, idx, temperature, top_k, top_p, min_p, repetition_penalty, hop)
+    training = model.training
     try:
         model.eval()
-        cache = _empty_cache(model, idx, room) if use_cache else None
-        recorded = None
-        if cache is not None and max_new_tokens >= CUDA_GRAPH_MIN_TOKENS and can_use_cuda_graph(idx):
-            recorded = CUDAGraphDecoder(model, cache, idx.size(0))
+        decoder = Decoder(model, idx, max_new_tokens, use_cache, hop)
         for _ in range(max_new_tokens):
-            start = window_start(idx.size(1), block_size, hop)
-            if start != window:
-                window, given = start, idx.size(1) - start
-                if cache is not None:
-                    cache.length = 0
-            fresh = idx[:, start + (cache.length if cache else 0) :]  # what the cache does not hold yet
-            if recorded is not None and cache.length and fresh.size(1) == 1:
-                logits = recorded(fresh)
-            else:
-                with torch.inference_mode():  # each call costs less, which for small models is a tenth
-                    logits = model(fresh, cache=cache, prefix=given)[0]
-            logits = logits[:, -1, :n_vocab].float()  # (B, V)
+            logits = decoder.next_logits(idx)[:, :n_vocab].float()  # (B, V)
             logits = penalize_repetition(logits, idx, repetition_penalty)
-            token = sample_token(logits, temperature, top_k, top_p, min_p, generator)
+            token = sample_token(logits, temperature, top_k, top_p, min_p, generator)  # (B,)
             idx = torch.cat([idx, token[:, None]], dim=1)
             yield token
     finally:
         model.train(training)
 
 
-def can_use_cuda_graph(idx: Tensor) -> bool:
-    """Whether the steps of these rows are recorded: few rows, on CUDA, and no autocast to cast weights."""
-    return idx.is_cuda and idx.size(0) <= CUDA_GRAPH_MAX_ROWS and not torch.is_autocast_enabled("cuda")
+def _check_options(
+    model: GPT,
+    idx: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float,
+    hop: int,
+) -> None:
+    """Raise ValueError with all problems, if there are any."""
+    block_size = model.config.block_size
+    checks = (
+        (idx.size(1) > 0, "the prompt is empty: generation needs at least one token"),
+        (1 <= hop <= block_size, f"hop = {hop} must be between 1 and block_size = {block_size}"),
+        (temperature >= 0, f"temperature = {temperature} must be at least 0"),
+        (top_k is None or top_k > 0, f"top_k = {top_k} must be at least 1"),
+        (top_p is None or top_p > 0, f"top_p = {top_p} must be above 0"),
+        (min_p is None or 0 < min_p <= 1, f"min_p = {min_p} must be above 0 and at most 1"),
+        (repetition_penalty > 0, f"repetition_penalty = {repetition_penalty} must be above 0"),
+    )
+    if problems := [problem for valid, problem in checks if not valid]:
+        raise ValueError("; ".join(problems))
 
 
-def _empty_cache(model: nn.Module, idx: Tensor, room: int) -> KVCache:
-    """An empty cache for the rows of idx (B, T), in the dtype that the layers compute in."""
-    kind = idx.device.type
-    weights = model.transformer["wte"].weight.dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights
-    return KVCache(model.config, idx.size(0), idx.device, dtype, room)
+class Decoder:
+    """Computes the logits of the next token of a growing text, from the tokens that fit the window.
+
+    With a cache each call computes only the tokens that are new; small batches on CUDA use a CUDA graph.
+    """
+
+    def __init__(self, model: GPT, idx: Tensor, max_new_tokens: int, use_cache: bool, hop: int) -> None:
+        self.model, self.hop = model, hop
+        self.cache: KVCache | None = None
+        self.cuda_graph: CUDAGraphDecoder | None = None
+        self.window_start = -1  # position in the text at which the window begins
+        self.prefix = 0  # tokens in the window when it was last moved: the prefix of a prefix LM
+        if use_cache:
+            self.cache = _empty_cache(model, idx, idx.size(1) + max_new_tokens)
+            if max_new_tokens >= CUDA_GRAPH_MIN_TOKENS and can_use_cuda_graph(idx):
+                self.cuda_graph = CUDAGraphDecoder(model, self.cache, idx.size(0))
+
+    def next_logits(self, idx: Tensor) -> Tensor:
+        """ids (B, T) -> logits (B, V) of the next token. A later call may overwrite them."""
+        start = window_start(idx.size(1), self.model.config.block_size, self.hop)
+        if start != self.window_start:
+            self.window_start, self.prefix = start, idx.size(1) - start
+            if self.cache is not None:
+                self.cache.length = 0
+        cached = self.cache.length if self.cache is not None else 0
+        new_tokens = idx[:, start + cached :]
+        if self.cuda_graph is not None and cached and new_tokens.size(1) == 1:
+            logits = self.cuda_graph(new_tokens)
+        else:
+            with torch.inference_mode():  # cheaper than no_grad: a tenth of the time of a small model
+                logits = self.model(new_tokens, cache=self.cache, prefix=self.prefix)[0]
+        return logits[:, -1]
 
 
 def window_start(length: int, block_size: int, hop: int) -> int:
-    """Where the context of `length` tokens begins: at 0, or the first multiple of `hop` that makes it fit."""
+    """Where the window of a text of `length` tokens begins: the first multiple of `hop` that makes it fit."""
     return max(0, math.ceil((length - block_size) / hop) * hop)
+
+
+def _empty_cache(model: GPT, idx: Tensor, max_length: int) -> KVCache:
+    """A cache for the rows of idx (B, T) and texts up to `max_length`, in the dtype of keys and values."""
+    device_type = idx.device.type
+    dtype = model.transformer["wte"].weight.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    capacity = min(model.config.block_size, max_length)
+    return KVCache(model.config, idx.size(0), idx.device, dtype, capacity)
+
+
+# CUDA graph
+
+
+def can_use_cuda_graph(idx: Tensor) -> bool:
+    """Whether to capture the decode step: few rows, on CUDA, without autocast, which casts weights in it."""
+    return idx.is_cuda and idx.size(0) <= CUDA_GRAPH_MAX_ROWS and not torch.is_autocast_enabled("cuda")
+
+
+class CUDAGraphDecoder:
+    """The decode step, captured as a CUDA graph: one launch for all kernels of a token.
+
+    For small batches launching the kernels one by one takes longer than running them.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, batch: int) -> None:
+        device = cache.keys[0].device
+        self.cache = cache
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = cache.position = torch.zeros(1, dtype=torch.long, device=device)
+
+        def decode_step() -> Tensor:
+            cache.length = 0  # unused: cache.position says where the token is
+            return model(self.token, cache=cache, prefix=0)[0]
+
+        try:
+            self.replay, self.logits = capture_cuda_graph(decode_step, device)
+        finally:
+            cache.position, cache.length = None, 0
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """token (B, 1) -> logits (B, 1, V) of the next one; the next call overwrites them."""
+        self.token.copy_(token)
+        self.position.fill_(self.cache.length)
+        self.replay()
+        self.cache.length += 1
+        return self.logits
+
+
+def capture_cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Capture `step` as a CUDA graph; return a function that replays it, and its output tensor."""
+    with torch.cuda.device(device):
+        capture_stream = _capture_stream(device)
+        capture_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(
+            capture_stream
+        ):  # warm-up: libraries initialize themselves at their first calls
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(capture_stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=capture_stream):
+            output = step()
+    return graph.replay, output
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device for all captures: cuBLAS allocates a workspace for every stream it runs on."""
+    return torch.cuda.Stream(device)

@@ -1,55 +1,55 @@
-"""TODO."""
+"""KV cache: the keys and values of earlier tokens, so that each token is computed once.
 
-from typing import Protocol
+Shapes: B batch, T new tokens, S keys (cached and new).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-
-class CacheShape(Protocol):
-    """What a cache needs to know of a model: a GPTConfig has it."""
-
-    block_size: int
-    n_layer: int
-    kv_heads: int
-    head_dim: int
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, in memory reserved once."""
+    """Keys and values of all layers, allocated once: tensors (B, kv_heads, capacity, head_dim)."""
 
     def __init__(
         self,
-        config: CacheShape,
+        config: GPTConfig,
         batch: int,
         device: torch.device,
         dtype: torch.dtype,
-        room: int | None = None,  # tokens; a whole block where None is given
+        capacity: int | None = None,  # in tokens; None: block_size
     ) -> None:
-        self.room = config.block_size if room is None else room
-        shape = (batch, config.kv_heads, self.room, config.head_dim)
-        # zeros: a place that is not filled yet may be multiplied by 0, and must not be NaN
+        self.capacity = config.block_size if capacity is None else capacity
+        shape = (batch, config.kv_heads, self.capacity, config.head_dim)
+        # zeros: unused entries are multiplied by attention weights of 0, so they must not be NaN
         self.keys, self.values = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
         )
-        self.length = 0  # tokens held
-        self.position: Tensor | None = None  # int64 (1,): where the next token stands, instead of length
+        self.length = 0  # number of cached tokens
+        # int64 (1,): the position of the next token, used instead of `length` in a captured CUDA graph
+        self.position: Tensor | None = None
 
     def positions(self, T: int) -> Tensor:
-        """Where the next T tokens stand, (T,)."""
+        """The positions of the next T tokens, (T,)."""
         if self.position is not None:
             return self.position
         return torch.arange(self.length, self.length + T, device=self.keys[0].device)
 
-    def reach(self, T: int) -> int:
-        """How many keys `extend` answers with when T tokens come."""
-        return self.room if self.position is not None else self.length + T
+    def num_keys(self, T: int) -> int:
+        """S, the number of keys that `update` returns for T new tokens."""
+        return self.capacity if self.position is not None else self.length + T
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, kv_heads, T, head_dim) behind what is held; return all S of them.
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, kv_heads, T, head_dim) to a layer; return all S of them.
 
-        Where `position` is given T is 1 and all of the room is returned: shapes and addresses stay the same
-        from token to token, and a mask has to hide what is not filled yet.
+        If `position` is set, T is 1 and S the capacity: shapes and addresses stay the same from token to
+        token, as a CUDA graph requires, and the caller must mask the unused entries.
         """
         keys, values = self.keys[layer], self.values[layer]
         if self.position is not None:
@@ -57,5 +57,5 @@ class KVCache:
         T = k.size(2)
         keys.narrow(2, self.length, T).copy_(k)
         values.narrow(2, self.length, T).copy_(v)
-        end = self.length + T
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        S = self.length + T
+        return keys.narrow(2, 0, S), values.narrow(2, 0, S)

@@ -1,4 +1,7 @@
-"""TODO."""
+"""From logits to a token: repetition penalty, temperature, top-k, top-p and min-p.
+
+Shapes: B batch, T tokens, V vocab_size.
+"""
 
 import math
 
@@ -8,14 +11,15 @@ from torch import Tensor
 
 
 def penalize_repetition(logits: Tensor, idx: Tensor, penalty: float) -> Tensor:
-    """Make tokens of idx (B, T) less likely: divide positive logits, multiply negative ones (CTRL, §4.1)."""
+    """Lower the logits (B, V) of the tokens in idx (B, T): positive logits are divided by the penalty,
+    negative ones multiplied (CTRL, Keskar et al. 2019, §4.1)."""
     if penalty == 1.0:
         return logits
     n_vocab = logits.size(1)
-    wide = F.pad(logits, (0, 1))  # (B, V + 1): the last column takes ids of a padded vocabulary, and goes
+    padded = F.pad(logits, (0, 1))  # (B, V + 1): the last column receives ids >= V, and is removed again
     idx = idx.clamp(max=n_vocab)
-    seen = wide.gather(1, idx)  # (B, T)
-    return wide.scatter(1, idx, torch.where(seen > 0, seen / penalty, seen * penalty))[:, :n_vocab]
+    seen = padded.gather(1, idx)  # (B, T)
+    return padded.scatter(1, idx, torch.where(seen > 0, seen / penalty, seen * penalty))[:, :n_vocab]
 
 
 def sample_token(
@@ -26,45 +30,47 @@ def sample_token(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token id a row, (B,), from logits (B, V). Temperature 0 is greedy.
+    """Logits (B, V) -> one token id for each row, (B,). Temperature 0 is greedy.
 
-    Raises ValueError where a CPU draws from logits that are not finite.
+    Raises ValueError if the logits are not finite (checked on a CPU only).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     if temperature != 1:
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: none overflows
+        # subtract the maximum first: a small temperature then cannot overflow
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probs = F.softmax(filter_logits(logits, top_k, top_p, min_p), dim=-1)
     if probs.device.type != "cpu":
         return torch.multinomial(probs, 1, generator=generator)[:, 0]
-    # torch's own draws a number for each token of the vocabulary, which a CPU does slowly; one is enough
-    edges = probs.cumsum(dim=-1)  # token t is drawn where edges[t - 1] <= u < edges[t]
-    total = edges[:, -1:].contiguous()
+    # torch.multinomial draws a random number for each of V tokens, which is slow on a CPU; one is enough:
+    # token t is sampled if cdf[t - 1] <= u < cdf[t]
+    cdf = probs.cumsum(dim=-1)
+    total = cdf[:, -1:].contiguous()  # (B, 1)
     if not total.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or it has diverged")
+        raise ValueError("the model's logits are not finite: its weights are damaged, or training diverged")
     u = torch.rand(total.shape, device=logits.device, generator=generator) * total
-    token = torch.searchsorted(edges, u, right=True)
-    return token.minimum(torch.searchsorted(edges, total))[:, 0]  # u may have been rounded up to the total
+    token = torch.searchsorted(cdf, u, right=True)
+    return token.minimum(torch.searchsorted(cdf, total))[:, 0]  # rounding may make u equal to the total
 
 
 def filter_logits(
     logits: Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> Tensor:
-    """Set the logits (B, V) of tokens that may not be drawn to -inf. At least one token is always left.
+    """Set the logits (B, V) of excluded tokens to -inf. At least one token of each row remains.
 
-    In this order, each on what the one before left: top_k, the k likeliest; top_p, the fewest whose
-    probabilities reach p (Holtzman et al. 2020); min_p, those at least p times as likely as the likeliest
-    (Nguyen et al. 2024).
+    The filters apply in this order, each to what the previous one left: top_k, the k most probable tokens;
+    top_p, the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020); min_p, the tokens
+    at least p times as probable as the most probable one (Nguyen et al. 2024).
     """
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p is not None and top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probs = F.softmax(ordered, dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p  # what stands before it suffices already
-        beyond[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+        sorted_logits, order = logits.sort(dim=-1, descending=True)
+        probs = F.softmax(sorted_logits, dim=-1)
+        excluded = probs.cumsum(dim=-1) - probs >= top_p  # the more probable tokens already reach top_p
+        excluded[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(excluded).scatter(1, order, excluded), float("-inf"))
     if min_p is not None:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
     return logits

@@ -1,63 +1,82 @@
-"""What a pickle would do, told from its opcodes: nothing here is run.
+"""Check pickles by their opcodes, without running them, and load plain data from them.
 
-The unpicklers that read files of others refuse code by themselves. What they do not refuse is plain data that
-costs time or memory without end: a tuple of itself twice, forty times over, takes hours to hash.
+Restricted unpicklers (PlainUnpickler, torch.load with weights_only=True) refuse code. They do not refuse plain
+data that takes unbounded time or memory: a tuple of itself twice, nested forty times, takes hours to hash.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import IO, Any, NoReturn
 
-CALLS = ("GLOBAL", "INST", "STACK_GLOBAL")
-PUTS, GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
-MAX_TUPLE_VALUES = 1 << 20  # values in a tuple, each counted as often as it stands there
-LEGACY_PICKLES = 4  # magic number, protocol, system and content; raw storages follow
+IMPORT_OPCODES = ("GLOBAL", "INST", "STACK_GLOBAL")
+PUT_OPCODES, GET_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
+MAX_TUPLE_VALUES = 1 << 20  # values in a tuple, nested ones included, each counted as often as it occurs
+LEGACY_PICKLES = 4  # in a legacy torch file: magic number, protocol, system, content; raw storages follow
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Loads dicts, lists, strings and numbers. Raises ValueError if the pickle imports a class or function."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise ValueError(f"it imports {module}.{name}; only plain dicts, lists, strings and numbers are read")
+
+
+def load_plain(data: bytes) -> Any:
+    """Check a pickle of plain data, then load it: dicts, lists, strings, and integers of up to 31 bits.
+
+    Nothing in the pickle is run. Raises ValueError if it contains anything else. A damaged pickle may raise
+    other exceptions too, as pickle.load does.
+    """
+    check_plain_data(data)
+    return PlainUnpickler(io.BytesIO(data)).load()
 
 
 def check_plain_data(data: bytes) -> None:
-    """Raise ValueError where a pickle holds more than dicts, lists, strings and numbers of 31 bits.
+    """Raise ValueError if a pickle contains a tuple, a set, or an integer of more than 31 bits.
 
-    One that asks for a class or a function passes, for the unpickler to name it.
+    The check ends at the first import of a class or function: PlainUnpickler refuses that one by name.
     """
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in CALLS:
+        if opcode.name in IMPORT_OPCODES:
             return
-        if "PUT" in opcode.name and int(argument) > len(data):  # pickle would make room for so many
-            raise ValueError("it numbers more objects than it can hold")
+        if "PUT" in opcode.name and int(argument) > len(data):  # pickle would allocate a memo of this size
+            raise ValueError("its memo indices are larger than the file")
         if "TUPLE" in opcode.name or "FROZENSET" in opcode.name:
-            raise ValueError("it holds a tuple or a set, and only plain dicts, strings and numbers are read")
-        if type(argument) is int and abs(argument) >> 31:  # multiples of 2^61 - 1 all have one hash
-            raise ValueError("it holds a number that is no token's id")
+            raise ValueError("it contains a tuple or a set; only plain dicts, strings and numbers are read")
+        if type(argument) is int and abs(argument) >> 31:  # all multiples of 2^61 - 1 have the same hash
+            raise ValueError("it contains an integer that is too large for a token id")
 
 
 def requested_globals(file: IO[bytes], pickles: int = 1) -> Iterator[str]:
-    """The "module name" of each class and function that the `pickles` at the start of `file` ask for.
+    """Yield "module name" of each class and function that the `pickles` at the start of `file` import.
 
-    Raises ValueError for a tuple of more than MOST_SHARED values, or a number of more than 64 bits but for
-    the magic one of a legacy file.
+    Raises ValueError for a tuple of more than MAX_TUPLE_VALUES values, and for an integer of more than 64
+    bits; only the first pickle of several, the magic number of a legacy torch file, may have one.
     """
-    for number in range(pickles):
-        stack: list[
-            int | None
-        ] = []  # how many values each thing is made of, as hashing it would count; None: a mark
+    for pickle_index in range(pickles):
+        # for each value on the unpickler's stack, how many values it takes to hash it; None is a mark
+        stack: list[int | None] = []
         memo: dict[int, int] = {}
         for opcode, argument, _ in pickletools.genops(file):
-            if type(argument) is int and argument.bit_length() > 64 and (number or pickles == 1):
-                raise ValueError("it holds a number of more than 64 bits")
+            if type(argument) is int and argument.bit_length() > 64 and (pickle_index or pickles == 1):
+                raise ValueError("it contains an integer of more than 64 bits")
             if opcode.name in ("GLOBAL", "INST"):
                 yield argument
-            _follow(opcode, argument, stack, memo)
+            _update_stack(opcode, argument, stack, memo)
 
 
-def _follow(opcode: pickletools.OpcodeInfo, argument: object, stack: list, memo: dict) -> None:
-    """Do to the stack of sizes what an opcode does to the unpickler's stack."""
+def _update_stack(
+    opcode: pickletools.OpcodeInfo, argument: object, stack: list[int | None], memo: dict[int, int]
+) -> None:
+    """Apply an opcode to the stack of sizes as the unpickler applies it to its stack of values."""
     name = opcode.name
-    if name in PUTS or name == "MEMOIZE":
+    if name in PUT_OPCODES or name == "MEMOIZE":
         memo[len(memo) if name == "MEMOIZE" else int(str(argument))] = stack[-1]
-    elif name in GETS:
+    elif name in GET_OPCODES:
         stack.append(memo[int(str(argument))])
     elif name == "MARK":
         stack.append(None)
@@ -65,27 +84,14 @@ def _follow(opcode: pickletools.OpcodeInfo, argument: object, stack: list, memo:
         stack.append(stack[-1])
     else:
         size = 1
-        before = [one.name for one in opcode.stack_before]
-        if "mark" in before:
+        operands = [operand.name for operand in opcode.stack_before]
+        if "mark" in operands:
             while (value := stack.pop()) is not None:
                 size += value
-            before = before[: before.index("mark")]
-        for _ in before:
+            operands = operands[: operands.index("mark")]
+        for _ in operands:
             size += stack.pop() or 1
         if size > MAX_TUPLE_VALUES:
-            raise ValueError("it holds a tuple that stands in itself too often")
-        tuples = "TUPLE" in name or name == "FROZENSET"
-        stack += [size if tuples else 1] * len(opcode.stack_after)
-
-
-if TYPE_CHECKING:
-    pass
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers; a pickle that names a class or a function is refused."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise ValueError(
-            f"it asks for {module}.{name}, and only plain dicts, lists, strings and numbers are read"
-        )
+            raise ValueError("it contains a tuple nested in itself too many times")
+        is_tuple = "TUPLE" in name or name == "FROZENSET"
+        stack += [size if is_tuple else 1] * len(opcode.stack_after)

@@ -1,8 +1,8 @@
-"""The product with a weight, whose gradient is found fast on a CPU.
+"""Linear layers with a faster weight gradient for bfloat16 on a CPU.
 
-A product with a transposed matrix takes a CPU's bfloat16 units twice as long as one with the same matrix laid
-out anew, and the gradient of a weight is such a product. So the narrower of its two matrices is laid out anew
-first, by parts that fit the cache. Elsewhere it is torch's own.
+The gradient of a weight is a matrix product with a transposed operand. In bfloat16 a CPU takes twice as long
+for it as with the same operand stored contiguously. So the narrower operand is first copied, transposed, in
+tiles that fit the cache. Everywhere else this is torch's own linear layer.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -11,24 +11,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MIN_ROWS, MIN_WIDTH = 1 << 10, 1 << 10  # rows, and inputs or outputs, from which it is worth it
-TILE = 768  # rows and columns of the parts: they fit the cache
+MIN_ROWS, MIN_WIDTH = 1 << 10, 1 << 10  # smallest N, and smallest max(I, O), for which the copy pays off
+TILE = 768  # rows and columns of a tile: it fits the cache
 ROW_PADDING = (
-    32  # numbers left free behind each row: rows a power of 2 apart would share a place in the cache
+    32  # numbers between the rows of a tile: rows a power of 2 apart would map to the same cache sets
 )
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, with the product below."""
+    """nn.Linear with the function below.
+
+    `row_splits` says which matrices are stacked in the weight (O, I): the number of rows of each, by default
+    (O,). Muon orthogonalizes them separately, for example q, k and v.
+    """
+
+    row_splits: tuple[int, ...]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        row_splits: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.row_splits = (out_features,) if row_splits is None else row_splits
+        assert sum(self.row_splits) == out_features, (row_splits, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
-    trained = torch.is_grad_enabled() and weight.requires_grad
-    if x.device.type == "cpu" and trained and not torch.compiler.is_compiling():
+    needs_grad = torch.is_grad_enabled() and weight.requires_grad
+    if x.device.type == "cpu" and needs_grad and not torch.compiler.is_compiling():
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         rows = x.numel() // weight.size(1)
         if dtype == torch.bfloat16 and rows >= MIN_ROWS and max(weight.shape) >= MIN_WIDTH:
@@ -37,25 +55,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """x weightᵀ + bias in x's dtype; the gradients of weight and bias are in their own dtypes."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN001
-        low = weight.to(x.dtype)
-        ctx.save_for_backward(x, low)
-        ctx.kinds = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, low, None if bias is None else bias.to(x.dtype))
+        cast_weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast_weight)
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, cast_weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
-        x, low = ctx.saved_tensors
-        kind, bias_kind = ctx.kinds
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        d_x = grad @ low if for_x else None
+        x, cast_weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        d_x = grad @ cast_weight if needs_x else None
         d_weight = d_bias = None
-        grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-        if for_weight:
-            d_weight = weight_gradient(grad, x, kind)
-        if for_bias:
-            d_bias = grad.sum(0, dtype=bias_kind)
+        grad, x = grad.flatten(0, -2), x.flatten(0, -2)  # (N, O), (N, I)
+        if needs_weight:
+            d_weight = weight_gradient(grad, x, ctx.weight_dtype)
+        if needs_bias:
+            d_bias = grad.sum(0, dtype=ctx.bias_dtype)
         return d_x, d_weight, d_bias
 
 
@@ -69,19 +88,18 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def contiguous_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x (rows, columns), which lies transposed in memory, as a contiguous matrix; in another dtype, if one is
-    given."""
+    """A transposed view x (rows, columns) as a contiguous matrix, in `dtype` (default: x's)."""
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    rest = x.new_empty(TILE, TILE + ROW_PADDING)
+    buffer = x.new_empty(TILE, TILE + ROW_PADDING)
     for left in range(0, x.size(1), TILE):
         for top in range(0, x.size(0), TILE):
-            there = x[top : top + TILE, left : left + TILE]
-            part = rest[: there.size(1), : there.size(0)].t()
-            out[top : top + TILE, left : left + TILE].copy_(part.copy_(there))
+            source = x[top : top + TILE, left : left + TILE]
+            tile = buffer[: source.size(1), : source.size(0)].t()
+            out[top : top + TILE, left : left + TILE].copy_(tile.copy_(source))
     return out
 
 
 def cpu_has_bf16() -> bool:
-    """Whether matrix products in bfloat16 run on instructions made for them (AMX or AVX-512 BF16)."""
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch's own, not yet public
+    """Whether this CPU has instructions for bfloat16 matrix products (AMX or AVX-512 BF16)."""
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of torch, not public yet
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)

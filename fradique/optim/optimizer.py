@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fradique.distributed import process_group
+from fradique.nn.linear import Linear
 from fradique.optim.muon import Muon, split_matrix
 
 OPTIMIZERS = ("adamw", "muon")
@@ -36,7 +37,7 @@ def build_optimizers(
     found: list[torch.optim.Optimizer] = []
     if matrices:
         rows = {
-            f"{n}.weight": module.stacked for n, module in model.named_modules() if hasattr(module, "stacked")
+            f"{n}.weight": module.row_splits for n, module in model.named_modules() if isinstance(module, Linear)
         }
         parts = [part for n, p in matrices.items() for part in split_matrix(n, p, rows.get(n, (p.size(0),)))]
         found.append(Muon(parts, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay))

@@ -1,22 +1,20 @@
-"""TODO."""
+"""Export a run for transformers.
+
+python -m fradique.pretrained export --out_dir=out/<run> --to=<folder>
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from fradique.pretrained import export
-from fradique.pretrained.loader import load_weights
-
-# python -m fradique.pretrained export
+from fradique.pretrained import export, loader
 
 
-def main(words: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 2 after a user's mistake, told in one message."""
-    args = _parser().parse_args(words)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 2, after a message, if the user made a mistake."""
+    args = _parser().parse_args(arguments)
     try:
-        weights = load_weights(
-            args.out_dir, args.checkpoint, warn=lambda text: print(f"warning: {text}", file=sys.stderr)
-        )
+        weights = loader.load_weights(args.out_dir, args.checkpoint, warn=_print_warning)
         folder = Path(args.to)
         layout = export.export_model(
             weights.config, weights.tensors, weights.tokenizer, folder, args.overwrite
@@ -26,40 +24,41 @@ def main(words: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{folder} holds {args.out_dir} as a {layout.name}; transformers opens it:")
+    print(f"{args.out_dir} was exported to {folder} as {layout.name}; in transformers:")
     print(f'  model = AutoModelForCausalLM.from_pretrained("{folder}")')
-    print(
-        f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-        if weights.tokenizer
-        else "no tokenizer came with the weights, and none was written"
-    )
+    if weights.tokenizer:
+        print(f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")')
+    else:
+        print("the weights had no tokenizer, so none was exported")
     return 0
 
 
+def _print_warning(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fradique.pretrained", description="Weights in and out.")
+    parser = argparse.ArgumentParser(prog="python -m fradique.pretrained", description="Export models.")
     commands = parser.add_subparsers(required=True, metavar="export")
     add = commands.add_parser(
         "export",
         help="write a run in Hugging Face's layout",
-        description="Write a run as a folder that transformers opens, as a GPT-2 or a LLaMA.",
+        description="Write a run as a folder that transformers opens, as GPT-2 or LLaMA.",
         allow_abbrev=False,
     ).add_argument
-    add("--out_dir", required=True, help="the run folder, or any weights that --init_from takes")
-    add("--to", required=True, help="the folder to make")
-    add(
-        "--checkpoint", default="best", help="which of the run's: best | newest | the number of a step (best)"
-    )
-    truth = {"nargs": "?", "const": True, "default": False, "type": _boolean, "metavar": "True|False"}
-    add("--overwrite", **truth, help="replace a model that lies in the folder")
-    add("--debug", **truth, help="show the traceback of an error")
+    add("--out_dir", required=True, help="run folder, or any weights that --init_from takes")
+    add("--to", required=True, help="folder to create")
+    add("--checkpoint", default="best", help="checkpoint of the run: best, newest, or a step number (best)")
+    boolean = {"nargs": "?", "const": True, "default": False, "type": _boolean, "metavar": "True|False"}
+    add("--overwrite", **boolean, help="replace an earlier export in the folder")
+    add("--debug", **boolean, help="show the traceback of an error")
     return parser
 
 
-def _boolean(word: str) -> bool:
-    if word not in ("True", "False"):
-        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
-    return word == "True"
+def _boolean(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text == "True"
 
 
 if __name__ == "__main__":

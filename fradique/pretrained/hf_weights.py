@@ -1,86 +1,83 @@
-"""Hugging Face's names and settings <-> ours, a table a model class: tensors in, tensors out.
+"""Tensor names and shapes of Hugging Face's GPT-2 and LLaMA <-> those of GPT.named_parameters().
 
-GPT-2's and LLaMA's. Ours are those of `GPT.named_parameters()` and of `GPTConfig`.
+Each model class of transformers is a Layout: one table, used for import, export and checks.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-LAYER = re.compile(r"(?:(?<=\bh\.)|(?<=\blayers\.))[0-9]{1,9}(?=\.)")
+from model import GPTConfig
+
+LAYER = re.compile(r"(?:(?<=\bh\.)|(?<=\blayers\.))[0-9]{1,9}(?=\.)")  # the layer number in a name
 BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-HEAD = "lm_head.weight"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LM_HEAD = "lm_head.weight"
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """A tensor of ours and what it is called there, {} being the layer.
+    """One of our parameters and the Hugging Face tensors that it consists of, concatenated along dim 0.
 
-    Where there are several there, ours is all of them, one under another. The shapes are those of ours: V is
-    vocab_size, T block_size, C n_embd, K kv_heads * head_dim, I the width of the MLP.
+    "{}" in a name is the layer number. `shapes` has one shape for each of `hf_names`, as nn.Linear stores
+    weights, (out, in): V is vocab_size, T block_size, C n_embd, K kv_heads * head_dim, I the MLP's width.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    name: str
+    hf_names: tuple[str, ...]
     shapes: tuple[str, ...]
-    transposed: bool = False  # GPT-2's Conv1D keeps a linear weight as (in, out)
+    transposed: bool = False  # GPT-2's Conv1D stores a linear weight as (in, out)
 
 
-def _map(ours: str, theirs: str, shapes: str, transposed: bool = False) -> TensorMapping:
-    return TensorMapping(ours, tuple(theirs.split()), tuple(shapes.split(", ")), transposed)
+def _map(name: str, hf_names: str, shapes: str, transposed: bool = False) -> TensorMapping:
+    return TensorMapping(name, tuple(hf_names.split()), tuple(shapes.split(", ")), transposed)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A model class of transformers."""
+    """The tensors of a model class of transformers."""
 
-    name: str  # its class
-    model_type: str
-    prefix: str  # that names may have, but for the output layer's
-    rows: tuple[TensorMapping, ...]
-    needs: dict[str, tuple[Any, ...]]  # GPTConfig fields -> values that the class has
+    name: str  # of the class
+    model_type: str  # in config.json
+    prefix: str  # of all names but lm_head.weight; a file may lack it
+    mappings: tuple[TensorMapping, ...]
 
-    def row_of(self, name: str, ours: bool) -> tuple[TensorMapping, str]:
-        """The row of a name without prefix, and its layer or "". Raises ValueError where there is none."""
-        layer = LAYER.search(name)
-        pattern = LAYER.sub("{}", name, count=1)
-        for row in self.rows:
-            if pattern == row.ours if ours else pattern in row.theirs:
-                return row, layer[0] if layer else ""
-        raise ValueError(f"{name} is no tensor of a {self.name}")
+    def find(self, name: str) -> tuple[TensorMapping, str]:
+        """The mapping of one of our names, and its layer number ("" if it is in no layer).
 
-    def their_name(self, name: str) -> str:
-        return name if name == HEAD else self.prefix + name
+        Raises ValueError if the class has no such tensor.
+        """
+        pattern, layer = _split_layer(name)
+        return self._first([m for m in self.mappings if m.name == pattern], name), layer
+
+    def find_hf(self, hf_name: str) -> tuple[TensorMapping, str]:
+        """The same for a Hugging Face name without prefix."""
+        pattern, layer = _split_layer(hf_name)
+        return self._first([m for m in self.mappings if pattern in m.hf_names], hf_name), layer
+
+    def _first(self, matches: list[TensorMapping], name: str) -> TensorMapping:
+        if not matches:
+            raise ValueError(f"{name} is not a tensor of {self.name}")
+        return matches[0]
+
+    def with_prefix(self, hf_name: str) -> str:
+        return hf_name if hf_name == LM_HEAD else self.prefix + hf_name
 
 
-HF_ACTIVATIONS = {  # transformers' names of those that GPT-2's class takes
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "relu2": "relu2",
-}
-UNSUPPORTED_BY_ALL = {  # what no class here has
-    "norm_place": ("pre",),
-    "qk_norm": (False,),
-    "embd_norm": (False,),
-    "parallel_block": (False,),
-    "prefix_len": (0,),
-    "sliding_window": (0,),
-    "logit_softcap": (0.0,),
-}
+def _split_layer(name: str) -> tuple[str, str]:
+    """h.3.ln_1.bias -> (h.{}.ln_1.bias, 3)."""
+    layer = LAYER.search(name)
+    return LAYER.sub("{}", name, count=1), layer[0] if layer else ""
+
 
 GPT2 = Layout(
     name="GPT2LMHeadModel",
     model_type="gpt2",
     prefix="transformer.",
-    rows=(
+    mappings=(
         _map("transformer.wte.weight", "wte.weight", "V C"),
         _map("transformer.wpe.weight", "wpe.weight", "T C"),
         _map("transformer.h.{}.ln_1.weight", "h.{}.ln_1.weight", "C"),
@@ -97,15 +94,8 @@ GPT2 = Layout(
         _map("transformer.h.{}.mlp.c_proj.bias", "h.{}.mlp.c_proj.bias", "C"),
         _map("transformer.ln_f.weight", "ln_f.weight", "C"),
         _map("transformer.ln_f.bias", "ln_f.bias", "C"),
-        _map(HEAD, HEAD, "V C"),
+        _map(LM_HEAD, LM_HEAD, "V C"),
     ),
-    needs={
-        "norm": ("layernorm",),
-        "position": ("learned",),
-        "activation": tuple(dict.fromkeys(HF_ACTIVATIONS.values())),
-        "n_kv_head": (0, "n_head"),
-    }
-    | UNSUPPORTED_BY_ALL,
 )
 
 QKV = "layers.{}.self_attn.q_proj.* layers.{}.self_attn.k_proj.* layers.{}.self_attn.v_proj.*"
@@ -114,7 +104,7 @@ LLAMA = Layout(
     name="LlamaForCausalLM",
     model_type="llama",
     prefix="model.",
-    rows=(
+    mappings=(
         _map("transformer.wte.weight", "embed_tokens.weight", "V C"),
         _map("transformer.h.{}.ln_1.weight", "layers.{}.input_layernorm.weight", "C"),
         _map("transformer.h.{}.attn.c_attn.weight", QKV.replace("*", "weight"), "C C, K C, K C"),
@@ -127,9 +117,8 @@ LLAMA = Layout(
         _map("transformer.h.{}.mlp.c_proj.bias", "layers.{}.mlp.down_proj.bias", "C"),
         _map("transformer.h.{}.ln_2.weight", "layers.{}.post_attention_layernorm.weight", "C"),
         _map("transformer.ln_f.weight", "norm.weight", "C"),
-        _map(HEAD, HEAD, "V C"),
+        _map(LM_HEAD, LM_HEAD, "V C"),
     ),
-    needs={"norm": ("rmsnorm",), "position": ("rope",), "activation": ("swiglu",)} | UNSUPPORTED_BY_ALL,
 )
 LAYOUTS = (GPT2, LLAMA)
 
@@ -137,113 +126,124 @@ LAYOUTS = (GPT2, LLAMA)
 def from_hf(
     tensors: Mapping[str, Tensor], layout: Layout = GPT2, conv1d: bool = True, tied: bool = True
 ) -> dict[str, Tensor]:
-    """Tensors under Hugging Face's names -> copies under ours, float32, linear weights as (out, in).
+    """Tensors under Hugging Face's names -> float32 copies under ours, with linear weights as (out, in).
 
-    `conv1d=False`: GPT-2's are (out, in) already, as nanoGPT keeps them. Buffers such as the causal masks,
-    and the output layer where it is `tied`, are left out. Raises ValueError for a name that the class does
-    not have, and for parts that are not all there.
+    With `conv1d=False` GPT-2's linear weights are (out, in) already, as nanoGPT stores them. Buffers such as
+    causal masks are left out, and lm_head.weight if it is `tied`. Raises ValueError for a name that the
+    class does not have, and if only some of the parts of a parameter are there.
     """
-    ours: dict[str, Tensor] = {}
-    bare = {name.removeprefix(layout.prefix): name for name in tensors}
-    for name in bare:  # one at a time: see TensorFiles
-        if BUFFER.fullmatch(name) or (tied and name == HEAD):
+    converted: dict[str, Tensor] = {}
+    full_names = {name.removeprefix(layout.prefix): name for name in tensors}
+    for hf_name in full_names:  # few tensors in memory at a time: see weight_files.TensorFiles
+        if BUFFER.fullmatch(hf_name) or (tied and hf_name == LM_HEAD):
             continue
-        row, layer = layout.row_of(name, ours=False)
-        target = row.ours.format(layer)
-        if target in ours:
+        mapping, layer = layout.find_hf(hf_name)
+        name = mapping.name.format(layer)
+        if name in converted:
             continue
-        parts = [part.format(layer) for part in row.theirs]
-        if missing := [part for part in parts if part not in bare]:
-            raise ValueError(f"{', '.join(missing)} is missing beside {name}")
-        turned = conv1d and row.transposed
-        held = [tensors[bare[part]].t() if turned else tensors[bare[part]] for part in parts]
-        shape = (sum(part.shape[0] for part in held), *held[0].shape[1:])
-        ours[target] = torch.empty(shape, dtype=torch.float32)
-        for place, part in zip(ours[target].split([part.shape[0] for part in held]), held, strict=True):
-            place.copy_(part)
-    return ours
+        part_names = [part.format(layer) for part in mapping.hf_names]
+        if missing := [part for part in part_names if part not in full_names]:
+            raise ValueError(f"{', '.join(missing)} is missing, which belongs to {hf_name}")
+        parts = [tensors[full_names[part]] for part in part_names]
+        if conv1d and mapping.transposed:
+            parts = [part.t() for part in parts]
+        converted[name] = _concatenate(parts)
+    return converted
 
 
-def to_hf(
-    tensors: Mapping[str, Tensor], layout: Layout = GPT2, config: Mapping[str, Any] | None = None
-) -> dict[str, Tensor]:
-    """Tensors under our names -> under Hugging Face's, with the prefix, GPT-2's linear weights as (in, out).
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """torch.cat along dim 0 into a new float32 tensor, without a float32 copy of each part."""
+    lengths = [part.shape[0] for part in parts]
+    result = torch.empty((sum(lengths), *parts[0].shape[1:]), dtype=torch.float32)
+    for target, part in zip(result.split(lengths), parts, strict=True):
+        target.copy_(part)
+    return result
 
-    Where a tensor of ours is several there, `config` tells their sizes. An output layer that is tied is not
-    listed. Raises ValueError for a name that the class does not have.
+
+def to_hf(tensors: Mapping[str, Tensor], config: GPTConfig, layout: Layout = GPT2) -> dict[str, Tensor]:
+    """Tensors under our names -> under Hugging Face's, with prefix; the inverse of `from_hf`.
+
+    GPT-2's linear weights become (in, out). Raises ValueError for a name that the class does not have.
     """
-    theirs = {}
+    converted = {}
     for name, tensor in tensors.items():
-        row, layer = layout.row_of(name, ours=True)
-        sizes = [shape[0] for shape in _shapes(row, config)] if len(row.theirs) > 1 else [tensor.shape[0]]
-        for foreign, part in zip(row.theirs, tensor.split(sizes), strict=True):
-            part = part.t() if row.transposed else part
-            theirs[layout.their_name(foreign.format(layer))] = part.contiguous()
-    return theirs
+        mapping, layer = layout.find(name)
+        parts = [tensor]
+        if len(mapping.hf_names) > 1:
+            parts = tensor.split([shape[0] for shape in _part_shapes(mapping, config)])
+        for hf_name, part in zip(mapping.hf_names, parts, strict=True):
+            part = part.t() if mapping.transposed else part
+            converted[layout.with_prefix(hf_name.format(layer))] = part.contiguous()
+    return converted
 
 
-def _shapes(row: TensorMapping, config: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """The shape of each part of a row, as linear layers keep it."""
-    C = config["n_embd"]
-    kv = C // config["n_head"] * (config.get("n_kv_head") or config["n_head"])
-    sizes = {"V": config["vocab_size"], "T": config.get("block_size"), "C": C, "3C": 3 * C}
-    sizes |= {"K": kv, "I": config.get("n_inner") or 4 * C}
-    return [tuple(sizes[letter] for letter in shape.split()) for shape in row.shapes]
+def _part_shapes(mapping: TensorMapping, config: GPTConfig) -> list[tuple[int, ...]]:
+    """The shape of each of a mapping's hf_names, linear weights as (out, in)."""
+    sizes = {
+        "V": config.vocab_size,
+        "T": config.block_size,
+        "C": config.n_embd,
+        "3C": 3 * config.n_embd,
+        "K": config.kv_heads * config.head_dim,
+        "I": config.inner,
+    }
+    return [tuple(sizes[letter] for letter in shape.split()) for shape in mapping.shapes]
 
 
-def expected_shapes(
-    config: Mapping[str, Any], layout: Layout, conv1d: bool = True
-) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, under the foreign names without prefix, as stored there."""
-    shapes = {}
-    for row in layout.rows:
-        if row.ours == HEAD and config.get("tie_weights", True):
+def expected_shapes(config: GPTConfig, layout: Layout, conv1d: bool = True) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name without prefix -> shape, as stored in the file, for every tensor of the model."""
+    expected = {}
+    for mapping in layout.mappings:
+        if mapping.name == LM_HEAD and config.tie_weights:
             continue
-        if row.ours.endswith(".bias") and not config["bias"]:
+        if mapping.name.endswith(".bias") and not config.bias:
             continue
-        layers = range(config["n_layer"]) if "{}" in row.ours else [""]
-        for name, shape in zip(row.theirs, _shapes(row, config), strict=True):
-            shape = shape[::-1] if conv1d and row.transposed else shape
-            shapes |= {name.format(layer): shape for layer in layers}
-    return shapes
+        layers = range(config.n_layer) if "{}" in mapping.name else [""]
+        for hf_name, shape in zip(mapping.hf_names, _part_shapes(mapping, config), strict=True):
+            shape = shape[::-1] if conv1d and mapping.transposed else shape
+            expected |= {hf_name.format(layer): shape for layer in layers}
+    return expected
 
 
 def check_tensors(
     tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    config: GPTConfig,
     source: str,
     layout: Layout = GPT2,
     conv1d: bool = True,
 ) -> None:
-    """Raise ValueError with every tensor that is missing, extra, of another shape or type, or not finite.
+    """Raise ValueError with every tensor that is missing, extra, of another shape or dtype, or not finite.
 
-    `tensors` are named without prefix.
+    `tensors` have Hugging Face names without prefix.
     """
-    if config["n_layer"] > len(tensors):  # before there is a table of what each of them should hold
-        raise ValueError(f"{source} cannot be used: {config['n_layer']} layers, and {len(tensors)} tensors")
-    wanted, tied = expected_shapes(config, layout, conv1d), config.get("tie_weights", True)
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    if config.n_layer > len(tensors):  # checked first: a huge n_layer would make a huge table of shapes
+        raise ValueError(f"{source} cannot be used: {config.n_layer} layers, but only {len(tensors)} tensors")
+    expected = expected_shapes(config, layout, conv1d)
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name in tensors:
-        if BUFFER.fullmatch(name) or (name == HEAD and tied):
+        if BUFFER.fullmatch(name) or (name == LM_HEAD and config.tie_weights):
             continue
-        tensor = tensors[name]
-        if name not in wanted:
-            problems.append(f"{name} is no tensor of this {layout.name}")
-        elif tuple(tensor.shape) != wanted[name]:
-            problems.append(f"{name} is {tuple(tensor.shape)} and should be {wanted[name]}")
-        elif tensor.dtype not in FLOATS:
-            problems.append(f"{name} is of {tensor.dtype}: only plain floating-point weights are read")
-        elif not all(bound.isfinite() for bound in tensor.aminmax()):  # needs no copy, as isfinite() does
-            problems.append(f"{name} holds NaN or infinity")
-    wte = layout.rows[0].theirs[0]
-    head, table = tensors.get(HEAD), tensors.get(wte)
-    untied = head is not None and table is not None and not _equal(head, table)
-    if tied and untied:
-        problems.append(f"{HEAD} differs from {wte}: by config.json the two are one matrix (tied)")
+        if name not in expected:
+            problems.append(f"{name} is not a tensor of this {layout.name}")
+        elif problem := _tensor_problem(tensors[name], expected[name]):
+            problems.append(f"{name} {problem}")
+    wte = layout.mappings[0].hf_names[0]
+    if config.tie_weights and LM_HEAD in tensors and wte in tensors:
+        head, embedding = tensors[LM_HEAD], tensors[wte]
+        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+            problems.append(f"{LM_HEAD} differs from {wte}, but the config says that they are tied")
     if problems:
         listed = "\n  - ".join(problems)
         raise ValueError(f"{source} cannot be used, {len(problems)} problems:\n  - {listed}")
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+def _tensor_problem(tensor: Tensor, expected: tuple[int, ...]) -> str | None:
+    """Why a tensor cannot be used, or None."""
+    if tuple(tensor.shape) != expected:
+        return f"is {tuple(tensor.shape)} and should be {expected}"
+    if tensor.dtype not in FLOAT_DTYPES:
+        return f"is of {tensor.dtype}: only plain floating-point weights are supported"
+    # unlike tensor.isfinite(), aminmax() needs no copy
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        return "holds NaN or infinity"
+    return None

@@ -1,5 +1,8 @@
-"""Weights from the Hugging Face hub, by name: config.json first, then weights that are no larger than what it
-describes, each file held to the sum that the hub gave with it."""
+"""Weights from the Hugging Face hub, by name.
+
+config.json comes first. The weights are downloaded only if they are no larger than a model of that shape, and
+every file is compared with the checksum that the hub gives for it.
+"""
 
 from __future__ import annotations
 
@@ -7,121 +10,137 @@ import fnmatch
 import hashlib
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fradique.io import files
 from fradique.io.download import MAX_BYTES
-from fradique.io.files import checksum
 from fradique.pretrained import hf_config, hf_weights
+from fradique.pretrained.weight_files import INDEX_FILE, PICKLE_FILE, SAFETENSORS_FILE
+from model import GPTConfig
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG_FILES = ("config.json", "tokenizer.json", "vocab.json")
-WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-PICKLE_FILES = ("pytorch_model.bin",)  # where there is none of the large ones
-# Beside float32 there may be masks in the file, and the same weights again in another number of files.
+WEIGHT_FILES = (SAFETENSORS_FILE, "model-*.safetensors", INDEX_FILE)
+PICKLE_FILES = (PICKLE_FILE,)  # only if there are no safetensors
+# More than float32: the file may contain causal masks, and the same weights again in other shards.
 BYTES_PER_PARAMETER = 16
 
 
 def is_hub_name(path: Path, source: str) -> bool:
-    """Whether `source` reads like a name there, and not like a misspelt path into a folder that is here."""
+    """Whether `source` can be a name on the hub: owner/name, unless ./owner is a folder (then it is a
+    misspelt path)."""
     is_file = path.suffix in (".safetensors", ".pt", ".bin")
     named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not is_file and not path.parent.exists()
     return source in HUB_NAMES or bool(named)
 
 
 def download_weights(name: str) -> Path:
-    """Download config.json and the weights, or find them in the cache; the folder where they lie.
+    """Download config.json and the weights, or find them in the cache. Returns their folder.
 
-    Raises ValueError, with what to do, where the hub cannot be reached or does not have them, where they are
-    larger than config.json says, or a file is not the one whose sum the hub gave.
+    Raises ValueError, with what to do, if the hub cannot be reached or does not have them, if they are larger
+    than config.json says, or if a file does not have the hub's checksum.
     """
     folder = _download(name, CONFIG_FILES, MAX_BYTES)
-    commit = folder.name  # of which the weights are too
-    described = folder / "config.json"
-    layout, config = hf_config.config_from_hf(files.read_json_object(described), str(described))
-    most = BYTES_PER_PARAMETER * _parameters(config, layout) + MAX_BYTES  # known before gigabytes come
-    folder = _download(name, WEIGHT_FILES, most, commit)
-    return folder if any(folder.glob("*.safetensors")) else _download(name, PICKLE_FILES, most, commit)
+    commit = folder.name  # the weights are taken from the same commit
+    config_path = folder / "config.json"
+    layout, config = hf_config.config_from_hf(files.read_json_object(config_path), str(config_path))
+    max_bytes = BYTES_PER_PARAMETER * _count_parameters(config, layout) + MAX_BYTES
+    folder = _download(name, WEIGHT_FILES, max_bytes, commit)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return _download(name, PICKLE_FILES, max_bytes, commit)
 
 
-def _download(name: str, patterns: tuple[str, ...], most: int, commit: str | None = None) -> Path:
-    """Have the files that match, of no more than `most` bytes together; the folder where they lie. Where the
-    hub does not say what it has, there are those of the cache."""
-    import huggingface_hub  # slow to import, and few need it
+def _download(name: str, patterns: tuple[str, ...], max_bytes: int, commit: str | None = None) -> Path:
+    """Download the files that match, of at most `max_bytes` together. Returns their folder.
 
-    listed, unlisted = _listing(name, patterns, commit)
-    size = sum(one.size for one in listed)
-    if size > most:
+    If the hub does not list its files, those in the cache are used.
+    """
+    import huggingface_hub  # slow to import, and rarely needed
+
+    listed, list_error = _list_files(name, patterns, commit)
+    size = sum(file.size for file in listed)
+    if size > max_bytes:
         raise ValueError(
             f"{name} on the Hugging Face hub is not what its config.json describes: {', '.join(patterns)} "
-            f"have {size:,} bytes there, and {most:,} are enough; nothing of it was downloaded"
+            f"have {size:,} bytes there, but such a model needs at most {max_bytes:,}; nothing was downloaded"
         )
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
                 name,
-                revision=commit if unlisted is None else None,
+                revision=commit if list_error is None else None,
                 allow_patterns=list(patterns),
-                local_files_only=unlisted is not None,
+                local_files_only=list_error is not None,
             )
         )
-    except Exception as error:  # its own, httpx's, requests': they differ from version to version
-        first = unlisted or error
-        why = str(first).strip().partition("\n")[0]
+    except Exception as error:  # of huggingface_hub, httpx or requests: the types differ between versions
+        first_error = list_error or error
+        reason = str(first_error).strip().partition("\n")[0]
         raise ValueError(
-            f"{name} is no file or folder here, and the Hugging Face hub did not give it "
-            f"({type(first).__name__}: {why}). Without a network, what was downloaded before is found in its "
-            "cache (HF_HOME, by default ~/.cache/huggingface); or copy the model's config.json and "
-            "model.safetensors into a folder and give that"
+            f"{name} is no file or folder here, and could not be downloaded from the Hugging Face hub "
+            f"({type(first_error).__name__}: {reason}). Without a network, earlier downloads are found in "
+            "its cache (HF_HOME, by default ~/.cache/huggingface); or copy the model's config.json and "
+            "model.safetensors into a folder and give that folder"
         ) from error
-    sums = {one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id for one in listed}
+    checksums = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in listed}
     for path in sorted(folder.iterdir()):
         if _matches(path.name, patterns):
-            _check_sum(path, sums.get(path.name) or path.resolve().name)
+            _check_checksum(path, checksums.get(path.name) or path.resolve().name)
     return folder
 
 
-def _listing(name: str, patterns: tuple[str, ...], commit: str | None) -> tuple[list[Any], Exception | None]:
-    """The files that match, with their sizes and sums; or why the hub does not tell them."""
+def _list_files(
+    name: str, patterns: tuple[str, ...], commit: str | None
+) -> tuple[list[RepoSibling], Exception | None]:
+    """The files on the hub that match, with sizes and checksums; or no files and the reason."""
     import huggingface_hub
 
     try:
         info = huggingface_hub.model_info(name, revision=commit, files_metadata=True, timeout=30.0)
-        listed = [one for one in info.siblings or [] if _matches(one.rfilename, patterns)]
-        if any(one.size is None for one in listed):
-            raise ValueError(f"the sizes of {name}'s files are not told")
-    except Exception as error:  # as below
+        listed = [file for file in info.siblings or [] if _matches(file.rfilename, patterns)]
+        if any(file.size is None for file in listed):
+            raise ValueError(f"the hub does not give the sizes of the files of {name}")
+    except Exception as error:  # as in _download
         return [], error
     return listed, None
 
 
-def _parameters(config: dict[str, Any], layout: hf_weights.Layout) -> int:
-    """How many there are, without a table of each layer's: `n_layer` may be any number."""
+def _count_parameters(config: GPTConfig, layout: hf_weights.Layout) -> int:
+    """From the shapes of one and of two layers: n_layer, of which there may be any number, makes no table."""
     one, two = (
-        sum(map(math.prod, hf_weights.expected_shapes(config | {"n_layer": n}, layout).values()))
+        sum(map(math.prod, hf_weights.expected_shapes(replace(config, n_layer=n), layout).values()))
         for n in (1, 2)
     )
-    return one + (config["n_layer"] - 1) * (two - one)
+    return one + (config.n_layer - 1) * (two - one)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _check_sum(path: Path, expected: str) -> None:
-    """Raise ValueError where a file does not have the sum that the hub gave with it: git's SHA-1 of a small
-    one, the SHA-256 of a large one. The hub's cache calls a file by that sum, so it is known offline too;
-    where the cache has no links (Windows, at times), `expected` is then a name, and nothing is compared."""
-    kept = path.resolve()
+def _check_checksum(path: Path, expected: str) -> None:
+    """Raise ValueError if a file does not have the hub's checksum: SHA-256 of large files, git's SHA-1 of
+    small ones.
+
+    The hub's cache names files by this checksum, so it is known offline too. On systems without links
+    (Windows, sometimes) `expected` is then a file name, and nothing is compared.
+    """
+    stored = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", expected):
         digest = hashlib.sha256()
     elif re.fullmatch("[0-9a-f]{40}", expected):
-        digest = hashlib.sha1(b"blob %d\0" % kept.stat().st_size, usedforsecurity=False)
+        digest = hashlib.sha1(b"blob %d\0" % stored.stat().st_size, usedforsecurity=False)
     else:
         return
-    if (found := checksum(kept, digest)) != expected:
+    checksum = files.checksum(stored, digest)
+    if checksum != expected:
         raise ValueError(
-            f"{path} is damaged: its sum is {found}, and the Hugging Face hub gave it as "
-            f"{expected}. It was not used; delete {kept} and run this again"
+            f"{path} is damaged: its checksum is {checksum}, and the Hugging Face hub gave {expected}. It "
+            f"was not used; delete {stored} and run this again"
         )

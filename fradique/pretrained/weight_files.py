@@ -1,6 +1,6 @@
-"""Files of tensors that others wrote: safetensors, one or many, and old pickles of plain data.
+"""Files of tensors that others wrote: safetensors, in one file or several, and pickles of plain data.
 
-Nothing here knows what the tensors mean. Every refusal names the file and what to do.
+Names and shapes are checked by the callers. Every error names the file and says what to do.
 """
 
 import re
@@ -19,7 +19,12 @@ from torch import Tensor
 from fradique.io import files as file_io
 from fradique.io import safe_pickle
 
-# The globals that torch.save's pickles need. torch.load allows more, some of which cost memory.
+# In a Hugging Face folder the weights are in the first of these that exists.
+SAFETENSORS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+
+# The globals that torch.save's pickles need. torch.load allows more, and some of those can take much memory.
 ALLOWED_GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.storage \w+Storage"
     r"|torch (\w+Storage|Size|device|[a-z]+[0-9]+\w*)|torch\.nn\.parameter Parameter"
@@ -27,22 +32,23 @@ ALLOWED_GLOBALS = re.compile(
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name, the largest first, without the `prefix` that some have.
+    """The tensors of safetensors files by name without `prefix`, the largest first.
 
-    Each look-up maps its file anew and gives a view of it, so nothing is held here: who copies them one by
-    one never has more than the copies and one tensor in memory.
+    Each look-up maps the file again and returns a view of it, so that copying the tensors one by one needs
+    the memory of the copies and of one tensor.
     """
 
     def __init__(self, files: Iterable[Path], prefix: str = "") -> None:
-        self.places: dict[str, tuple[Path, str]] = {}
+        self.locations: dict[str, tuple[Path, str]] = {}  # name -> file, name in the file
         for file in files:
-            with _opened(file) as stored:
-                self.places |= {name.removeprefix(prefix): (file, name) for name in stored.keys()}  # noqa: SIM118
-        self.names = sorted(self.places, key=lambda name: -self[name].numel())
+            with _open_safetensors(file) as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    self.locations[name.removeprefix(prefix)] = file, name
+        self.names = sorted(self.locations, key=lambda name: -self[name].numel())
 
     def __getitem__(self, name: str) -> Tensor:
-        file, stored_name = self.places[name]
-        with _opened(file) as stored:
+        file, stored_name = self.locations[name]
+        with _open_safetensors(file) as stored:
             return stored.get_tensor(stored_name)
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +59,8 @@ class TensorFiles(Mapping[str, Tensor]):
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open_safetensors(file: Path) -> Iterator[Any]:
+    """safetensors.safe_open, with ValueError for a file that is missing or damaged."""
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} is not a plain file; copy or download it again")
     try:
@@ -63,91 +70,102 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is missing; copy or download it again") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(
-            f"{file} is truncated, or a pickle or something else instead of safetensors ({error}); copy or "
-            "download it again, or save the model anew with save_pretrained of transformers"
+            f"{file} is truncated, or not safetensors ({error}). Copy or download it again; a pickle can be "
+            "converted with save_pretrained of transformers"
         ) from error
 
 
-def open_weight_folder(folder: Path, prefix: str) -> Mapping[str, Tensor] | None:
-    """The tensors of a Hugging Face folder: one file, several with an index, or, long ago, a pickle.
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights in Hugging Face's layout."""
+    return any((folder / name).exists() for name in (SAFETENSORS_FILE, INDEX_FILE, PICKLE_FILE))
 
-    None where there are none.
-    """
-    index, pickled = folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
-    if (folder / "model.safetensors").exists():
-        return TensorFiles([folder / "model.safetensors"], prefix)
+
+def open_weight_folder(folder: Path, prefix: str) -> Mapping[str, Tensor]:
+    """The tensors of a Hugging Face folder, by name without `prefix`: one safetensors file, several with an
+    index, or an old pickle. Raises ValueError if they cannot be read."""
+    index, pickled = folder / INDEX_FILE, folder / PICKLE_FILE
+    if (folder / SAFETENSORS_FILE).exists():
+        return TensorFiles([folder / SAFETENSORS_FILE], prefix)
     if index.exists():
         return TensorFiles((folder / name for name in _shard_names(index)), prefix)
-    return strip_prefixes(load_plain_pickle(pickled), pickled, prefix) if pickled.exists() else None
+    return strip_prefixes(load_plain_pickle(pickled), pickled, prefix)
 
 
 def _shard_names(index: Path) -> list[str]:
-    names = file_io.read_json_object(index).get("weight_map")
-    files = [*names.values()] if isinstance(names, dict) else []
-    if not files or not all(map(file_io.is_plain_name, files)):
-        raise ValueError(f"{index} is damaged: its weight_map names no files of this folder")
-    return sorted(set(files))
+    """The files in an index. Raises ValueError for a name that leads out of the folder."""
+    weight_map = file_io.read_json_object(index).get("weight_map")
+    names = [*weight_map.values()] if isinstance(weight_map, dict) else []
+    if not names or not all(map(file_io.is_plain_name, names)):
+        raise ValueError(f"{index} is damaged: its weight_map does not name files of this folder")
+    return sorted(set(names))
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """What torch.save wrote. Raises ValueError where it is more than plain data: that is never run."""
+    """What torch.save wrote. Raises ValueError, without running it, for more than tensors and plain data."""
     if not path.is_file():
         raise ValueError(f"{path} is not a plain file; copy or download it again")
     try:
         with path.open("rb") as file:
-            mappable = file.read(4) == b"PK\x03\x04"  # the zip format, of torch 1.6 and later
-        _check_pickles(path, mappable)
+            is_zip = file.read(4) == b"PK\x03\x04"  # the format since torch 1.6; only it can be mapped
+        _check_pickles(path, is_zip)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of pickles that it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except Exception as error:  # a damaged pickle raises almost anything
-        if asked := re.search(r"GLOBAL (\S{1,200})", str(error)):
+            warnings.simplefilter("ignore")  # torch warns about pickles that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged pickle can raise almost anything
+        if requested := re.search(r"GLOBAL (\S{1,200})", str(error)):
             raise ValueError(
-                f"{path} is a pickle of more than tensors and plain data: it asks for {asked[1]}, which "
+                f"{path} is a pickle of more than tensors and plain data: it asks for {requested[1]}, which "
                 "could run code, so it was not opened; nanoGPT's ckpt.pt needs nothing of the kind"
             ) from error
-        why = re.split(r"\. |\n", str(error).rpartition("WeightsUnpickler error: ")[2].strip())[0]
+        reason = re.split(r"\. |\n", str(error).rpartition("WeightsUnpickler error: ")[2].strip())[0]
         raise ValueError(
             f"{path} cannot be read: it is truncated or damaged, or not written by torch.save "
-            f"({type(error).__name__}: {why[:300]}); copy it again"
+            f"({type(error).__name__}: {reason[:300]}); copy it again"
         ) from error
 
 
 def strip_prefixes(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
-    """A dict of tensors by name, without the prefix of torch.compile's wrapper and `prefix`."""
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()) or not state:
-        raise ValueError(f"{path} holds no model: neither nanoGPT's ckpt.pt nor a dict of tensors by name")
+    """A state dict from a pickle, by names without torch.compile's prefix and without `prefix`.
+
+    Raises ValueError if it is not a dict of complete tensors.
+    """
+    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(
+            f"{path} does not contain a model: it is neither nanoGPT's ckpt.pt nor a dict of tensors by name"
+        )
     for name, tensor in state.items():
-        if not _is_whole(tensor):
+        if not _is_complete(tensor):
             raise ValueError(
-                f"{path}: the tensor {reprlib.repr(name)} claims more numbers than the file holds of it; the "
-                "file is damaged, or no model: copy it again"
+                f"{path}: the tensor {reprlib.repr(name)} has more elements than the file stores; the file "
+                "is damaged, or not a model: copy it again"
             )
     return {str(name).removeprefix("_orig_mod.").removeprefix(prefix): t for name, t in state.items()}
 
 
-def _check_pickles(path: Path, zipped: bool) -> None:
-    """Raise ValueError for what would take memory or time without end, or asks for more than tensors need."""
-    if not zipped:
+def _check_pickles(path: Path, is_zip: bool) -> None:
+    """Raise ValueError if unpickling could exhaust memory or time, or needs more globals than tensors do."""
+    if not is_zip:
         with path.open("rb") as file:
-            _check_asked(safe_pickle.requested_globals(file, safe_pickle.LEGACY_PICKLES))
+            _check_globals(safe_pickle.requested_globals(file, safe_pickle.LEGACY_PICKLES))
         return
     with zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-            raise ValueError("it is a packed archive, and torch packs none")  # a small file, a large content
-        for name in [name for name in archive.namelist() if name.endswith("data.pkl")]:
-            with archive.open(name) as file:
-                _check_asked(safe_pickle.requested_globals(file))
+        # torch does not compress; a small compressed file could unpack to more than the memory
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is a compressed archive, which torch never writes")
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                with archive.open(name) as file:
+                    _check_globals(safe_pickle.requested_globals(file))
 
 
-def _check_asked(names: Iterable[str]) -> None:
+def _check_globals(names: Iterable[str]) -> None:
     for name in names:
         if not ALLOWED_GLOBALS.fullmatch(name):
             raise ValueError(f"GLOBAL {name.replace(' ', '.')}")
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is a plain one with as many numbers as are stored of it: strides can repeat one number
-    without end."""
+def _is_complete(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, on the CPU, and no larger than its storage: a stride of 0 can repeat one
+    stored number without end."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     return plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

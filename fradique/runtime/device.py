@@ -1,4 +1,4 @@
-"""Where a run computes: device, dtype, rank and world, decided once and handed round in one frozen object."""
+"""The runtime of a process: device, dtype, compilation and ranks, chosen once and then passed on."""
 
 import re
 import shutil
@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fradique.distributed import process_group
 from fradique.nn.linear import cpu_has_bf16
-from fradique.runtime.malloc import keep_freed_memory, return_freed_memory
+from fradique.runtime import malloc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Peak dense FLOP/s in bf16 (V100, T4: fp16), from the maker's data sheets, for MFU. The first match wins.
+# Peak dense FLOP/s in bf16 (V100, T4: fp16), from the vendors' data sheets, for MFU. The first match counts.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -31,65 +31,73 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
-# A guess of the FLOP/s a run reaches, to tell whether it is long enough to repay compiling.
+# A rough guess of the FLOP/s that a run achieves, to estimate whether it is long enough to compile.
 ASSUMED_FLOPS = {"cpu": 1.5e11, "mps": 2e12, "cuda": 1e14}
-# Seconds of training from which compiling is repaid: it takes half a minute to a minute by itself, and makes
-# steps 1.2 to 1.5 times as fast.
+# compile=auto compiles runs of at least this many seconds: compiling takes 30 to 60 s, and makes steps 1.2 to
+# 1.5 times as fast.
 MIN_COMPILE_SECONDS = {"cpu": 180.0, "mps": float("inf"), "cuda": 60.0}
-# Tokens of a slice of a micro-batch on a CPU: few enough for its cache, enough for its matrix units.
+# Tokens per forward pass on a CPU: few enough for its cache, enough for its matrix units.
 CPU_MAX_TOKENS = 4096
-# The width from which bf16 beats fp32 on a CPU that has it: below, casting costs more than it saves. With a
-# vocabulary of this size the output layer alone repays it: 64 wide, 4,096 tokens: 25 ms a step against 31.
+# Minimum width at which bf16 is faster than fp32 on a CPU with bf16 arithmetic; in narrower models the casts
+# cost more than bf16 saves. With a vocabulary of at least this size the output layer alone makes up for them:
+# width 64, 4,096 tokens: 25 ms a step instead of 31.
 CPU_BF16_MIN_WIDTH, CPU_BF16_MIN_VOCAB = 128, 4096
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What was decided. Rank 0 of `world` processes writes and speaks."""
+    """Device, dtype, compilation and ranks of a run. Rank 0 writes files and prints."""
 
     device: torch.device
     dtype: torch.dtype  # of the forward pass, through autocast; weights stay float32
     compile: bool
     rank: int = 0
-    world: int = 1
-    notes: tuple[str, ...] = ()  # what was chosen automatically, and why
-    sharded: bool = False  # each rank holds a part of every parameter (FSDP2)
+    world: int = 1  # number of ranks
+    notes: tuple[str, ...] = ()  # on what was chosen automatically, and why; for the log
+    sharded: bool = False  # each rank holds a shard of every parameter (FSDP2)
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def autocast(self, enabled: bool = True) -> AbstractContextManager:
+        """torch.autocast for the forward pass; no-op in float32."""
         if self.dtype == torch.float32:
             return nullcontext()
-        # of a model in parts no cast of a weight is kept: all of them together would be the whole model
+        # no cache of cast weights in a sharded run: together they would be the whole model
         return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=not self.sharded)
 
-    def slices(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """The micro-batches of a step (B, T); on a CPU cut into equal parts that stay in its cache, as if
-        there were more and smaller ones: the mean of their losses is the same."""
+    def split_microbatches(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches (B, T) of a step; on a CPU split into equal parts that fit its cache.
+
+        The mean of their losses is the same.
+        """
         if self.device.type != "cpu":
             return list(batches)
         return [
             part
             for x, y in batches
-            for part in zip(*(a.split(_rows_at_once(*x.shape)) for a in (x, y)), strict=True)
+            for part in zip(*(tensor.split(_rows_per_pass(*x.shape)) for tensor in (x, y)), strict=True)
         ]
 
-    def rows_at_once(self, batch_size: int, block_size: int) -> int:
-        """How many windows are evaluated together: a batch; on a CPU as many as stay in its cache."""
+    def max_eval_rows(self, batch_size: int, block_size: int) -> int:
+        """Windows per forward pass of an evaluation: a batch; on a CPU as many as fit its cache."""
         return batch_size if self.device.type != "cpu" else max(1, CPU_MAX_TOKENS // block_size)
 
-    def seed(self, number: int) -> None:
-        """Seed what dropout draws from. For a CPU torch.manual_seed also writes down, for a card that may
-        come, where it was called from, which takes a small model's step a fiftieth of its time."""
-        if self.device.type == "cpu":
-            torch.default_generator.manual_seed(number)
-        else:
-            torch.manual_seed(number)
+    def seed_dropout(self, seed: int) -> None:
+        """Seed the default random generators.
 
-    def move(self, *tensors: Tensor) -> list[Tensor]:
-        """Tensors on the device; on CUDA without waiting for the copy."""
+        On a CPU only its own: torch.manual_seed also records the stack for a lazily initialized GPU, which
+        takes 2% of the step time of a small model.
+        """
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
+    def to_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Copy tensors to the device; on CUDA without waiting for the copy."""
         if self.device.type != "cuda":
             return [tensor.to(self.device) for tensor in tensors]
         return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
@@ -102,89 +110,101 @@ class Runtime:
         """Each value's maximum over the ranks."""
         return process_group.all_reduce(values, "max") if self.world > 1 else list(values)
 
-    def wait(self) -> None:
-        """Until every rank is here."""
+    def barrier(self) -> None:
+        """Wait until every rank has called this."""
         if self.world > 1:
             process_group.barrier()
 
-    def wrap(self, forward: nn.Module) -> nn.Module:
-        """The model as the ranks share it: gradients are averaged in its backward pass. One in parts does
-        that by itself."""
+    def wrap_ddp(self, forward: nn.Module) -> nn.Module:
+        """The model in DistributedDataParallel, which averages gradients; unchanged if sharded or alone."""
         if self.world == 1 or self.sharded:
             return forward
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(forward, device_ids=ids)
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(forward, device_ids=device_ids)
 
     def peak_flops(self) -> float | None:
-        """FLOP/s of all devices of the run together where the card is known; else None."""
+        """Peak FLOP/s of all devices of the run together; None if the GPU is not in PEAK_FLOPS."""
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
         return next(
-            (peak * self.world for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None
+            (peak * self.world for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None
         )
 
     def describe(self) -> str:
-        where = str(self.device)
+        """Device, number of processes and dtype, for the log."""
+        device = str(self.device)
         if self.device.type == "cuda":
-            where += f" ({torch.cuda.get_device_name(self.device)})"
+            device += f" ({torch.cuda.get_device_name(self.device)})"
         elif self.device.type == "cpu":
-            where += f" ({torch.get_num_threads()} threads)"
+            device += f" ({torch.get_num_threads()} threads)"
         processes = f", {self.world} processes" if self.world > 1 else ""
-        processes += ", each with a part of the model" if self.sharded else ""
-        return f"{where}{processes}, {str(self.dtype).removeprefix('torch.')}"
+        processes += ", each with a shard of the model" if self.sharded else ""
+        return f"{device}{processes}, {str(self.dtype).removeprefix('torch.')}"
 
     def close(self) -> None:
+        """Leave the process group."""
         process_group.leave()
+
+
+def configure_process(
+    device: str = "auto", *, parallel: str = "ddp", backend: str = "auto", timeout: float = 600.0
+) -> torch.device:
+    """Set up this process for a run, and return its device. Only the main of a script calls this.
+
+    It changes process-wide state: malloc's options on a CPU, the current device and TF32 matrix products on
+    CUDA, and the process group if torchrun started this process. `timeout`: seconds that ranks wait for each
+    other. Raises ValueError if this machine does not have the device.
+    """
+    _, local_rank, world = process_group.rank_info()
+    chosen = choose_device(device, local_rank, world)
+    if chosen.type == "cpu":
+        if parallel == "fsdp" and world > 1:
+            malloc.return_freed_memory()
+        else:
+            malloc.keep_freed_memory()
+    elif chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in fp32
+    process_group.join(chosen, backend, timeout)
+    return chosen
 
 
 def setup_runtime(
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str = "auto",
     compile: bool | str = False,
-    backend: str = "auto",
     parallel: str = "ddp",
-    timeout: float = 600.0,
     n_embd: int = 0,
     vocab_size: int = 0,
     run_flops: float = 0.0,
     run_seconds: float | None = None,
 ) -> Runtime:
-    """Decide once. `run_flops` (or `run_seconds`, where a budget is set) tells whether compiling is repaid.
+    """Choose the runtime; no process-wide state changes (see `configure_process`).
 
-    Joins the process group when torchrun started this process. Raises ValueError where a device or dtype was
-    asked for that this machine does not have.
+    `run_flops`, or `run_seconds` with a time budget, is the length of the run: for compile="auto". Raises
+    ValueError if this machine does not have the device or dtype.
     """
-    rank, _, world = process_group.rank_info()
-    sharded = parallel == "fsdp" and world > 1
-    place = join_run(device, backend, timeout)
+    rank, local_rank, world = process_group.rank_info()
+    if isinstance(device, str):
+        device = choose_device(device, local_rank, world)
     notes = []
-    if place.type == "cpu":
-        return_freed_memory() if sharded else keep_freed_memory()
-    kind, why = choose_dtype(dtype, place, n_embd, vocab_size)
+    chosen_dtype, reason = choose_dtype(dtype, device, n_embd, vocab_size)
     if dtype == "auto":
-        notes.append(f"dtype=auto: {kind} ({why})")
-    compiled, why = choose_compile(compile, place, run_flops, run_seconds)
+        notes.append(f"dtype=auto: {chosen_dtype} ({reason})")
+    compiled, reason = choose_compile(compile, device, run_flops, run_seconds)
     if compile == "auto":
-        notes.append(f"compile=auto: {compiled} ({why})")
-    if place.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    return Runtime(place, DTYPES[kind], compiled, rank, world, tuple(notes), sharded)
-
-
-def join_run(device: str, backend: str, timeout: float) -> torch.device:
-    """The device of this process, which has joined the others that torchrun started beside it."""
-    _, local_rank, world = process_group.rank_info()
-    place = choose_device(device, local_rank, world)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    process_group.join(place, backend, timeout)
-    return place
+        notes.append(f"compile=auto: {compiled} ({reason})")
+    sharded = parallel == "fsdp" and world > 1
+    return Runtime(device, DTYPES[chosen_dtype], compiled, rank, world, tuple(notes), sharded)
 
 
 def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.device:
-    """`auto`: CUDA, else MPS, else CPU. Under torchrun each process takes the card of its local rank."""
+    """The device that `name` means. auto: CUDA, else MPS, else CPU; each process takes GPU `local_rank`.
+
+    Raises ValueError if this machine does not have it.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps and world == 1 else "cpu"
@@ -195,9 +215,7 @@ def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.devic
     if device.type not in ASSUMED_FLOPS:
         raise ValueError(f"device={name}: use auto, cpu, mps, cuda or cuda:N")
     if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
-        raise ValueError(
-            f"device={name}: torch {torch.__version__} sees no {device.type} device here; use auto"
-        )
+        raise ValueError(f"device={name}: torch {torch.__version__} finds no {device.type} device; use auto")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
@@ -208,14 +226,15 @@ def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.devic
 
 
 def choose_dtype(name: str, device: torch.device, n_embd: int, vocab_size: int = 0) -> tuple[str, str]:
-    """The dtype of the forward pass, and why."""
+    """The dtype of the forward pass, and the reason. Raises ValueError for float16 without CUDA."""
     if name != "auto":
         if name == "float16" and device.type != "cuda":
             raise ValueError(f"dtype=float16 needs a GradScaler on CUDA; use float32 or bfloat16 on {device}")
         return name, "as set"
     if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bfloat16", "the card has it") if bf16 else ("float16", "the card has no bfloat16")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the GPU supports it"
+        return "float16", "the GPU does not support bfloat16"
     if device.type == "mps":
         return "float32", "the safe choice on MPS"
     if not cpu_has_bf16():
@@ -226,37 +245,38 @@ def choose_dtype(name: str, device: torch.device, n_embd: int, vocab_size: int =
 
 
 def choose_compile(
-    wanted: bool | str, device: torch.device, flops: float, seconds: float | None
+    setting: bool | str, device: torch.device, run_flops: float, run_seconds: float | None
 ) -> tuple[bool, str]:
-    """Whether to compile, and why: `auto` does where the run is long enough to repay it."""
-    if wanted != "auto":
-        return bool(wanted), "as set"
+    """Whether to compile, and the reason. auto: if the run is long enough."""
+    if setting != "auto":
+        return bool(setting), "as set"
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
-        return False, "no C++ compiler is at hand"
-    seconds = flops / ASSUMED_FLOPS[device.type] if seconds is None else seconds
-    enough = MIN_COMPILE_SECONDS[device.type]
-    length = f"about {seconds:.0f} s of training"
-    return (True, f"{length} repay it") if seconds >= enough else (False, f"{length} would not repay it")
+        return False, "no C++ compiler found"
+    seconds = run_flops / ASSUMED_FLOPS[device.type] if run_seconds is None else run_seconds
+    training = f"about {seconds:.0f} s of training"
+    if seconds >= MIN_COMPILE_SECONDS[device.type]:
+        return True, f"{training}: long enough"
+    return False, f"{training}: too short to benefit"
 
 
 def compile_with_fallback(
-    model: nn.Module, try_it: Callable[[nn.Module], None], warn: Callable[[str], None]
+    model: nn.Module, warmup: Callable[[nn.Module], None], warn: Callable[[str], None]
 ) -> nn.Module:
-    """torch.compile(model), once `try_it` has run on it; the model, after one warning, where that fails."""
+    """torch.compile(model), after `warmup` has run on it; if that fails, a warning and `model` itself."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's hints are for its own developers
-            fast = torch.compile(model)
-            try_it(fast)
-    except Exception as error:  # whatever a compiler may raise: eager gives the same numbers
-        warn(f"torch.compile failed ({type(error).__name__}: {_first_line(error)}); going on without it")
+            compiled = torch.compile(model)
+            warmup(compiled)
+    except Exception as error:  # compilers may raise anything; without compilation the result is the same
+        warn(f"torch.compile failed ({type(error).__name__}: {_first_line(error)}); continuing without it")
         torch._dynamo.reset()
         return model
-    return fast
+    return compiled
 
 
-def _rows_at_once(rows: int, length: int) -> int:
-    """The largest divisor of `rows` that makes no more than CPU_TOKENS_AT_ONCE tokens of `length` each."""
+def _rows_per_pass(rows: int, length: int) -> int:
+    """The largest divisor of `rows` with at most CPU_MAX_TOKENS tokens in that many sequences of `length`."""
     return max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= CPU_MAX_TOKENS), default=1)
 
 

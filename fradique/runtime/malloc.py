@@ -1,18 +1,19 @@
-"""TODO."""
+"""Options of glibc's malloc for training on a CPU. Process-wide: only device.configure_process sets them."""
 
 import ctypes
 import os
 import sys
 from contextlib import suppress
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # from malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep what is freed: a step wants the same memory again, and to get it anew from
-    the kernel, page by page, takes up to half of the step's time. No such malloc: nothing happens.
+    """Make malloc keep freed memory instead of returning it to the kernel.
 
-    And ask torch for huge pages, which it looks for at its first tensor: weights are read a tenth faster.
+    Every step needs the same memory again, and fetching it page by page takes up to half of the step time.
+    Also ask torch for huge pages, with which weights are read 10% faster; torch reads the environment
+    variable when it allocates its first tensor. Does nothing with other malloc implementations.
     """
     if sys.platform.startswith("linux"):
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -20,8 +21,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Tell glibc's malloc to give large tensors back at once: of a model in parts, what is gathered and let
-    go among what is kept would leave holes, which take up to as much as the parts save.
+    """Make malloc return large tensors to the kernel at once, for sharded models.
+
+    Gathered parameters are freed between tensors that stay; the heap fragmentation would take up to as much
+    memory as sharding saves.
     """
     set_malloc_options(
         {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 1 << 27, M_TOP_PAD: 1 << 17, M_MMAP_THRESHOLD: 4 << 20}
@@ -29,7 +32,8 @@ def return_freed_memory() -> None:
 
 
 def set_malloc_options(options: dict[int, int]) -> None:
+    """Call glibc's mallopt for each {option: value}."""
     if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):  # another malloc
+        with suppress(OSError, AttributeError):  # no glibc
             for option, value in options.items():
                 ctypes.CDLL(None).mallopt(option, value)

@@ -61,7 +61,7 @@ def mean_loss(
     model.eval()
     batches = split.batches(windows, batch_size, runtime.rank, runtime.world)
     for batch in process_group.lockstep(batches) if runtime.sharded else batches:
-        x, y = runtime.move(*(batch or IDLE_BATCH))
+        x, y = runtime.to_device(*(batch or IDLE_BATCH))
         with runtime.autocast():
             loss = model(x, y, with_logits=False)[1]
         if batch is None:  # the other ranks needed this rank's shard of the model, not its loss
@@ -79,7 +79,7 @@ def mean_loss(
 def estimate_loss(t: Trainer) -> dict[str, SplitLoss]:
     """Loss of "train" and "val" on eval_iters batches of windows spread over each: always the same ones."""
     settings = t.settings
-    batch_size = t.runtime.rows_at_once(settings.batch_size, settings.block_size)
+    batch_size = t.runtime.max_eval_rows(settings.batch_size, settings.block_size)
     losses = {}
     for name, split in (("train", t.corpus.train), ("val", t.corpus.val)):
         windows = split.fixed_windows(settings.block_size, settings.eval_iters * settings.batch_size)
@@ -90,7 +90,7 @@ def estimate_loss(t: Trainer) -> dict[str, SplitLoss]:
 def evaluate_val_split(t: Trainer) -> SplitMetrics:
     """Loss, perplexity and bits per byte on the whole validation split, in adjacent windows."""
     split, block_size = t.corpus.val, t.settings.block_size
-    batch_size = t.runtime.rows_at_once(t.settings.batch_size, block_size)
+    batch_size = t.runtime.max_eval_rows(t.settings.batch_size, block_size)
     loss = mean_loss(t.model, split, split.all_windows(block_size), batch_size, t.runtime).loss
     text_bytes = split.count_text_bytes(t.corpus.tokenizer) * split.targets / split.tokens
     bits = loss * split.targets / math.log(2)

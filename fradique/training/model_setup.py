@@ -16,10 +16,11 @@ from fradique.data.dataset import Corpus
 from fradique.distributed import process_group
 from fradique.nn import lora
 from fradique.optim import optimizer
-from fradique.pretrained import hf_config, loader
-from fradique.runtime import memory_limits
+from fradique.pretrained import loader
+from fradique.pretrained.model_config import parse_model_config
 from fradique.runtime.device import Runtime
 from fradique.runtime.memory_estimate import MemoryPlan
+from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -74,16 +75,16 @@ def _last_checkpoint(settings: TrainSettings, corpus: Corpus) -> ModelSource:
     else:
         checkpoint = checkpoints.read_checkpoint(newest, verified=True)
         tensors = checkpoint.model
-    saved_config = {name: value for name, value in checkpoint.config.items() if name != lora.LORA_ALPHA}
-    hf_config.check_model_config(saved_config, tensors, str(newest / "model.json"))
-    config = model_config(settings, checkpoint.config["vocab_size"])
+    values = {name: value for name, value in checkpoint.config.items() if name != lora.LORA_ALPHA}
+    saved_config = parse_model_config(values, tensors, str(newest / "model.json"))
+    config = model_config(settings, saved_config.vocab_size)
     return ModelSource(config, checkpoint=checkpoint)
 
 
 def _pretrained(settings: TrainSettings, corpus: Corpus) -> ModelSource:
     """Weights of another run, of Hugging Face's or nanoGPT's; their shape replaces that of the settings."""
     weights = loader.load_weights(settings.init_from)
-    config = GPTConfig(**weights.config | {"dropout": settings.dropout, "flash": settings.flash})
+    config = replace(weights.config, dropout=settings.dropout, flash=settings.flash)
     loader.check_tokenizer_matches(weights, corpus.tokenizer, corpus.folder)
     if weights.tokenizer is None:
         _print_warning(
@@ -100,14 +101,14 @@ def _pretrained(settings: TrainSettings, corpus: Corpus) -> ModelSource:
     return ModelSource(config, settings=shape, weights=weights)
 
 
-def build_model(settings: TrainSettings, source: ModelSource, runtime: Runtime) -> GPT:
+def build_model(settings: TrainSettings, source: ModelSource, runtime: Runtime, oom: OomReport) -> GPT:
     """The model in memory, with LoRA or frozen layers, and a warning if the run may not fit into memory.
 
     Of a sharded run that is resumed the weights come later, by `read_shards`.
     """
     torch.manual_seed(settings.seed)
     if source.checkpoint is not None:
-        model = _resumed_model(settings, source, runtime)
+        model = _resumed_model(settings, source, runtime, oom)
     elif source.weights is not None:
         with torch.device("meta"):  # no memory yet: the loaded tensors become the parameters
             model = GPT(source.config)
@@ -115,20 +116,20 @@ def build_model(settings: TrainSettings, source: ModelSource, runtime: Runtime) 
         if settings.block_size < model.config.block_size:
             model.crop_block_size(settings.block_size)
         select_trainable(model, settings)
-        warn_if_too_large(settings, model.config, runtime, lora.count_trainable(model))
+        _check_memory(settings, model.config, runtime, oom, lora.count_trainable(model))
     else:
-        warn_if_too_large(settings, source.config, runtime)
+        _check_memory(settings, source.config, runtime, oom)
         model = GPT(source.config)
         select_trainable(model, settings)
     model.gradient_checkpointing = settings.gradient_checkpointing
     return model
 
 
-def _resumed_model(settings: TrainSettings, source: ModelSource, runtime: Runtime) -> GPT:
+def _resumed_model(settings: TrainSettings, source: ModelSource, runtime: Runtime, oom: OomReport) -> GPT:
     with torch.device("cpu" if runtime.sharded else "meta"):
         model = GPT(source.config)
         select_trainable(model, settings)
-    warn_if_too_large(settings, source.config, runtime, lora.count_trainable(model))
+    _check_memory(settings, source.config, runtime, oom, lora.count_trainable(model))
     if not runtime.sharded:
         checkpoints.assign_parameters(model, source.checkpoint.model, str(source.checkpoint.folder))
     _check_same_model(source, Path(settings.out_dir))
@@ -160,11 +161,15 @@ def select_trainable(model: nn.Module, settings: TrainSettings) -> None:
         lora.freeze(model, settings.freeze)
 
 
-def warn_if_too_large(
-    settings: TrainSettings, config: GPTConfig, runtime: Runtime, trainable: int | None = None
+def _check_memory(
+    settings: TrainSettings,
+    config: GPTConfig,
+    runtime: Runtime,
+    oom: OomReport,
+    trainable: int | None = None,
 ) -> None:
     """Warn if the run will need more memory than there is. `trainable`: parameters; None: all."""
-    warning = memory_limits.check_memory(memory_plan(settings, config, runtime, trainable), runtime.device)
+    warning = oom.check(memory_plan(settings, config, runtime, trainable), runtime.device)
     if warning and runtime.is_main:
         _print_warning(warning)
 
@@ -174,7 +179,7 @@ def memory_plan(
 ) -> MemoryPlan:
     """What the memory of a run depends on. `trainable`: how many parameters are trained; None: all."""
     return MemoryPlan(
-        shape=config,
+        config=config,
         batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         device=runtime.device.type,
@@ -183,7 +188,7 @@ def memory_plan(
         parallel=settings.parallel,
         world=runtime.world,
         gradient_checkpointing=settings.gradient_checkpointing,
-        trained=trainable,
+        trainable=trainable,
     )
 
 

@@ -50,7 +50,7 @@ def save_checkpoint(t: Trainer, best: bool = False) -> None:
             way = fsdp.ShardedWriter
         checkpoint.save_and_prune(t.folder, saved, best=best, last=t.settings.keep_checkpoints, way=way)
     t.saved_step = t.state.step
-    t.runtime.wait()
+    t.runtime.barrier()
 
 
 def load_best_weights(t: Trainer) -> None:

@@ -22,6 +22,7 @@ from fradique.distributed import process_group
 from fradique.optim import optimizer
 from fradique.runtime import device as devices
 from fradique.runtime.device import Runtime
+from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer import tokenizer as tokenizers
 from fradique.training import logger, model_setup, outputs
 from fradique.training.model_setup import ModelSource
@@ -41,22 +42,23 @@ def setup_training(
     notes: tuple[str, ...] = (),
     average_gradients: bool = True,
     started: float | None = None,
+    oom: OomReport | None = None,
 ) -> Trainer:
     """Everything that the training loop needs. Under torchrun all ranks call it.
 
     `notes` are logged with the automatic choices. Without `average_gradients` each rank keeps its own
-    gradients. `started` is time.monotonic() at the start of the process. Raises ValueError, saying what to
+    gradients. `started` is time.monotonic() at the start of the process; `oom` learns how much memory the
+    run needs. Raises ValueError, saying what to
     type, if corpus, weights, machine or out_dir do not fit the settings.
     """
     started = time.monotonic() if started is None else started
-    devices.join_run(settings.device, settings.backend, settings.dist_timeout)
     check_run_folder(settings)
     corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
     source = model_setup.find_model(settings, corpus)
     settings = replace(settings, **source.settings)
     runtime = choose_runtime(settings, source, notes, average_gradients)
     sampler = make_sampler(settings, corpus, runtime)
-    model = model_setup.build_model(settings, source, runtime)
+    model = model_setup.build_model(settings, source, runtime, oom or OomReport())
     place_model(model, runtime)
     optimizers, scaler, state = make_optimizers(settings, model, source.checkpoint, runtime)
     check_optional_parts(settings, corpus)
@@ -105,9 +107,7 @@ def choose_runtime(
         device=settings.device,
         dtype=settings.dtype,
         compile=False if settings.eval_only else settings.compile,
-        backend=settings.backend,
         parallel=settings.parallel if average_gradients else "ddp",
-        timeout=settings.dist_timeout,
         n_embd=source.config.n_embd,
         vocab_size=source.config.vocab_size,
         run_flops=float(flops_per_token * tokens_per_step(settings) * settings.max_iters),
@@ -175,7 +175,7 @@ def claim_folder(
     settings: TrainSettings, corpus: dataset.Corpus, runtime: Runtime, resumed: TrainState | None
 ) -> run_folder.RunLock | None:
     """Lock the run folder and write settings.json and tokenizer.json into it, on rank 0."""
-    runtime.wait()  # until every rank has read the folder as it was
+    runtime.barrier()  # until every rank has read the folder as it was
     lock = None
     if runtime.is_main and not settings.eval_only:
         decided = {
@@ -192,7 +192,7 @@ def claim_folder(
             go_on_from=resumed.step if resumed else None,
             overwrite=settings.overwrite,
         )
-    runtime.wait()
+    runtime.barrier()
     return lock
 
 
@@ -239,7 +239,7 @@ def prepare_forward(t: Trainer, average_gradients: bool) -> None:
     if t.runtime.compile:
         t.forward = devices.compile_with_fallback(t.model, lambda model: warmup_pass(t, model), t.log.warn)
     if average_gradients:
-        t.forward = t.runtime.wrap(t.forward)
+        t.forward = t.runtime.wrap_ddp(t.forward)
         if t.runtime.world > 1 and not t.runtime.sharded:
             # DDP lays out its gradient buckets in the first backward pass; without this pass the order of
             # sums in a resumed run would differ from that of an uninterrupted one
@@ -249,7 +249,7 @@ def prepare_forward(t: Trainer, average_gradients: bool) -> None:
 def warmup_pass(t: Trainer, forward: nn.Module) -> None:
     """A forward and backward pass on the next batch, whose gradients are discarded."""
     batches = t.sampler.micro_batches(t.state.step, t.runtime.rank, t.runtime.world)
-    x, y = t.runtime.move(*t.runtime.slices(batches)[0])
+    x, y = t.runtime.to_device(*t.runtime.split_microbatches(batches)[0])
     with t.runtime.autocast():
         loss = forward(x, y, with_logits=False)[1]
     loss.backward()

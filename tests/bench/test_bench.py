@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they report fits together. No test asserts a time."""
+"""The benchmarks run, and their results are consistent. No test asserts a time."""
 
 import json
 import math
@@ -23,7 +23,7 @@ STEPS = ["--gradient_accumulation_steps=2", "--compile=False", "--max_iters=1000
 
 
 def run(capsys, *argv):
-    """The last line of what a benchmark prints, read as JSON, and all lines."""
+    """The results in the last line that bench.train prints (JSON), and all lines."""
     bench_train.main([*argv, *SMALL, *STEPS])
     lines = capsys.readouterr().out.splitlines()
     return json.loads(lines[-1])["results"], lines
@@ -35,7 +35,7 @@ def no_long_measurements(monkeypatch):
     monkeypatch.setattr(machine, "matmul_peaks", lambda device: {"float32": 1e12, "bfloat16": 2e12})
 
 
-def test_a_step_is_measured_beside_the_textbook_step(capsys):
+def test_a_step_is_compared_with_the_textbook_step(capsys):
     (result,), lines = run(capsys, "--baseline", "--rounds", "2", "--dataset=nothing_char")
     assert result["ratio"] > 0 and result["tokens_per_second"] > 0 and result["peak_memory_bytes"] > 1 << 20
     assert result["dtype"] == "float32" and result["compile"] is False
@@ -44,20 +44,20 @@ def test_a_step_is_measured_beside_the_textbook_step(capsys):
     assert any("times as fast as the textbook step" in line for line in lines)
 
 
-def test_each_config_is_measured_with_the_flags_that_all_share(capsys, tmp_path):
+def test_each_config_is_measured_with_all_flags(capsys, tmp_path):
     for name, n_layer in (("one", 1), ("two", 2)):
         (tmp_path / f"{name}.py").write_text(f"n_layer = {n_layer}\ndataset = 'nothing_char'\n")
     configs = [str(tmp_path / "one.py"), str(tmp_path / "two.py")]
     results, _ = run(capsys, *configs, "--rounds", "1")
     assert [r["config"] for r in results] == ["one", "two"]
-    assert bench_train.each_config(["--n_layer=1", *configs])[1] == [configs[1], "--n_layer=1"]
+    assert bench_train.split_by_config(["--n_layer=1", *configs])[1] == [configs[1], "--n_layer=1"]
 
 
-def test_a_prepared_corpus_is_used_and_one_that_is_not_there_is_made_up(settings, tmp_path):
-    there = bench_train.settings_for(flags(settings), tmp_path)
-    assert (there.data_dir, there.dataset) == (settings.data_dir, "tiny")
-    made_up = bench_train.settings_for(["--dataset=openwebtext", "--data_dir=nowhere"], tmp_path)
-    assert made_up.dataset == "random" and (tmp_path / "data" / "random" / "train.bin").exists()
+def test_random_tokens_replace_a_missing_corpus(settings, tmp_path):
+    prepared = bench_train.settings_for(flags(settings), tmp_path)
+    assert (prepared.data_dir, prepared.dataset) == (settings.data_dir, "tiny")
+    random = bench_train.settings_for(["--dataset=openwebtext", "--data_dir=nowhere"], tmp_path)
+    assert random.dataset == "random" and (tmp_path / "data" / "random" / "train.bin").exists()
 
 
 def test_a_trace_is_written(capsys, tmp_path, monkeypatch):
@@ -66,11 +66,11 @@ def test_a_trace_is_written(capsys, tmp_path, monkeypatch):
     assert "traceEvents" in json.loads((tmp_path / "trace-defaults.json").read_text())
 
 
-def test_the_textbook_model_is_gpt_2():
-    """The same parameters and, with our model's weights, the same loss."""
+def test_the_baseline_model_is_gpt_2():
+    """It has the same parameters and, with our weights, the same loss."""
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
     torch.manual_seed(0)
-    ours, theirs = GPT(config), textbook.Textbook(SimpleNamespace(**vars(config)))
+    ours, baseline = GPT(config), textbook.BaselineGPT(SimpleNamespace(**vars(config)))
     renamed = {
         "transformer.wte": "wte",
         "transformer.wpe": "wpe",
@@ -78,22 +78,25 @@ def test_the_textbook_model_is_gpt_2():
         "transformer.h.": "blocks.",
         ".mlp.": ".",
     }
-    held = {}
+    weights = {}
     for name, value in ours.state_dict().items():
         for old, new in renamed.items():
             name = name.replace(old, new)
-        held[name] = value
-    theirs.load_state_dict(held)
+        weights[name] = value
+    baseline.load_state_dict(weights)
     idx = torch.arange(16).view(2, 8) % 11
-    torch.testing.assert_close(theirs(idx, idx)[1], ours(idx, idx)[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(baseline(idx, idx)[1], ours(idx, idx)[1], rtol=1e-5, atol=0)
 
 
-def test_a_process_that_dies_is_told_of():
-    with pytest.raises(RuntimeError, match="has ended"), textbook.Beside({"device": "cpu"}) as beside:
-        beside.run(1)
+def test_a_baseline_process_that_dies_raises():
+    with (
+        pytest.raises(RuntimeError, match="has ended"),
+        textbook.BaselineProcess({"device": "cpu"}) as process,
+    ):
+        process.run(1)
 
 
-def test_writing_is_measured_beside_transformers(capsys, monkeypatch):
+def test_generation_is_compared_with_transformers(capsys, monkeypatch):
     tiny = GPTConfig(block_size=32, vocab_size=11, n_layer=1, n_head=2, n_embd=16)
     monkeypatch.setitem(bench_sample.SHAPES, "char", tiny)
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
@@ -105,28 +108,30 @@ def test_writing_is_measured_beside_transformers(capsys, monkeypatch):
     assert result["limit_tokens_per_second"] == pytest.approx(1e9 / weights)
     for batch in (1, 16):
         assert result[f"decode_{batch}"]["huggingface_ratio"] > 0
-    assert any("writing 16 rows" in line and "Hugging Face's" in line for line in lines)
+    assert any("decode, 16 rows" in line and "Hugging Face's" in line for line in lines)
 
 
-def test_loading_is_measured_beside_a_loop(monkeypatch):
+def test_batches_are_compared_with_a_loop(monkeypatch):
     monkeypatch.setattr(bench_data, "LOADED_TOKENS", 1 << 16)
     monkeypatch.setattr(bench_data, "BATCHES", 2)
-    rates = bench_data.measure_loading(rounds=1)
+    rates = bench_data.measure_batches(rounds=1)
     assert rates["ratio"] == pytest.approx(rates["mtokens_s"] / rates["loop_mtokens_s"])
 
 
-def test_reading_is_measured_from_memory_and_from_the_disk(capsys, monkeypatch):
-    for name, value in (("SHARDS", ()), ("SHAPES", ((8, 2),)), ("HELD_TOKENS", 1000)):
+def test_reading_is_measured_from_memory(capsys, monkeypatch):
+    for name, value in (("SHARDS", ()), ("SHAPES", ((8, 2),)), ("MEMORY_TOKENS", 1000)):
         monkeypatch.setattr(dataloader, name, value)
     dataloader.main(["--rounds=1", "--processes=1"])
     *lines, last = capsys.readouterr().out.splitlines()
     rates = json.loads(last)["rates"]
-    assert [(rate["from"], rate["shards"]) for rate in rates] == [("memory", 1)]  # a process takes seconds
+    assert [(rate["from"], rate["shards"]) for rate in rates] == [
+        ("memory", 1)
+    ]  # starting a process takes seconds
     assert len(lines) == 2 and all(rate["best_mb_s"] >= rate["mb_s"] > 0 for rate in rates)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
-def test_the_memory_of_training_is_told_beside_sparse_shards(capsys):
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_memory_of_training_with_sparse_shards(capsys):
     dataloader.main(["--sparse=0.1", "--steps=2"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("small", "large"):
@@ -136,7 +141,7 @@ def test_the_memory_of_training_is_told_beside_sparse_shards(capsys):
 # bench.quality
 
 
-def test_quality_runs_configs_and_tells_what_they_reached(capsys, data_dir, tmp_path):
+def test_quality_reports_what_configs_reach(capsys, data_dir, tmp_path):
     config = tmp_path / "small.py"
     config.write_text(
         "max_iters = 12\nlog_interval = 3\neval_interval = 4\neval_iters = 1\nwarmup_iters = 1\n"
@@ -144,13 +149,13 @@ def test_quality_runs_configs_and_tells_what_they_reached(capsys, data_dir, tmp_
     words = [str(config), *SMALL, "--compile=False", f"--data_dir={data_dir}", "--dataset=tiny"]
     bench_quality.main([*words, "--to", "100"])
     lines = capsys.readouterr().out.splitlines()
-    (found,) = json.loads(lines[-1])["results"]
-    assert found["steps"] == 12 and found["tokens"] == 12 * 2 * 16 * 40
-    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2), rel=0.1)  # é is two bytes
-    assert 0 < found["training_seconds"] < found["seconds"]
-    assert found["to"] == {"step": 0, "tokens": 0, "training_seconds": 0.0}
-    assert f"| small |  | {found['bits_per_byte']:.3f} |" in lines
-    assert "that low at step 0" in lines[0]
+    (result,) = json.loads(lines[-1])["results"]
+    assert result["steps"] == 12 and result["tokens"] == 12 * 2 * 16 * 40
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2), rel=0.1)  # é is two bytes
+    assert 0 < result["training_seconds"] < result["seconds"]
+    assert result["to"] == {"step": 0, "tokens": 0, "training_seconds": 0.0}
+    assert f"| small |  | {result['bits_per_byte']:.3f} |" in lines
+    assert "reached --to at step 0" in lines[0]
 
 
 def test_a_run_that_fails_ends_the_benchmark_with_its_message(data_dir):
@@ -158,7 +163,7 @@ def test_a_run_that_fails_ends_the_benchmark_with_its_message(data_dir):
         bench_quality.main(["config/train_python_char.py", "--n_embd=15", f"--data_dir={data_dir}"])
 
 
-def test_training_seconds_are_those_of_the_steps_before():
+def test_training_seconds_follow_the_logged_steps():
     lines = [
         {"step": 0, "eval_val_loss": 5.0, "tokens": 0},
         {"step": 10, "step_seconds": 0.5},
@@ -173,7 +178,7 @@ def test_training_seconds_are_those_of_the_steps_before():
     assert bench_quality.reached(lines, 1.9) is None
 
 
-def test_the_table_has_a_row_for_each_config_and_corpus_and_a_column_for_each_budget():
+def test_a_row_per_config_and_corpus_a_column_per_budget():
     results = [
         {"config": config, "corpus": "eca", "budget": budget, "bits_per_byte": value}
         for config, budget, value in [("a", "1m", 2.0), ("a", "5m", 1.5), ("b", "5m", 1.25)]
@@ -186,25 +191,25 @@ def test_the_table_has_a_row_for_each_config_and_corpus_and_a_column_for_each_bu
     ]
 
 
-def test_transformers_is_not_asked_for_more_than_the_block(capsys):
+def test_transformers_cannot_generate_beyond_the_block(capsys):
     with pytest.raises(SystemExit):
         bench_sample.main(["--shape=char", "--huggingface", "--tokens=256"])
-    assert "no further than the block" in capsys.readouterr().err
+    assert "more than block_size tokens" in capsys.readouterr().err
 
 
 # bench.reference
 
 
-def test_the_references_are_measured_beside_torch(capsys):
+def test_the_references_are_compared_with_torch(capsys):
     words = ["--n_layer=1", "--n_embd=64", "--batch=2", "--block=8", "--rounds=1", "--seconds=0.05"]
     assert bench_reference.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = json.loads(lines[-1])
-    assert found["parameters"] == 50257 * 64 + 1024 * 64 + 12 * 64 * 64 + 13 * 64 + 2 * 64
-    assert found["pytorch"]["ratio"] == 1 and found["plain_python_tokens_per_second"] > 0
-    for side in {"numpy", "c"} & set(found):
-        rates = found[side]
+    result = json.loads(lines[-1])
+    assert result["parameters"] == 50257 * 64 + 1024 * 64 + 12 * 64 * 64 + 13 * 64 + 2 * 64
+    assert result["pytorch"]["ratio"] == 1 and result["plain_python_tokens_per_second"] > 0
+    for name in {"numpy", "c"} & set(result):
+        rates = result[name]
         assert rates["ratio"] == pytest.approx(
-            rates["tokens_per_second"] / found["pytorch"]["tokens_per_second"], rel=1e-6
+            rates["tokens_per_second"] / result["pytorch"]["tokens_per_second"], rel=1e-6
         )
-    assert "c" in found or shutil.which("cc") is None
+    assert "c" in result or shutil.which("cc") is None

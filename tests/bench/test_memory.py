@@ -1,4 +1,4 @@
-"""The table of memory, and the measuring of a small run."""
+"""The table of computed memory, and the measurement of a small run."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from bench import memory as bench_memory
 
 
-def test_the_table_has_a_row_for_each_of_gpt2_s_sizes_and_ways_to_share(capsys):
+def test_the_table_has_a_row_per_size_and_kind_of_parallelism(capsys):
     bench_memory.main([])
     *table, last = capsys.readouterr().out.splitlines()
     rows = json.loads(last)["rows"]
@@ -19,17 +19,17 @@ def test_the_table_has_a_row_for_each_of_gpt2_s_sizes_and_ways_to_share(capsys):
         "gpt2-large": 774,
         "gpt2-xl": 1557,
     }
-    (alone,) = (
+    (single,) = (
         row
         for row in rows
         if (row["model"], row["cards"], row["batch_size"], row["gradient_checkpointing"])
         == ("gpt2", 1, 12, False)
     )
-    # weights, gradients and two averages of AdamW in float32, and 16-bit copies of the linear layers
-    assert alone["staying_bytes"] == pytest.approx(16 * 124.4e6 + 2 * 85e6, rel=0.01)
+    # weights, gradients and both moments of AdamW in float32, and 16-bit copies of the linear layers
+    assert single["staying_bytes"] == pytest.approx(16 * 124.4e6 + 2 * 85e6, rel=0.01)
 
 
-def test_an_estimate_is_put_beside_the_peak_of_a_process(capsys):
+def test_the_estimate_is_compared_with_the_peak_of_a_process(capsys):
     words = [
         "--n_layer=2",
         "--n_head=2",
@@ -40,10 +40,9 @@ def test_an_estimate_is_put_beside_the_peak_of_a_process(capsys):
     ]
     words += ["--gradient_accumulation_steps=2", "--dataset=none_char", "--device=cpu"]
     bench_memory.main(["--measure", *words])
-    told, last = capsys.readouterr().out.splitlines()
-    (found,) = json.loads(last)["results"]
-    assert found["ratio"] == found["estimated_bytes"] / found["measured_bytes"]
-    assert found["ratio"] == pytest.approx(
-        1, abs=0.35
-    )  # so small a run is mostly what the process itself takes
-    assert f"ratio {found['ratio']:.2f}" in told
+    report, last = capsys.readouterr().out.splitlines()
+    (result,) = json.loads(last)["results"]
+    assert result["ratio"] == result["estimated_bytes"] / result["measured_bytes"]
+    # the memory of such a small run is mostly that of the process itself
+    assert result["ratio"] == pytest.approx(1, abs=0.35)
+    assert f"ratio {result['ratio']:.2f}" in report

@@ -28,6 +28,8 @@ def main(resolved):
         print(settings.n_layer, resolved.sources["n_layer"])
     if settings.mode == "value":
         raise ValueError("the corpus is missing")
+    if settings.mode == "memory":
+        raise MemoryError
     if settings.mode == "empty":
         raise ValueError
     if settings.mode == "library":
@@ -86,6 +88,10 @@ def test_invalid_settings_give_one_message_and_status_2(toy):
 def test_a_mistake_of_the_user_gives_one_message_and_status_2(toy):
     assert toy("--mode=value") == (2, "", "error: the corpus is missing\n")
     assert toy("--mode=os") == (2, "", "error: not/there.txt: No such file or directory\n")
+
+
+def test_a_memory_error_gives_one_message_and_status_2(toy):
+    assert toy("--mode=memory") == (2, "", "error: not enough memory\n" + HINT)
 
 
 def test_only_unexpected_errors_get_the_hint_to_debug(toy):

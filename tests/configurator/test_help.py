@@ -16,7 +16,7 @@ def test_help_shows_meaning_range_and_default_by_group():
     assert "--dropout share of activations dropped (a number, between 0.0 and 1.0; default 0.0)" in text
     assert "--learning_rate peak learning rate (a number, above 0; default 0.0006)" in text
     assert "--device device (one of 'auto', 'cpu', 'cuda', 'mps'; default 'auto')" in text
-    order = ["run:", "--out_dir", "--dataset", "model:", "--n_layer", "optimization:", "all commands:"]
+    order = ["run:", "--out_dir", "--dataset", "model:", "--n_layer", "optimization:", "general:"]
     positions = [text.index(f" {word} ") for word in [*order, "--print_settings", "--debug"]]
     assert positions == sorted(positions)
 

@@ -36,8 +36,9 @@ from fradique.data import build, dataset, documents, text  # noqa: E402
 from fradique.data import sampler as samplers  # noqa: E402
 from fradique.optim import optimizer  # noqa: E402
 from fradique.pretrained import export  # noqa: E402
+from fradique.runtime.memory_limits import OomReport  # noqa: E402
 from fradique.tokenizer import tokenizer as tokenizers  # noqa: E402
-from fradique.training import loss_plot, setup, time_budget  # noqa: E402
+from fradique.training import loss_plot, model_setup, setup, time_budget  # noqa: E402
 from fradique.training.trainer import TrainState  # noqa: E402
 from lab import common, report  # noqa: E402
 from model import GPTConfig  # noqa: E402
@@ -280,19 +281,20 @@ def continue_run(here: Path) -> None:
     resolved = configurator.resolve(TrainSettings, ["--device=cpu"], saved, "settings.json")
 
     opened = dataset.Corpus(here, None, None, tokenizers.CharTokenizer(seeds.CHARS))
-    model, found, held = setup.make_model(
-        replace(resolved.settings, out_dir=str(here), init_from="resume"), opened
-    )
+    settings = replace(resolved.settings, out_dir=str(here), init_from="resume")
+    source = model_setup.find_model(settings, opened)
+    runtime = setup.choose_runtime(settings, source, (), average_gradients=True)
+    model = model_setup.build_model(settings, source, runtime, OomReport())
     built = optimizer.build_optimizers(
         model,
-        name=found.optimizer,
+        name=settings.optimizer,
         learning_rate=1e-3,
         betas=(0.9, 0.95),
         weight_decay=0.1,
         muon_learning_rate=0.02,
         muon_momentum=0.95,
     )
-    optimizer.load_state_by_name(built, held.optimizer)
+    optimizer.load_state_by_name(built, source.checkpoint.optimizer)
 
 
 def checkpoint_tensors(data: bytes) -> None:
@@ -357,7 +359,7 @@ def prompt(data: bytes) -> None:
         sample.read_prompt(f"FILE:{stop}") if not stop.startswith("/") else None
         time_budget.parse_duration(words)
         tokenizers.parse_spec(words)
-        expect(len(str(common.problems_of_numbers("sizes", words, 0.0))) < 500, "a long message")
+        expect(len(str(common.number_problems("sizes", words, 0.0))) < 500, "a long message")
 
 
 def prompt_of(tokenizer: tokenizers.Tokenizer, start: str, stop: str) -> None:
@@ -370,7 +372,7 @@ def prompt_of(tokenizer: tokenizers.Tokenizer, start: str, stop: str) -> None:
         shown += row.feed(token)
     shown += row.flush()
     expect(not stop or stop not in shown, "went on after the stop")
-    common.labels(tokenizer, ids[:50])
+    common.token_labels(tokenizer, ids[:50])
 
 
 def corpus_text(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What a head looks at: against transformers, the plain path's softmax, and patterns known beforehand."""
+"""Attention weights against transformers, the model's own softmax, and patterns known in closed form."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 
 
-def test_the_weights_are_those_of_transformers(tmp_path):
+def test_weights_equal_those_of_transformers(tmp_path):
     torch.manual_seed(0)
     shape = {
         "n_positions": 16,
@@ -32,71 +32,71 @@ def test_the_weights_are_those_of_transformers(tmp_path):
         "initializer_range": 0.5,
     }
     config = GPT2Config(**shape, attn_implementation="eager", bos_token_id=0, eos_token_id=0)
-    theirs = GPT2LMHeadModel(config).eval()
-    theirs.save_pretrained(tmp_path)
-    weights = loader.load_weights(str(tmp_path))
-    ours = GPT(GPTConfig(**weights.config))
-    checkpoint.copy_parameters(ours, weights.tensors, weights.source)
+    hf_model = GPT2LMHeadModel(config).eval()
+    hf_model.save_pretrained(tmp_path)
+    loaded = loader.load_weights(str(tmp_path))
+    model = GPT(GPTConfig(**loaded.config))
+    checkpoint.copy_parameters(model, loaded.tensors, loaded.source)
     ids = torch.randint(50, (1, 11))
     with torch.no_grad():
-        expected = torch.cat(theirs(ids, output_attentions=True).attentions)
-    found = attention.attention_weights(ours, ids)
-    assert found.std() > 0.1  # they differ from head to head and from token to token
-    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+        expected = torch.cat(hf_model(ids, output_attentions=True).attentions)
+    weights = attention.attention_weights(model, ids)
+    assert weights.std() > 0.1  # they differ between heads and between tokens
+    np.testing.assert_allclose(weights, expected.numpy(), atol=1e-5)
 
 
-class Softmaxes(TorchDispatchMode):
-    """Keeps what every softmax over four dimensions gives."""
+class RecordSoftmaxes(TorchDispatchMode):
+    """Records the output of every softmax of a 4D tensor."""
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.outputs = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._softmax.default and out.dim() == 4:
-            self.found.append(out[0].numpy())
+            self.outputs.append(out[0].numpy())
         return out
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_weights_are_those_of_the_plain_paths_softmax(name, architecture):
+def test_weights_equal_the_softmax_of_the_unfused_path(name, architecture):
     model = random_model(architecture(name, flash=True)).eval()
-    plain = random_model(architecture(name, flash=False)).eval()
-    plain.load_state_dict(model.state_dict())
+    unfused = random_model(architecture(name, flash=False)).eval()
+    unfused.load_state_dict(model.state_dict())
     ids = torch.randint(model.config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), Softmaxes() as softmaxes:
-        plain(ids, prefix=ids.size(1))
+    with torch.no_grad(), RecordSoftmaxes() as softmaxes:
+        unfused(ids, prefix=ids.size(1))
         logits = model(ids)[0]
-    found = attention.attention_weights(model, ids)
-    assert len(softmaxes.found) == model.config.n_layer
-    np.testing.assert_allclose(found, np.stack(softmaxes.found), atol=1e-5)
-    np.testing.assert_allclose(found.sum(-1), 1.0, atol=1e-5)
+    weights = attention.attention_weights(model, ids)
+    assert len(softmaxes.outputs) == model.config.n_layer
+    np.testing.assert_allclose(weights, np.stack(softmaxes.outputs), atol=1e-5)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(model(ids)[0], logits)  # it is left as it was
+        assert torch.equal(model(ids)[0], logits)  # the model is unchanged
 
 
 @pytest.mark.parametrize("position", ["none", "alibi"])
-def test_heads_that_ask_nothing_read_alike_or_by_distance(position):
-    """Queries of 0 leave what position alone says: all the same, or e^(-slope distance)."""
+def test_zero_queries_give_uniform_or_alibi_weights(position):
+    """With queries of 0, weights depend on position alone: all equal, or e^(-slope distance)."""
     config = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4, position=position)
     model = GPT(config)
     with torch.no_grad():
         model.transformer["h"][0].attn.c_attn.weight.zero_()
-    found = attention.attention_weights(model, torch.arange(5)[None])[0, 0]
+    weights = attention.attention_weights(model, torch.arange(5)[None])[0, 0]
     distance = np.arange(5)[:, None] - np.arange(5)
-    slope = 2**-8 if position == "alibi" else 0.0  # of the only head (Press et al. 2022)
+    slope = 2**-8 if position == "alibi" else 0.0  # of a single head (Press et al. 2022)
     pattern = np.where(distance >= 0, np.exp(-slope * distance), 0)
-    np.testing.assert_allclose(found, pattern / pattern.sum(-1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(weights, pattern / pattern.sum(-1, keepdims=True), atol=1e-6)
 
 
-def test_fibres_lead_from_what_is_read_to_the_reader_and_never_back():
+def test_edges_are_causal_and_sorted_by_weight():
     weights = np.tril(np.random.default_rng(0).random((2, 3, 6, 6)))
-    found = attention.fibres(weights, faint=0.2)
-    assert (found[:, 3] <= found[:, 2]).all()
-    assert len(found) == (weights >= 0.2).sum() and (np.diff(found[:, 4]) >= 0).all()
-    for layer, head, reader, read, weight in found:
-        assert weights[int(layer), int(head), int(reader), int(read)] == weight
+    edges = attention.attention_edges(weights, min_weight=0.2)
+    assert (edges[:, 3] <= edges[:, 2]).all()
+    assert len(edges) == (weights >= 0.2).sum() and (np.diff(edges[:, 4]) >= 0).all()
+    for layer, head, query, key, weight in edges:
+        assert weights[int(layer), int(head), int(query), int(key)] == weight
 
 
 def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
@@ -116,15 +116,17 @@ def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
     assert "".join(arrays["tokens"]) == "amor␣casa"
     for path in (to.with_suffix(".html"), to.with_name("here-3d.html")):
         text = path.read_text(encoding="utf-8")
-        assert r"\u2423" in text and len(text) < 15e6  # the space of the prompt, to be seen
-        assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", text)  # nothing is fetched
-    for words, message in (
+        assert r"\u2423" in text and len(text) < 15e6  # the prompt's space, as a symbol
+        assert not re.search(
+            r"<(script|link|img|iframe)[^>]+(src|href)=", text
+        )  # nothing is loaded from the network
+    for options, message in (
         (["--layer=2"], "--layer=2: this model has 2 layers, 0 to 1"),
         (["--head=7"], "--head=7: this model has 2 heads, 0 to 1"),
         (["--start=日本"], "is not among the"),
-        (["--start=amor amor amor amor"], "has 19 tokens and the model reads 16: shorten --start"),
+        (["--start=amor amor amor amor"], "has 19 tokens, and the model's block_size is 16: shorten --start"),
         ([f"--out_dir={tmp_path / 'nowhere'}"], "no trained model in"),
     ):
-        refused = run_lab("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *words)
+        refused = run_lab("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *options)
         assert refused.returncode == 2 and message in refused.stderr, refused.stderr
         assert "Traceback" not in refused.stderr

@@ -1,4 +1,4 @@
-"""Embeddings in two dimensions: clusters planted beforehand, groups, and the model as it began."""
+"""Embeddings in two dimensions: synthetic clusters, and the initial model."""
 
 from dataclasses import replace
 
@@ -7,84 +7,56 @@ import pytest
 import torch
 from support import run_lab, run_training
 
-from fradique.tokenizer import tokenizer as tokenizers
 from fradique.training import setup
 from lab import embeddings
-from lab.token_groups import groups
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
 
 
-def planted(n_clusters=3, each=20, width=16, seed=0):
-    """Points around centres that stand far from one another, and whose cluster each is."""
+def random_clusters(n_clusters=3, cluster_size=20, width=16, seed=0):
+    """Points (n, width) around distant centers, and the cluster of each (n,)."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(n_clusters, width)) * 10
-    which = np.repeat(np.arange(n_clusters), each)
-    return centres[which] + rng.normal(size=(len(which), width)), which
+    centers = rng.normal(size=(n_clusters, width)) * 10
+    clusters = np.repeat(np.arange(n_clusters), cluster_size)
+    return centers[clusters] + rng.normal(size=(len(clusters), width)), clusters
 
 
-@pytest.mark.parametrize("how", ["pca", "tsne"])
-def test_planted_clusters_are_separated(how):
-    points, which = planted()
-    places = embeddings.project(points, how)
-    assert places.shape == (60, 2)
-    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_clusters_stay_separate(method):
+    points, clusters = random_clusters()
+    projected = embeddings.project(points, method)
+    assert projected.shape == (60, 2)
+    distances = np.linalg.norm(projected[:, None] - projected[None], axis=-1)
     np.fill_diagonal(distances, np.inf)
-    assert (which[distances.argmin(1)] == which).all()  # each one's nearest neighbour is of its cluster
-    again = embeddings.project(points, how)
-    assert np.array_equal(places, again)
+    assert (clusters[distances.argmin(1)] == clusters).all()  # the nearest neighbor is in the same cluster
+    assert np.array_equal(projected, embeddings.project(points, method))  # deterministic
 
 
-def test_pca_is_that_of_the_singular_values():
-    points, _ = planted(seed=1)
-    centred = points - points.mean(0)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    expected = centred @ axes[:2].T
-    found = embeddings.project(points, "pca")
-    for i in range(2):  # an axis may point either way
-        np.testing.assert_allclose(np.abs(found[:, i]), np.abs(expected[:, i]), atol=1e-9)
+def test_pca_equals_the_projection_on_singular_vectors():
+    points, _ = random_clusters(seed=1)
+    centered = points - points.mean(0)
+    _, _, axes = np.linalg.svd(centered, full_matrices=False)
+    expected = centered @ axes[:2].T
+    projected = embeddings.project(points, "pca")
+    for i in range(2):  # the sign of an axis is arbitrary
+        np.testing.assert_allclose(np.abs(projected[:, i]), np.abs(expected[:, i]), atol=1e-9)
 
 
-def test_characters_fall_into_kinds():
-    tokenizer = tokenizers.CharTokenizer("aéBç7, \n")
-    assert groups(tokenizer, range(8)).tolist() == [
-        "vowel", "vowel", "capital", "consonant", "digit", "punctuation", "space", "space",
-    ]  # fmt: skip
-    assert groups(tokenizer, range(3), "as=aé;rest=xyz").tolist() == ["as", "as", "other"]
-    with pytest.raises(ValueError, match='say "name=characters;name=characters"'):
-        groups(tokenizer, range(3), "aé")
-
-
-def test_pieces_of_bpe_fall_into_kinds():
-    tokenizer = tokenizers.GPT2Tokenizer()
-    pieces = {
-        " the": "space before",
-        "ing": "inside a word",
-        " Lisbon": "capital",
-        "2024": "digits",
-        "!": "punctuation",
-    }
-    for piece, kind in pieces.items():
-        (token, *others) = tokenizer.encode(piece).tolist()
-        if not others:
-            assert groups(tokenizer, [token]).tolist() == [kind], piece
-
-
-def test_before_training_is_what_train_began_with(settings):
+def test_the_initial_model_is_the_one_that_training_starts_from(settings):
     t = setup.setup_training(settings)
     t.close()
-    began = embeddings.before_training(t.model.config, settings.seed)
+    initial = embeddings.initial_model(t.model.config, settings.seed)
     for name, tensor in t.model.state_dict().items():
-        assert torch.equal(began.state_dict()[name], tensor), name
+        assert torch.equal(initial.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_the_command_draws_before_and_after(settings, tmp_path, position):
+def test_the_command_draws_before_and_after_training(settings, tmp_path, position):
     run_training(replace(settings, position=position))
-    words = [f"--out_dir={settings.out_dir}", f"--to={tmp_path / 'e'}", f"--save_arrays={tmp_path / 'x.npz'}"]
-    done = run_lab("lab.embeddings", *words)
+    options = [f"--to={tmp_path / 'e'}", f"--save_arrays={tmp_path / 'x.npz'}"]
+    done = run_lab("lab.embeddings", f"--out_dir={settings.out_dir}", *options)
     assert done.returncode == 0, done.stderr
     arrays = np.load(tmp_path / "x.npz")
     n = len(arrays["tokens"])

@@ -1,4 +1,4 @@
-"""The lab's pages in a browser: no error in its console, the view in space turns, hovering tells."""
+"""The lab's pages in a browser: no errors in the console, the 3D view rotates, tooltips appear."""
 
 import io
 import shutil
@@ -24,21 +24,21 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="no Chromium here: apt-get install chromium chromium-driver"
+        not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver"
     ),
-    pytest.mark.xdist_group("browser"),  # one browser for them all
+    pytest.mark.xdist_group("browser"),  # one browser for all tests
 ]
-ERRORS = ("SEVERE", "ERROR")
+ERROR_LEVELS = ("SEVERE", "ERROR")
 
 
 @pytest.fixture(scope="module")
 def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,900"):
-        options.add_argument(f"--{word}")
-    for word in ("use-angle=swiftshader", "enable-unsafe-swiftshader"):  # WebGL without a graphics card
-        options.add_argument(f"--{word}")
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,900"):
+        options.add_argument(f"--{flag}")
+    for flag in ("use-angle=swiftshader", "enable-unsafe-swiftshader"):  # WebGL without a graphics card
+        options.add_argument(f"--{flag}")
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")  # no network
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -48,7 +48,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, data_dir):
-    """A run with everything in it, and the lab's pages of it."""
+    """The folder of a small run with snapshots and samples, and the lab's pages of it."""
     folder = tmp_path_factory.mktemp("pages") / "run"
     settings = replace(
         TrainSettings(),
@@ -59,7 +59,7 @@ def pages(tmp_path_factory, data_dir):
     )
     run_training(settings)
     text = make_text(3)[:14]
-    for module, cls, words in (
+    for module, cls, options in (
         (curves, curves.CurveSettings, []),
         (attention, attention.AttentionSettings, [f"--start={text}"]),
         (tokens, tokens.TokenSettings, [f"--start={text}"]),
@@ -67,69 +67,69 @@ def pages(tmp_path_factory, data_dir):
         (embeddings, embeddings.EmbeddingSettings, []),
         (report, report.ReportSettings, []),
     ):
-        assert command(module.main, cls, [f"--out_dir={folder}", *words]) == 0
+        assert command(module.main, cls, [f"--out_dir={folder}", *options]) == 0
     return folder
 
 
-def opened(browser, path: Path):
+def open_page(browser, path: Path):
     browser.get(path.as_uri())
     deadline = time.monotonic() + 30
     script = "return [...document.querySelectorAll('.js-plotly-plot')].every(d => d._fullLayout)"
     while not browser.execute_script(script):
         assert time.monotonic() < deadline, "the figures were not drawn"
         time.sleep(0.1)
-    time.sleep(0.5)  # colours are given after the first drawing
+    time.sleep(0.5)  # the colors are set after the first drawing
     return browser
 
 
-def errors(browser):
-    return [line for line in browser.get_log("browser") if line["level"] in ERRORS]
+def console_errors(browser):
+    return [line for line in browser.get_log("browser") if line["level"] in ERROR_LEVELS]
 
 
-NAMES = ["loss", "attention", "attention-3d", "tokens", "sampling", "embeddings", "report"]
+PAGES = ["loss", "attention", "attention-3d", "tokens", "sampling", "embeddings", "report"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_page_opens_without_an_error_and_is_read_in_both_schemes(browser, pages, name, scheme):
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_no_errors_and_follows_the_color_scheme(browser, pages, name, scheme):
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
-    opened(browser, pages / f"{name}.html")
-    assert not errors(browser)
+    open_page(browser, pages / f"{name}.html")
+    assert not console_errors(browser)
     style = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
-    ink, paper = browser.execute_script(style)
-    light = [sum(map(int, colour[4:-1].split(","))) for colour in (ink, paper)]
-    assert (light[0] < light[1]) == (scheme == "light")
-    fonts = browser.execute_script(
+    text, background = browser.execute_script(style)
+    brightness = [sum(map(int, color[4:-1].split(","))) for color in (text, background)]
+    assert (brightness[0] < brightness[1]) == (scheme == "light")
+    font_colors = browser.execute_script(
         "return [...document.querySelectorAll('.js-plotly-plot')].map(d => d._fullLayout.font.color)"
     )
-    inks = {"light": "#1b1b1b", "dark": "#ececec"}
-    assert set(fonts) <= {inks[scheme]}
+    expected = {"light": "#1b1b1b", "dark": "#ececec"}[scheme]
+    assert set(font_colors) <= {expected}
     for figure in browser.find_elements(By.CSS_SELECTOR, ".js-plotly-plot"):
         assert is_drawn(figure)
     width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert browser.execute_script(width) <= 0  # nothing runs out of the page
+    assert browser.execute_script(width) <= 0  # no horizontal scrolling
 
 
 def is_drawn(figure):
-    """Whether there is something to see in a figure: not one colour all over."""
+    """Whether a figure is not blank: less than 99.5% of its pixels have the same color."""
     picture = Image.open(io.BytesIO(figure.screenshot_as_png)).convert("RGB")
-    pixels = picture.width * picture.height
-    (most, _), *_ = sorted(picture.getcolors(pixels), reverse=True)
-    return most < 0.995 * pixels
+    n_pixels = picture.width * picture.height
+    n_most_frequent = max(count for count, _ in picture.getcolors(n_pixels))
+    return n_most_frequent < 0.995 * n_pixels
 
 
-def camera(browser):
+def camera_position(browser):
     return browser.execute_script(
         "const d = [...document.querySelectorAll('.js-plotly-plot')].find(d => d._fullLayout.scene);"
         "return d._fullLayout.scene._scene.getCamera().eye"
     )
 
 
-def test_the_view_in_space_turns_with_the_mouse(browser, pages):
-    opened(browser, pages / "attention-3d.html")
-    before = camera(browser)
+def test_the_3d_view_rotates_with_the_mouse(browser, pages):
+    open_page(browser, pages / "attention-3d.html")
+    before = camera_position(browser)
     scene = browser.find_element(By.CSS_SELECTOR, ".js-plotly-plot canvas")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", scene)
     drag = ActionChains(browser).move_to_element(scene).click_and_hold()
@@ -137,40 +137,40 @@ def test_the_view_in_space_turns_with_the_mouse(browser, pages):
         drag = drag.move_by_offset(30, 10)
     drag.release().perform()
     time.sleep(0.5)
-    after = camera(browser)
+    after = camera_position(browser)
     assert sum(abs(before[axis] - after[axis]) for axis in "xyz") > 0.1
-    assert not errors(browser)
+    assert not console_errors(browser)
 
 
-def test_hovering_over_a_map_tells_the_weight(browser, pages):
-    opened(browser, pages / "attention.html")
+def test_hovering_over_a_heat_map_shows_the_weight(browser, pages):
+    open_page(browser, pages / "attention.html")
     plot = browser.find_element(By.CSS_SELECTOR, ".js-plotly-plot .nsewdrag")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
     size = plot.size
-    # below the diagonal: tokens read what stands before them
+    # below the diagonal, where weights are not masked
     ActionChains(browser).move_to_element_with_offset(
         plot, -int(0.2 * size["height"]), int(0.2 * size["height"])
     ).perform()
     deadline = time.monotonic() + 5
-    told = ""
-    while "reads" not in told and time.monotonic() < deadline:
+    tooltip = ""
+    while "reads" not in tooltip and time.monotonic() < deadline:
         time.sleep(0.1)
         labels = browser.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext")
-        told = " ".join(label.text for label in labels)
-    assert "reads" in told and ": 0." in told
+        tooltip = " ".join(label.text for label in labels)
+    assert "reads" in tooltip and ": 0." in tooltip
 
 
-def test_the_map_of_another_head_is_chosen_by_its_button(browser, pages):
-    opened(browser, pages / "attention.html")
-    read = "return JSON.stringify(document.querySelector('.js-plotly-plot')._fullData[0].z)"
-    first = browser.execute_script(read)
+def test_the_menu_selects_another_head(browser, pages):
+    open_page(browser, pages / "attention.html")
+    values = "return JSON.stringify(document.querySelector('.js-plotly-plot')._fullData[0].z)"
+    first = browser.execute_script(values)
     browser.find_element(By.CSS_SELECTOR, ".updatemenu-header").click()
     browser.find_elements(By.CSS_SELECTOR, ".updatemenu-dropdown-button")[3].click()
     time.sleep(0.5)
-    assert browser.execute_script(read) != first and not errors(browser)
+    assert browser.execute_script(values) != first and not console_errors(browser)
 
 
-def test_each_token_tells_its_loss(browser, pages):
-    opened(browser, pages / "tokens.html")
+def test_each_token_has_a_tooltip_with_its_score(browser, pages):
+    open_page(browser, pages / "tokens.html")
     titles = [span.get_attribute("title") for span in browser.find_elements(By.CSS_SELECTOR, ".token")]
     assert len(titles) == 14 and all("probability" in title and "rank" in title for title in titles[1:])

@@ -1,4 +1,4 @@
-"""Several runs, trained or taken as they are, and what they came to."""
+"""Runs that are trained, resumed or reused, and their comparison."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 from support import run_script, run_training
 
 from fradique.checkpointing import metrics_file
-from lab import journey
+from lab import common, journey
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
@@ -47,25 +47,26 @@ def configs(data_dir, tmp_path):
 
 def test_runs_are_trained_once_and_compared(configs, tmp_path):
     to, arrays = tmp_path / "pictures" / "journey", tmp_path / "x.npz"
-    words = [*configs, f"--to={to}", f"--save_arrays={arrays}"]
-    done = run_script("lab.journey", *words)
+    options = [*configs, f"--to={to}", f"--save_arrays={arrays}"]
+    done = run_script("lab.journey", *options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("python train.py ") >= 2 and "is trained already" not in done.stdout
+    assert done.stdout.count("python train.py ") >= 2 and "is already trained" not in done.stdout
     for name in ("wide-8", "wide-16"):
         records = metrics_file.read_metrics(tmp_path / name)
         best = min(record["eval_val_loss"] for record in records if "eval_val_loss" in record)
         assert f"| {name} |" in done.stdout and f"| {best:.3f} |" in done.stdout
     assert to.with_suffix(".png").exists() and to.with_suffix(".html").exists()
-    held = np.load(arrays)
-    assert held["parameters"][0] < held["parameters"][1] and held["name"].tolist() == ["wide-8", "wide-16"]
+    columns = np.load(arrays)
+    assert columns["parameters"][0] < columns["parameters"][1]
+    assert columns["name"].tolist() == ["wide-8", "wide-16"]
     written = (tmp_path / "wide-8" / metrics_file.METRICS_FILE).read_bytes()
-    again = run_script("lab.journey", *words)
+    again = run_script("lab.journey", *options)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is trained already") == 2
+    assert again.stdout.count("is already trained") == 2
     assert (tmp_path / "wide-8" / metrics_file.METRICS_FILE).read_bytes() == written
 
 
-def test_an_interrupted_run_is_gone_on_with(configs, tmp_path):
+def test_an_interrupted_run_is_resumed(configs, tmp_path):
     first = run_script("train.py", configs[0])
     assert first.returncode == 0, first.stderr
     path = tmp_path / "wide-8" / metrics_file.METRICS_FILE
@@ -77,22 +78,22 @@ def test_an_interrupted_run_is_gone_on_with(configs, tmp_path):
     assert "final_loss" in json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
 
-def test_a_run_with_other_settings_is_not_taken_for_it(configs, tmp_path):
-    words = [configs[0], f"--to={tmp_path / 'x'}"]
-    assert run_script("lab.journey", *words).returncode == 0
-    other = run_script("lab.journey", *words, "--max_iters=3")
+def test_a_run_with_other_settings_is_refused(configs, tmp_path):
+    options = [configs[0], f"--to={tmp_path / 'x'}"]
+    assert run_script("lab.journey", *options).returncode == 0
+    other = run_script("lab.journey", *options, "--max_iters=3")
     assert other.returncode == 2
-    assert "other settings (max_iters = 6, now 3): give --overwrite" in other.stderr
-    anew = run_script("lab.journey", *words, "--max_iters=3", "--overwrite=True")
+    assert "other settings (max_iters = 6, now 3): add --overwrite=True" in other.stderr
+    anew = run_script("lab.journey", *options, "--max_iters=3", "--overwrite=True")
     assert anew.returncode == 0, anew.stderr
     assert json.loads((tmp_path / "wide-8" / "settings.json").read_text())["settings"]["max_iters"] == 3
 
 
-def test_what_is_wrong_is_told_before_anything_is_trained(configs, tmp_path):
+def test_errors_are_reported_before_any_training(configs, tmp_path):
     done = run_script("lab.journey")
     assert done.returncode == 2 and "name the configs to compare" in done.stderr
     done = run_script("lab.journey", configs[0], configs[0])
-    assert done.returncode == 2 and "two of the configs write into one folder" in done.stderr
+    assert done.returncode == 2 and "two of the configs write into the same folder" in done.stderr
     done = run_script("lab.journey", configs[0], "--n_layers=3")
     assert done.returncode == 2 and "n_layer" in done.stderr
     assert not (tmp_path / "wide-8").exists()
@@ -100,7 +101,7 @@ def test_what_is_wrong_is_told_before_anything_is_trained(configs, tmp_path):
     assert done.returncode == 2 and "ended with status 2: see above" in done.stderr
 
 
-def test_a_stage_is_what_the_metrics_say(settings):
+def test_a_result_has_the_values_in_the_metrics(settings):
     run_training(settings)
     folder = Path(settings.out_dir)
     (folder / metrics_file.METRICS_FILE).write_text(
@@ -115,12 +116,13 @@ def test_a_stage_is_what_the_metrics_say(settings):
         ),
         encoding="utf-8",
     )
-    found = journey.stage(folder)
-    assert (found.best_step, found.best_val_loss, found.train_loss) == (5, 2.2, 2.0)
-    assert (found.loss, found.bits_per_byte, found.seconds) == (2.25, 3.25, 2.5)
+    result = journey.read_result(folder)
+    assert (result.best_step, result.best_val_loss, result.train_loss) == (5, 2.2, 2.0)
+    assert (result.loss, result.bits_per_byte, result.seconds) == (2.25, 3.25, 2.5)
 
 
-def test_a_table_keeps_its_columns_whatever_is_written():
-    one = journey.Stage("a", 1000, 2.0, 1.9, 5, 2.1, 3.0, 75.3, "x | y\nz")
-    row = journey.table([one, replace(one, name="b")]).splitlines()[2]
+def test_samples_cannot_break_the_table():
+    result = journey.RunResult("a", 1000, 2.0, 1.9, 5, 2.1, 3.0, 75.3, "x | y\nz")
+    rows = journey.table_rows([result, replace(result, name="b")])
+    row = common.markdown_table(journey.TABLE_HEADER, rows).splitlines()[2]
     assert row == "| a | 1k | 2.000 | 3.000 | 5 | 1m15s | x␣\\|␣y⏎z |"

@@ -1,4 +1,4 @@
-"""The one file that holds a run, and the pages of the lab: whole, small, self-contained."""
+"""The report of a run: complete, small, self-contained."""
 
 import re
 from dataclasses import replace
@@ -17,20 +17,20 @@ pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
 
 SECTIONS = [
     "Settings",
-    "How the loss fell",
-    "What it wrote on the way",
-    "How well a text was foreseen",
-    "What may follow it",
-    "What each token reads",
-    "Where the tokens are",
-    "How they came there",
-    "What it is made of",
+    "Loss curves",
+    "Samples during training",
+    "Loss of each token of a text",
+    "Most probable tokens after the text",
+    "Attention weights",
+    "Embeddings",
+    "Embeddings during training",
+    "Architecture",
     "Speed and machine",
 ]
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_a_report_holds_all_of_a_run_and_needs_nothing_else(settings, position):
+def test_a_report_is_complete_and_self_contained(settings, position):
     settings = replace(settings, position=position, sample_interval=10, snapshot_interval=5)
     run_training(settings)
     folder = Path(settings.out_dir)
@@ -43,32 +43,32 @@ def test_a_report_holds_all_of_a_run_and_needs_nothing_else(settings, position):
         assert f'id="{anchor}"' in text
     assert len(text.encode()) < 15e6
     body = re.sub(r"<script.*?</script>", "", text, flags=re.S)
-    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', body)  # nothing is fetched
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', body)  # nothing is loaded from the network
     assert "data:image/gif;base64," in body and "<td>n_layer</td><td>2</td><td>12</td>" in body
     final = metrics_file.read_metrics(folder)[-1]
     assert f"loss {final['final_loss']:.4f}" in body
     assert not list(folder.glob(".report*"))
 
 
-def test_what_a_run_lacks_is_told_in_its_place(settings):
+def test_missing_parts_are_mentioned_in_the_report(settings):
     run_training(replace(settings, position="rope"))
     folder = Path(settings.out_dir)
     (folder / metrics_file.SAMPLES_FILE).unlink()
     done = run_lab("lab.report", f"--out_dir={folder}", "--start=ola")
     assert done.returncode == 0, done.stderr
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "No sample was kept" in text and "With --snapshot_interval=50 in training" in text
+    assert "The run has no samples" in text and "Train with --snapshot_interval=50" in text
 
 
-def test_a_report_of_no_run_is_refused(settings, tmp_path):
+def test_a_report_without_a_run_is_refused(settings, tmp_path):
     done = run_lab("lab.report", f"--out_dir={tmp_path / 'nothing'}")
     assert done.returncode == 2 and "no trained model in" in done.stderr
     done = run_lab("lab.report", "--init_from=gpt2")
-    assert done.returncode == 2 and "a report is of a run" in done.stderr
+    assert done.returncode == 2 and "a report is made from a run folder" in done.stderr
 
 
-def test_no_more_fibres_than_can_be_seen():
+def test_the_number_of_edges_is_limited():
     weights = np.tril(np.random.default_rng(0).random((4, 8, 40, 40)))
-    least = report.fitting(weights, most=500)
-    assert (weights >= least).sum() <= 501 and (weights > least).sum() >= 499
-    assert report.fitting(np.zeros((1, 1, 2, 2))) == report.attention.FAINT
+    threshold = report.edge_threshold(weights, max_edges=500)
+    assert (weights >= threshold).sum() <= 501 and (weights > threshold).sum() >= 499
+    assert report.edge_threshold(np.zeros((1, 1, 2, 2))) == report.attention.MIN_WEIGHT

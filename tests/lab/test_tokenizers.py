@@ -17,43 +17,47 @@ pytest.importorskip("plotly", reason="the pages need plotly")
 TEXT = make_text(800) + "\nÀ noite, 42 gatos…\n"
 
 
-def test_the_three_cut_the_text_as_they_say():
-    characters, gpt2, own = lab_tokenizers.cut_all(TEXT, 300)
+def test_each_tokenizer_splits_the_text():
+    characters, gpt2, own = lab_tokenizers.tokenize_all(TEXT, 300)
     assert len(characters.ids) == len(TEXT) and characters.vocab_size == len(set(TEXT))
     encoding: tiktoken.Encoding = bpe.gpt2_encoding()[1]
     assert gpt2.ids.tolist() == encoding.encode_ordinary(TEXT) and gpt2.vocab_size == 50257
     assert own.vocab_size == 300
-    for one in (characters, gpt2, own):
-        assert one.bytes_per_token == len(TEXT.encode()) / len(one.ids)
-    shown = "".join(characters.pieces)
-    assert shown == TEXT[:3000].replace(" ", "␣").replace("\n", "⏎")
+    for tokenization in (characters, gpt2, own):
+        assert tokenization.bytes_per_token == len(TEXT.encode()) / len(tokenization.ids)
+    assert "".join(characters.labels) == TEXT[:3000].replace(" ", "␣").replace("\n", "⏎")
 
 
-def test_the_share_of_the_embedding_is_that_of_a_model():
+def test_the_embedding_share_agrees_with_a_model():
     config = GPTConfig(vocab_size=300, n_layer=3, n_head=2, n_embd=64, position="none", bias=False)
     model = GPT(config)
-    own = lab_tokenizers.cut("own", lab_tokenizers.tokenizers.train_bpe([TEXT], 300), TEXT)
+    own = lab_tokenizers.tokenize("own", lab_tokenizers.tokenizers.train_bpe([TEXT], 300), TEXT)
     norms = 64 * (2 * 3 + 1)
     share = model.transformer["wte"].weight.numel() / (model.num_params(non_embedding=False) - norms)
     assert own.embedding_share(64, 3) == pytest.approx(share, rel=1e-12)
 
 
-def test_pieces_are_laid_out_one_behind_the_other():
-    pieces = ["abc", "d" * 70, "ef"]
-    places = lab_tokenizers.lay_out(pieces, most=74)
-    assert "".join(part for _, _, part, _ in places) == ("abc" + "d" * 70 + "ef")[:74]
-    for x, _line, part, _ in places:
-        assert x >= 0 and x + len(part) <= lab_tokenizers.COLUMNS
-    ends = {(x + len(part), line) for x, line, part, _ in places}
-    assert all(x == 0 or (x, line) in ends for x, line, _, _ in places)
+def test_labels_are_laid_out_without_gaps():
+    labels = ["abc", "d" * 70, "ef"]
+    pieces = lab_tokenizers.wrap_labels(labels, max_characters=74)
+    assert "".join(piece.text for piece in pieces) == ("abc" + "d" * 70 + "ef")[:74]
+    for piece in pieces:
+        assert piece.x >= 0 and piece.x + len(piece.text) <= lab_tokenizers.LINE_LENGTH
+    ends = {(piece.x + len(piece.text), piece.line) for piece in pieces}
+    assert all(piece.x == 0 or (piece.x, piece.line) in ends for piece in pieces)
 
 
 def test_the_command_compares_texts_and_runs(settings, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text(TEXT, encoding="utf-8")
     run_training(settings)
-    words = [f"--input={book}", "--bpe=300", f"--to={tmp_path / 't'}", f"--save_arrays={tmp_path / 'x.npz'}"]
-    done = run_lab("lab.tokenizers", *words, f"--out_dir={settings.out_dir}")
+    options = [
+        f"--input={book}",
+        "--bpe=300",
+        f"--to={tmp_path / 't'}",
+        f"--save_arrays={tmp_path / 'x.npz'}",
+    ]
+    done = run_lab("lab.tokenizers", *options, f"--out_dir={settings.out_dir}")
     assert done.returncode == 0, done.stderr
     assert f"| characters | {len(set(TEXT))} | {len(TEXT):,} |" in done.stdout
     assert re.search(r"^run: \d\.\d+ bits per byte", done.stdout, re.M)
@@ -61,11 +65,11 @@ def test_the_command_compares_texts_and_runs(settings, tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 5000
     assert 'class="token"' in (tmp_path / "t.html").read_text(encoding="utf-8")
     (tmp_path / "empty.txt").write_text("")
-    for words, message in (
+    for options, message in (
         ([], "give a text: --input=book.txt"),
         ([f"--input={tmp_path / 'none.txt'}"], "none.txt"),
         ([f"--input={tmp_path / 'empty.txt'}"], "empty"),
-        ([f"--input={book}", f"--out_dir={tmp_path}"], "holds no run that has ended"),
+        ([f"--input={book}", f"--out_dir={tmp_path}"], "has no finished run"),
     ):
-        refused = run_lab("lab.tokenizers", *words, f"--to={tmp_path / 'r'}")
+        refused = run_lab("lab.tokenizers", *options, f"--to={tmp_path / 'r'}")
         assert refused.returncode == 2 and message in refused.stderr, refused.stderr

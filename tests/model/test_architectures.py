@@ -606,6 +606,7 @@ TABLE = {  # norm, its place, position, activation, bias; and what else sets it 
     "gpt3": ("layernorm", "pre", "learned", "gelu", True, {}),
     "pangu": ("layernorm", "pre", "learned", "gelu", True, {}),
     "jurassic1": ("layernorm", "pre", "learned", "gelu", True, {}),
+    "mt_nlg": ("layernorm", "pre", "learned", "gelu", True, {}),
     "opt": ("layernorm", "pre", "learned", "relu", True, {}),
     "palm": ("layernorm", "pre", "rope", "swiglu", False, {"parallel_block": True, "n_kv_head": 1}),
     "bloom": ("layernorm", "pre", "alibi", "gelu", True, {"embd_norm": True}),
@@ -633,13 +634,42 @@ def test_a_config_file_sets_what_the_table_says_and_nothing_else(name, architect
     assert replace(config, activation="gelu") == expected
 
 
+OTHER_THAN_DEFAULT = {
+    "n_layer": 3,
+    "n_head": 2,
+    "n_embd": 48,
+    "bias": True,
+    "activation": "swiglu",
+    "n_inner": 72,
+    "n_kv_head": 1,
+    "position": "alibi",
+    "rope_theta": 500.0,
+    "norm": "rmsnorm",
+    "norm_place": "post",
+    "qk_norm": True,
+    "embd_norm": True,
+    "parallel_block": True,
+    "prefix_len": 3,
+    "sliding_window": 5,
+    "tie_weights": False,
+    "logit_softcap": 15.0,
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_file_begins_with_a_comment_and_shapes_the_model_alone(name):
+def test_an_architecture_file_overrides_every_model_setting(name, tmp_path):
     first, *rest = (ARCH / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert re.match(r"# \w+", first)
     assert any(f"config/arch/{name}.py" in line for line in rest)
-    keys = {line.split(" = ")[0] for line in rest if line and not line.startswith("#")}
-    assert keys == set(GPTConfig.names()) - {"block_size", "vocab_size", "dropout", "flash"}  # all are said
+    assert 'reset("architecture")' in rest
+    training = tmp_path / "train.py"
+    training.write_text("\n".join(f"{key} = {value!r}" for key, value in OTHER_THAN_DEFAULT.items()))
+    argv = [str(training), str(ARCH / f"{name}.py")]
+    resolved = resolve(TrainSettings, argv)
+    shape = set(GPTConfig.names()) - {"block_size", "vocab_size", "dropout", "flash"}
+    assert {key for key, source in resolved.sources.items() if source == argv[1]} == shape
+    alone = resolve(TrainSettings, argv[1:]).settings
+    assert all(getattr(resolved.settings, key) == getattr(alone, key) for key in shape)
 
 
 @pytest.mark.parametrize(

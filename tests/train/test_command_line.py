@@ -1,4 +1,4 @@
-"""train.py as a newcomer meets it: every mistake gets one message, status 2, and loses nothing."""
+"""The command line of train.py: a mistake gives one message and status 2, and no file is lost."""
 
 import ctypes
 import os
@@ -16,21 +16,22 @@ import train
 from configurator import command
 from fradique.checkpointing import checkpoint
 from fradique.training import setup
+from train import TrainSettings
 
 
-def refused(settings, *words, **options):
-    """The message that a mistaken call gets."""
+def error_of(settings, *words, **options):
+    """The message of a command line with a mistake."""
     done = run_script("train.py", *flags(settings), *words, **options)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "--debug=True" in done.stderr
+    assert done.stderr.startswith("error: ") and "--debug=True" not in done.stderr
     return done.stderr
 
 
-def test_all_mistakes_are_told_at_once_with_the_nearest_name(settings, tmp_path):
+def test_all_mistakes_are_reported_at_once_with_suggestions(settings, tmp_path):
     config = tmp_path / "mine.py"
     config.write_text("n_layers = 4\nbias = 'high'\n")
-    message = refused(settings, config, "--n_embd=30", "--n_head=4", "--batchsize=3", "--learning_rate=-1")
+    message = error_of(settings, config, "--n_embd=30", "--n_head=4", "--batchsize=3", "--learning_rate=-1")
     assert message.startswith("error: 4 problems with the settings:\n  - ")
     assert "mine.py line 1" in message and "did you mean 'n_layer'?" in message
     assert "did you mean 'batch_size'?" in message
@@ -39,14 +40,14 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_name(settings, tmp_path)
     assert not Path(settings.out_dir).exists()
 
 
-def test_a_width_that_the_heads_cannot_share_is_refused_with_one_that_they_can(settings):
-    message = refused(settings, "--n_embd=30", "--n_head=4")
+def test_an_indivisible_width_is_rejected_with_alternatives(settings):
+    message = error_of(settings, "--n_embd=30", "--n_head=4")
     assert "n_embd = 30 is not divisible by n_head = 4" in message and "28 or 32" in message
 
 
-def test_contradictions_are_told(settings):
-    assert "min_lr = 1.0 is above learning_rate" in refused(settings, "--min_lr=1.0")
-    assert "not a duration" in refused(settings, "--time_budget=soon")
+def test_contradictions_are_rejected(settings):
+    assert "min_lr = 1.0 is above learning_rate" in error_of(settings, "--min_lr=1.0")
+    assert "not a duration" in error_of(settings, "--time_budget=soon")
     assert any(
         "give one of the two" in text
         for text in replace(settings, overwrite=True, init_from="resume").problems()
@@ -57,65 +58,65 @@ def test_a_missing_corpus_names_the_command(settings, tmp_path):
     folder = tmp_path / "data" / "eca_char"
     folder.mkdir(parents=True)
     (folder / "prepare.py").touch()
-    message = refused(replace(settings, dataset="eca_char", data_dir="data"), cwd=tmp_path)
+    message = error_of(replace(settings, dataset="eca_char", data_dir="data"), cwd=tmp_path)
     assert "make it with: python data/eca_char/prepare.py" in message
 
 
-def test_a_truncated_bin_is_refused(settings, tmp_path):
+def test_a_truncated_token_file_is_rejected(settings, tmp_path):
     folder = write_corpus(tmp_path / "data" / "book", make_text(300))
     (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
-    message = refused(replace(settings, data_dir=str(tmp_path / "data"), dataset="book"))
+    message = error_of(replace(settings, data_dir=str(tmp_path / "data"), dataset="book"))
     assert "val.bin has" in message and "truncated" in message
 
 
-def test_tokens_beyond_the_vocabulary_are_refused_before_training(settings, tmp_path):
+def test_tokens_beyond_the_vocabulary_are_rejected(settings, tmp_path):
     folder = write_corpus(tmp_path / "data" / "book", make_text(300))
     ids = np.fromfile(folder / "train.bin", "<u2")
     ids[77] = 999
     ids.tofile(folder / "train.bin")
-    message = refused(replace(settings, data_dir=str(tmp_path / "data"), dataset="book"))
+    message = error_of(replace(settings, data_dir=str(tmp_path / "data"), dataset="book"))
     assert "token 999 at position 77 is beyond the vocabulary" in message
 
 
-def test_a_corpus_smaller_than_a_block_is_refused(settings):
-    assert "too few for one block of 100000" in refused(settings, "--block_size=100000")
+def test_a_corpus_smaller_than_a_block_is_rejected(settings):
+    assert "too few for one block of 100000" in error_of(settings, "--block_size=100000")
 
 
-def test_an_out_dir_that_holds_a_run_is_not_touched_without_leave(settings):
+def test_an_existing_run_is_kept_without_overwrite(settings):
     run_training(replace(settings, max_iters=2))
     before = sorted(p.name for p in Path(settings.out_dir).iterdir())
-    message = refused(settings)
+    message = error_of(settings)
     assert "--init_from=resume" in message and "--overwrite" in message
     assert sorted(p.name for p in Path(settings.out_dir).iterdir()) == before
 
 
-def test_files_that_are_not_a_run_are_never_deleted_without_leave(settings):
+def test_other_files_in_out_dir_are_not_deleted(settings):
     folder = Path(settings.out_dir)
     folder.mkdir()
     (folder / "samples.txt").write_text("mine")
-    refused(settings)
+    error_of(settings)
     assert (folder / "samples.txt").read_text() == "mine"
     (folder / "ckpt.pt").touch()
-    assert "holds a corpus or a run of nanoGPT" in refused(settings, "--overwrite")
+    assert "holds a corpus or a run of nanoGPT" in error_of(settings, "--overwrite")
 
 
-def test_a_corpus_is_no_place_for_a_run(settings):
+def test_a_corpus_folder_is_rejected_as_out_dir(settings):
     corpus = Path(settings.data_dir) / settings.dataset
-    message = refused(replace(settings, out_dir=str(corpus)), "--overwrite")
+    message = error_of(replace(settings, out_dir=str(corpus)), "--overwrite")
     assert "holds a corpus" in message and (corpus / "tokenizer.json").exists()
 
 
-def test_a_constant_rate_needs_no_floor(settings):
+def test_a_constant_learning_rate_may_be_below_min_lr(settings):
     constant = replace(settings, lr_schedule="constant", learning_rate=1e-5)
     assert constant.problems() == [] and replace(constant, lr_schedule="cosine").problems() != []
 
 
-def test_a_prompt_that_cannot_be_encoded_is_refused_before_training(settings):
-    assert "'W'" in refused(settings, "--sample_start=WXYZ")
+def test_a_prompt_that_cannot_be_encoded_is_rejected(settings):
+    assert "'W'" in error_of(settings, "--sample_start=WXYZ")
     assert not Path(settings.out_dir).exists()
 
 
-def test_overwrite_deletes_only_what_a_run_wrote(settings):
+def test_overwrite_deletes_only_files_of_a_run(settings):
     run_training(replace(settings, max_iters=2))
     mine = Path(settings.out_dir) / "notes.txt"
     mine.write_text("mine")
@@ -128,60 +129,58 @@ def test_overwrite_deletes_only_what_a_run_wrote(settings):
     ]
 
 
-def test_resuming_nothing_is_refused(settings):
-    assert "no trained model in" in refused(replace(settings, init_from="resume"))
+def test_resuming_without_a_run_is_rejected(settings):
+    assert "no trained model in" in error_of(replace(settings, init_from="resume"))
 
 
 def test_resuming_with_another_shape_names_the_tensors(settings):
     run_training(replace(settings, max_iters=2))
-    message = refused(replace(settings, init_from="resume", n_embd=32, n_layer=3))
+    message = error_of(replace(settings, init_from="resume", n_embd=32, n_layer=3))
     assert "does not fit this model" in message
     assert "transformer.wpe.weight is (16, 16) there and (16, 32) in this model" in message
     assert "transformer.h.2.ln_1.weight is missing" in message
 
 
-def test_resuming_on_a_corpus_with_another_tokenizer_is_refused(settings, tmp_path):
+def test_resuming_with_another_tokenizer_is_rejected(settings, tmp_path):
     run_training(replace(settings, max_iters=2))
     write_corpus(tmp_path / "data" / "other", make_text(300) + "ÀÁÂ")
     other = replace(settings, init_from="resume", data_dir=str(tmp_path / "data"), dataset="other")
-    assert "another tokenizer" in refused(other)
+    assert "another tokenizer" in error_of(other)
 
 
-def test_starting_from_weights_with_another_tokenizer_is_refused(settings, tmp_path):
+def test_weights_with_another_tokenizer_are_rejected(settings, tmp_path):
     run_training(replace(settings, max_iters=2))
     write_corpus(tmp_path / "data" / "other", make_text(300) + "ÀÁÂ")
     other = replace(settings, data_dir=str(tmp_path / "data"), dataset="other", out_dir=str(tmp_path / "b"))
-    assert "tokenizer" in refused(replace(other, init_from=settings.out_dir))
+    assert "tokenizer" in error_of(replace(other, init_from=settings.out_dir))
 
 
-def test_a_block_longer_than_the_weights_have_is_refused(settings, tmp_path):
+def test_a_block_longer_than_that_of_the_weights_is_rejected(settings, tmp_path):
     run_training(replace(settings, max_iters=2))
     longer = replace(settings, init_from=settings.out_dir, out_dir=str(tmp_path / "b"), block_size=32)
-    assert "--block_size=16" in refused(longer)
+    assert "--block_size=16" in error_of(longer)
 
 
-def test_an_out_dir_that_cannot_be_written_is_told(settings, tmp_path):
+def test_an_out_dir_that_cannot_be_created_is_reported(settings, tmp_path):
     (tmp_path / "file").touch()
-    assert "is a file" in refused(replace(settings, out_dir=str(tmp_path / "file")))
-    assert "Not a directory" in refused(replace(settings, out_dir=str(tmp_path / "file" / "run")))
+    assert "is a file" in error_of(replace(settings, out_dir=str(tmp_path / "file")))
+    assert "Not a directory" in error_of(replace(settings, out_dir=str(tmp_path / "file" / "run")))
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody may write to")
-def test_a_read_only_out_dir_is_told(settings):
-    message = refused(replace(settings, out_dir="/proc/fradique"))
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody can write to")
+def test_an_out_dir_in_proc_is_reported(settings):
+    message = error_of(replace(settings, out_dir="/proc/fradique"))
     assert "/proc/fradique" in message
 
 
 @pytest.fixture
-def modes_bind(tmp_path):
-    """What a file's mode forbids is forbidden: to root too, which gives up CAP_DAC_OVERRIDE for so long."""
-    header, held = (
-        (ctypes.c_uint32 * 2)(0x20080522, 0),
-        (ctypes.c_uint32 * 6)(),
-    )  # of this thread, by version 3
+def enforced_modes(tmp_path):
+    """File modes apply to root, too: drops CAP_DAC_OVERRIDE during the test."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    capabilities = (ctypes.c_uint32 * 6)()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc and libc.capget(header, held) == 0:
-        effective, *others = held
+    if libc and libc.capget(header, capabilities) == 0:
+        effective, *others = capabilities
         libc.capset(header, (ctypes.c_uint32 * 6)(effective & ~(1 << 1), *others))
     (tmp_path / "probe").mkdir(mode=0o555)
     try:
@@ -189,14 +188,14 @@ def modes_bind(tmp_path):
     except PermissionError:
         yield
     else:
-        pytest.skip("this user may write into folders that are read-only")
+        pytest.skip("this user can write to read-only folders")
     finally:
         if libc:
-            libc.capset(header, held)
+            libc.capset(header, capabilities)
 
 
 @pytest.mark.parametrize("words", [[], ["--overwrite"], ["--init_from=resume", "--max_iters=4"]])
-def test_an_out_dir_that_is_read_only_is_told_and_left_as_it_was(settings, words, modes_bind, capsys):
+def test_a_read_only_out_dir_is_reported_and_unchanged(settings, words, enforced_modes, capsys):
     folder = Path(settings.out_dir)
     folder.mkdir()
     if words:
@@ -211,17 +210,20 @@ def test_an_out_dir_that_is_read_only_is_told_and_left_as_it_was(settings, words
     folder.chmod(0o555)
     capsys.readouterr()
     argv = [*flags(settings), *words]
-    assert command(train.main, train.TrainSettings, argv, base=setup.saved_run_settings) == 2
+    assert command(train.main, TrainSettings, argv, base=setup.saved_run_settings) == 2
     folder.chmod(0o755)
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: out_dir={folder} cannot be written to: ") and "Permission denied" in said
-    assert "choose another --out_dir" in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert (
+        message.startswith(f"error: out_dir={folder} cannot be written to: ")
+        and "Permission denied" in message
+    )
+    assert "choose another --out_dir" in message and "Traceback" not in message
     assert content() == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX's")
-def test_a_full_disk_is_told_and_the_earlier_checkpoint_stays(settings):
-    """A second run may write files of at most 8 kB: less than its checkpoint, more than its settings."""
+def test_a_full_disk_keeps_the_earlier_checkpoint(settings):
+    """The second run can write at most 8 kB per file: enough for its settings, not for its checkpoint."""
     resource = pytest.importorskip("resource")
     run_training(replace(settings, max_iters=5))
     folder = Path(settings.out_dir)
@@ -238,13 +240,16 @@ def test_a_full_disk_is_told_and_the_earlier_checkpoint_stays(settings):
     assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
 
 
-def test_weights_that_are_nowhere_are_refused(settings):
-    assert "no/such/folder/x" in refused(replace(settings, init_from="no/such/folder/x"))
+def test_missing_weights_are_rejected(settings):
+    assert "no/such/folder/x" in error_of(replace(settings, init_from="no/such/folder/x"))
 
 
-def test_help_and_print_settings_touch_nothing(settings):
+def test_help_and_print_settings_write_nothing(settings):
     done = run_script("train.py", "--help")
     assert done.returncode == 0 and "--n_layer" in done.stdout and "optimizer:" in done.stdout
+    assert "--help=all" in done.stdout and "--rope_theta" not in done.stdout
+    done = run_script("train.py", "--help=all")
+    assert done.returncode == 0 and all(f"--{name} " in done.stdout for name in vars(TrainSettings()))
     done = run_script("train.py", *flags(settings), "--print_settings")
     assert done.returncode == 0 and re.search(r"^n_layer = 2 +# --n_layer$", done.stdout, re.MULTILINE)
     assert not Path(settings.out_dir).exists()
@@ -255,7 +260,7 @@ def test_debug_shows_the_traceback(settings):
     assert done.returncode == 2 and "Traceback" in done.stderr
 
 
-NANOGPT = {  # the assignments of nanoGPT's config files, each with what makes it particular
+NANOGPT = {  # the assignments of nanoGPT's config files
     "train_shakespeare_char.py": """
 out_dir = 'out-shakespeare-char'
 eval_interval = 250
@@ -322,7 +327,7 @@ init_from = 'gpt2-xl'
 
 
 @pytest.mark.parametrize("name", NANOGPT)
-def test_nanogpts_config_files_are_read_unchanged(tmp_path, name):
+def test_nanogpt_config_files_run_unchanged(tmp_path, name):
     (tmp_path / name).write_text(NANOGPT[name])
     done = run_script("train.py", tmp_path / name, "--print_settings")
     assert done.returncode == 0, done.stderr
@@ -334,25 +339,25 @@ def test_nanogpts_config_files_are_read_unchanged(tmp_path, name):
             ), key
 
 
-def test_nanogpts_folders_train(settings, tmp_path):
+def test_nanogpt_corpora_train(settings, tmp_path):
     """train.bin, val.bin and meta.pkl as nanoGPT's prepare.py writes them."""
     text = make_text(400)
     chars = sorted(set(text))
     stoi = {c: i for i, c in enumerate(chars)}
-    folder = tmp_path / "data" / "theirs"
+    folder = tmp_path / "data" / "nanogpt"
     folder.mkdir(parents=True)
     ids = np.array([stoi[c] for c in text], dtype=np.uint16)
     ids[: len(ids) * 9 // 10].tofile(folder / "train.bin")
     ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
     meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-    _, t = run_training(replace(settings, data_dir=str(tmp_path / "data"), dataset="theirs"))
+    _, t = run_training(replace(settings, data_dir=str(tmp_path / "data"), dataset="nanogpt"))
     assert t.model.config.vocab_size == len(chars)
     done = run_script("sample.py", f"--out_dir={settings.out_dir}", "--start=amor", "--max_new_tokens=5")
     assert done.returncode == 0 and done.stdout.startswith("amor"), done.stderr
 
 
-def test_a_malicious_meta_pkl_does_not_run(settings, tmp_path):
+def test_a_malicious_meta_pkl_is_not_executed(settings, tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "it ran"),)
@@ -361,6 +366,6 @@ def test_a_malicious_meta_pkl_does_not_run(settings, tmp_path):
     for name in ("meta.json", "tokenizer.json"):
         (folder / name).unlink()
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Bomb()}))
-    message = refused(replace(settings, data_dir=str(tmp_path / "data"), dataset="bad"))
+    message = error_of(replace(settings, data_dir=str(tmp_path / "data"), dataset="bad"))
     assert "meta.pkl" in message
     assert not (tmp_path / "it ran").exists()

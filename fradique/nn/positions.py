@@ -1,0 +1,57 @@
+"""Positional encodings: sinusoidal embedding, rotary angles, ALiBi slopes, T5's relative position buckets.
+
+Shapes: T positions, C = n_embd, D = head_dim, H = n_head.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+RELATIVE_BUCKETS, MAX_DISTANCE = 32, 128  # of T5's relative positions: the last bucket holds 113 and above
+
+
+def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
+    """(T,) -> (T, width): sin and cos in alternate columns, wavelengths from 2π to 20000π.
+
+    Vaswani et al. 2017, §3.5.
+    """
+    angles = _angles(positions, width, 10000.0)  # (T, width / 2)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def rope_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(T,) -> cosine and sine of the rotary angles, (T, D / 2) each, for `functional.apply_rope`."""
+    angles = _angles(positions, head_dim, theta)
+    return angles.cos(), angles.sin()
+
+
+def _angles(positions: Tensor, width: int, base: float) -> Tensor:
+    """position / base^(2i / width) in float32: (T, width / 2)."""
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    return positions[:, None].float() * base**-exponents
+
+
+def alibi_slopes(n_head: int, device: torch.device) -> Tensor:
+    """(H,): 2^(-8/H), 2^(-16/H), ... (Press et al. 2022).
+
+    If H is not a power of 2: the slopes of the next lower power, then every second slope of the next higher
+    one, as in BLOOM.
+    """
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]
+    # filled on the device: a copy from the CPU cannot be captured in a CUDA graph
+    return torch.stack([torch.full((), slope, device=device) for slope in slopes])
+
+
+def relative_buckets(distance: Tensor) -> Tensor:
+    """Distance from query back to key -> T5's bucket, 0 to 31, in the same shape (Raffel et al. 2020, §2.1).
+
+    Distances up to 15 have a bucket each; larger ones share logarithmically wider buckets up to 128.
+    """
+    exact = RELATIVE_BUCKETS // 2
+    distance = distance.clamp(min=0)
+    fraction = (distance.clamp(min=1).float() / exact).log() / math.log(MAX_DISTANCE / exact)
+    large = (exact + (fraction * (RELATIVE_BUCKETS - exact)).long()).clamp(max=RELATIVE_BUCKETS - 1)
+    return torch.where(distance < exact, distance, large)

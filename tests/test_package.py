@@ -1,0 +1,77 @@
+"""The wheel that pyproject.toml describes holds every module, and runs without the repository."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from support import ROOT, imported_names
+
+MODULES = {
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.py", "fradique/**/*.py", "lab/*.py", "bench/*.py")
+    for path in ROOT.glob(pattern)
+}
+BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel's content, unpacked; built from a copy, so that nothing is left in the repository."""
+    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools")
+    source, dist, site = (tmp_path_factory.mktemp(name) for name in ("source", "dist", "site"))
+    for name in [*sorted(MODULES), "pyproject.toml", "README.md", "LICENSE"]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-c", BUILD, str(dist)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+    (path,) = dist.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(site)
+    return site
+
+
+def test_the_wheel_holds_every_module(wheel):
+    packed = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*.py")}
+    assert packed == MODULES
+
+
+def test_the_wheel_trains_and_samples_outside_the_repository(wheel, data_dir, tmp_path):
+    settings = [
+        "--n_layer=1",
+        "--n_head=2",
+        "--n_embd=16",
+        "--block_size=16",
+        "--batch_size=4",
+        "--device=cpu",
+    ]
+    settings += ["--gradient_accumulation_steps=1", "--max_iters=3", "--eval_iters=1"]
+    settings += ["--device=cpu", "--compile=False"]
+    commands = [
+        ["-m", "train", *settings, f"--data_dir={data_dir}", "--dataset=tiny", "--out_dir=run"],
+        ["-m", "sample", "--out_dir=run", "--max_new_tokens=5"],
+        ["-m", "fradique.pretrained", "export", "--out_dir=run", "--to=exported"],
+    ]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(wheel), "PATH": "", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
+def test_every_package_that_is_imported_is_a_dependency():
+    """Of what the modules import at their top, all that is not optional comes with the installation."""
+    names = {name.split(".")[0] for path in MODULES for name in imported_names(ROOT / path)}
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    provided = {"sklearn": "scikit-learn", "PIL": "matplotlib", "pyarrow": "datasets", "fsspec": "datasets"}
+    provided |= {"mpl_toolkits": "matplotlib"}
+    own = {path.split("/")[0].removesuffix(".py") for path in MODULES} | {"reference"}
+    for name in names - set(sys.stdlib_module_names) - own:
+        assert provided.get(name, name).replace("_", "-") in text.replace("_", "-"), name
