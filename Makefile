@@ -1,5 +1,5 @@
-# Two commands: `make demo` trains a small writer in about a minute, `make test` runs the tests.
-# Without make (Windows): the README says the same commands one by one.
+# `make demo` trains a small model for a minute; `make test` runs the tests; `make help` lists all targets.
+# Without make (Windows): README.md has the same commands one by one.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,12 +10,13 @@ CFLAGS ?= -O3 -march=native -ffp-contract=fast
 .PHONY: help venv demo test lint check faults reference clean
 
 help:
-	@echo "make demo       install into .venv, train a small writer for a minute, show what it writes"
+	@echo "make demo       install into .venv, train a small model for one minute, print a sample, write an HTML report"
 	@echo "make test       run all tests"
-	@echo "make check      ruff (lint and format), then all tests"
-	@echo "make faults     what docs/RELIABILITY.md promises: kills, signals, full disks, lost ranks (some hours)"
+	@echo "make check      run ruff (lint and format), then all tests"
+	@echo "make faults     run the fault tests of docs/RELIABILITY.md: kills, signals, full disks, lost ranks (hours)"
 	@echo "make reference  build GPT-2 in C: reference/build/gpt2"
-	@echo "make clean      remove .venv and caches; corpora and runs stay"
+	@echo "make venv       create .venv (to install your own build of PyTorch before make demo)"
+	@echo "make clean      delete .venv, builds and caches; keep corpora and runs"
 
 venv: .venv
 .venv:
@@ -24,7 +25,7 @@ venv: .venv
 	$(PYTHON) -m venv .venv
 
 $(READY): pyproject.toml constraints.txt | .venv
-	@echo "installing into .venv (PyTorch is large: this can take some minutes)"
+	@echo "installing into .venv (PyTorch is large: this can take several minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test,dev]'
 	@touch $(READY)
 
@@ -48,7 +49,7 @@ check: lint test
 faults: $(READY)
 	@$(BIN)/python tests/faults/run.py
 
-# GPT-2 in C. OPENMP= leaves the threads out (Apple's clang has none of its own).
+# GPT-2 in C. `make reference OPENMP=` builds it without threads (Apple's clang has no OpenMP).
 OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
 reference: reference/build/gpt2
 reference/build/gpt2: reference/gpt2.c

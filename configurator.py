@@ -110,7 +110,7 @@ class _Spec:
             raise ValueError(f"must be {self.expected()}{hint}")
         result = converted[0]
         if isinstance(result, str) and SURROGATES.search(result):
-            raise ValueError("must be text in UTF-8 (it contains half of a surrogate pair or invalid bytes)")
+            raise ValueError("must be text (it contains half a surrogate pair, or bytes that are not UTF-8)")
         if isinstance(result, int | float) and not (self.lo <= result <= self.hi and result > self.above):
             raise ValueError(f"must be {self.range()}")
         return result

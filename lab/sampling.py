@@ -171,7 +171,7 @@ def main(resolved: Resolved[SamplingSettings]) -> int:
     print(summary_table(results))
     path = common.output_path(settings, "sampling")
     common.save_figure(draw_bars(results), path.with_suffix(".png"))
-    note = f"Marked: each token that ends a sequence of {REPEAT_LENGTH} tokens that occurred earlier in the text."
+    note = f"Marked: each token that ends {REPEAT_LENGTH} tokens which occurred earlier in the text."
     parts = [html_page.note(note)]
     for temperature, rows in samples.items():
         parts.append(f"<h2>{temperature_name(temperature)}</h2>")

@@ -92,7 +92,7 @@ def nanogpt_state(bias=True):
 
 
 def save_nanogpt(path="ckpt.pt", state=None, args=(), zipped=True, **content):
-    """Write a ckpt.pt as nanoGPT's train.py does, with `args` and `content` changed. Returns its state dict."""
+    """Write a ckpt.pt as nanoGPT's train.py does, with changes. Returns its state dict."""
     state = nanogpt_state() if state is None else state
     optimizer_state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(4)}}
     content = {

@@ -1,16 +1,16 @@
 """Hugging Face's config.json <-> GPTConfig, for GPT-2 and LLaMA.
 
-Settings that change what the model computes are never ignored: if one side does not have them, that is an
-error.
+A setting that changes what the model computes, and that the other side does not have, is an error.
 """
 
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fradique.nn.norms import NORM_EPS
 from fradique.pretrained.hf_weights import GPT2, LAYOUTS, LLAMA, Layout
 from fradique.pretrained.model_config import is_number, is_size
-from model import NORM_EPS, GPTConfig
+from model import GPTConfig
 
 # GPTConfig field -> key in config.json
 GPT2_SIZES = {

@@ -21,10 +21,10 @@ from fradique.pretrained import export, hf_config, hf_weights, hub, model_config
 from fradique.pretrained.hf_weights import GPT2, Layout
 from fradique.tokenizer import bpe
 from fradique.tokenizer import tokenizer as tokenizers
-from model import SIZES, GPTConfig
+from model import POSITIVE_SIZES, GPTConfig
 
 GPT2_VOCAB_SIZE = 50257
-NANOGPT_FIELDS = (*SIZES, "dropout", "bias")  # of its GPTConfig
+NANOGPT_FIELDS = (*POSITIVE_SIZES, "dropout", "bias")  # of its GPTConfig
 
 
 @dataclass(frozen=True)

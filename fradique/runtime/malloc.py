@@ -37,3 +37,22 @@ def set_malloc_options(options: dict[int, int]) -> None:
         with suppress(OSError, AttributeError):  # no glibc
             for option, value in options.items():
                 ctypes.CDLL(None).mallopt(option, value)
+
+
+class _MallInfo2(ctypes.Structure):
+    """struct mallinfo2 of malloc.h (glibc 2.33)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
+
+
+def free_heap_bytes() -> int:
+    """Bytes that malloc holds and can still hand out; 0 if this malloc does not say."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # no glibc, or an older one
+            mallinfo2 = ctypes.CDLL(None).mallinfo2
+            mallinfo2.restype = _MallInfo2
+            return mallinfo2().fordblks
+    return 0

@@ -17,6 +17,7 @@ from types import TracebackType
 
 import torch
 
+from fradique.runtime import malloc
 from fradique.runtime.memory_estimate import MemoryEstimate, MemoryPlan, estimate_memory, suggest_settings
 
 # The fraction of the available memory that suggested settings may use. On a CPU malloc also requests 64 MiB
@@ -77,7 +78,8 @@ def _cpu_limits() -> Iterator[MemoryLimit]:
     ):
         soft_limit = resource.getrlimit(limit)[0]
         if soft_limit != resource.RLIM_INFINITY and used in status:
-            yield MemoryLimit(max(0, soft_limit - status[used] * 1024), source)
+            free = soft_limit - status[used] * 1024 + malloc.free_heap_bytes()
+            yield MemoryLimit(max(0, free), source)
 
 
 def cgroup_limits(membership: str) -> Iterator[int]:

@@ -8,7 +8,7 @@ import pytest
 from weight_folders import GPT2_SIZES, edit_config, load_error, save_gpt2
 
 from fradique.pretrained import hf_config, hf_weights, loader
-from model import SIZES, GPTConfig
+from model import POSITIVE_SIZES, GPTConfig
 
 
 def test_every_unsupported_setting_is_listed():
@@ -55,7 +55,7 @@ def test_a_damaged_config_is_named(text):
 
 
 def test_every_field_of_gptconfig_is_checked_or_written():
-    converted = {*SIZES, "bias", "dropout", "n_inner", "tie_weights", "rope_theta", "n_kv_head"}
+    converted = {*POSITIVE_SIZES, "bias", "dropout", "n_inner", "tie_weights", "rope_theta", "n_kv_head"}
     checked = {field.name for field in fields(GPTConfig)} - converted - {"flash"}  # flash: only the speed
     for layout in hf_weights.LAYOUTS:
         assert checked <= hf_config.SUPPORTED_VALUES[layout.name].keys()

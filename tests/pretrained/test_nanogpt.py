@@ -22,7 +22,7 @@ from model import GPTConfig
 
 
 def nanogpt_logits(state, args, idx):
-    """nanoGPT's forward pass in float64 from its state dict, (B, T) -> (B, T, V); shares no code with ours."""
+    """nanoGPT's forward pass in float64, (B, T) -> (B, T, V), from its state dict, without our code."""
     C, H = args["n_embd"], args["n_head"]
     w = {name.removeprefix("transformer."): tensor.double() for name, tensor in state.items()}
 

@@ -1,4 +1,4 @@
-"""Files of tensors: shards, pickles, the memory that loading needs, and files that are damaged or malicious."""
+"""Files of tensors: shards, pickles, the memory that loading needs; damaged and malicious files."""
 
 import json
 import os

@@ -33,7 +33,7 @@ def test_the_files_that_the_notes_name_are_there():
         text = (FOLDER / page).read_text(encoding="utf-8")
         for name in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (FOLDER / name).exists(), name
-        for name in re.findall(r"`(tests/\w+\.py|reference/\w+\.\w+)`", text):
+        for name in re.findall(r"`(tests/[\w/]+\.py|reference/\w+\.\w+)`", text):
             assert (ROOT / name).exists(), name
 
 

@@ -1,0 +1,138 @@
+"""Text files: finding, decoding and cutting them, compared with Python's own decoder and GPT-2's tokens."""
+
+import os
+
+import pytest
+from corpus_helpers import STORY, text_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fradique.data.text import cut_pieces, files_text, find_files, read_file
+from fradique.tokenizer import tokenizer
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=200)
+# white space of all kinds, so that cuts fall at all kinds of positions
+SPACED = st.text("ab1é.'s \u00a0\u2003\x1c\t\r\n", max_size=120)
+
+
+@PROPERTY
+@given(string=st.text(max_size=60).filter(lambda s: not s.startswith("\ufeff")), block=st.integers(1, 9))
+def test_blocks_of_any_size_give_the_same_text(tmp_path_factory, string, block):
+    path = tmp_path_factory.getbasetemp() / "blocks.txt"
+    path.write_bytes(string.encode())
+    chunks = list(read_file(path, block))
+    assert "".join(chunks) == string
+    assert "" not in chunks
+
+
+@PROPERTY
+@given(
+    start=st.text("aé日🙂", max_size=12),
+    broken=st.sampled_from(
+        [b"\xff", b"\xc3", b"\xe6\x97", b"\xf0\x9f\x99", b"\xc0\x80", b"\xed\xa0\x80", b"\x80"]
+    ),
+    end=st.text("aé日🙂", max_size=12),
+    block=st.integers(1, 9),
+)
+def test_the_first_byte_that_is_not_utf8_is_named(tmp_path_factory, start, broken, end, block):
+    path = tmp_path_factory.getbasetemp() / "broken.txt"
+    data = start.encode() + broken + end.encode()
+    path.write_bytes(data)
+    with pytest.raises(UnicodeDecodeError) as reference:
+        data.decode("utf-8")
+    with pytest.raises(ValueError) as caught:
+        list(read_file(path, block))
+    offset = reference.value.start
+    assert f"byte 0x{data[offset]:02x} at offset {offset} " in str(caught.value)
+    assert "broken.txt" in str(caught.value) and "iconv -f" in str(caught.value)
+
+
+def test_newlines_are_kept_and_a_byte_order_mark_is_removed(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    files = find_files([tmp_path / "a.txt"])
+    assert "".join(files_text(files, "").chunks()) == "one\r\ntwo\rthree\n"
+    assert "".join(read_file(files[0], 1)) == "one\r\ntwo\rthree\n"
+    assert "a.txt begins with a byte-order mark" in capsys.readouterr().err
+
+
+def test_a_utf16_file_gets_a_command_that_converts_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes("olá".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"iconv -f UTF-16"):
+        list(read_file(tmp_path / "a.txt"))
+
+
+def test_files_are_joined_with_a_newline_only_if_one_is_missing(tmp_path):
+    for name, content in {"1": "a\n", "2": "b", "3": "c\n\n", "4": "d"}.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    assert "".join(files_text(find_files([tmp_path]), "").chunks()) == "a\nb\nc\n\nd"
+
+
+@PROPERTY
+@given(
+    contents=st.lists(st.text("aé🙂\n\ufeff", max_size=6), min_size=1, max_size=5),
+    has_bom=st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_files_can_be_read_from_any_character(tmp_path_factory, contents, has_bom):
+    folder = tmp_path_factory.getbasetemp()
+    paths = [folder / f"part{i}.txt" for i in range(len(contents))]
+    for path, content, bom in zip(paths, contents, has_bom, strict=False):
+        path.write_bytes(b"\xef\xbb\xbf" * bom + content.encode())
+    text = files_text(paths, "")
+    whole = "".join(text.chunks())
+    for i in range(len(whole) + 1):
+        assert "".join(text.from_byte(len(whole[:i].encode()))) == whole[i:]
+        assert "".join(text_of(whole, 2).from_byte(len(whole[:i].encode()))) == whole[i:]
+
+
+def test_folders_are_searched_recursively_and_sorted_by_name(tmp_path, capsys):
+    for name in ("b.txt", "a/z.txt", "a.txt", "B.TXT", "c.md", "a/y/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "empty.txt").touch()
+    names = [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path])]
+    assert names == ["B.TXT", "a.txt", "a/y/x.txt", "a/z.txt", "b.txt"]
+    assert "empty.txt is empty" in capsys.readouterr().err
+    assert (
+        find_files([tmp_path / "c.md", tmp_path / "a"])[0] == tmp_path / "c.md"
+    )  # any ending is allowed for a file
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", "no file or folder"),
+        ("empty.txt", "is empty"),
+        ("folder", "no non-empty .txt file"),
+        ("pipe", "plain file"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_named(tmp_path, name, message):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.pdf").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=message) as caught:
+        find_files([tmp_path / name])
+    assert name in str(caught.value) and "--input" in str(caught.value)
+
+
+@PROPERTY
+@given(string=SPACED, chunk=st.integers(1, 9), piece_chars=st.integers(1, 9))
+def test_pieces_have_the_tokens_of_the_whole_text(string, chunk, piece_chars):
+    pieces = list(cut_pieces(text_of(string, chunk).chunks(), piece_chars, 1000))
+    gpt2 = tokenizer.GPT2Tokenizer()
+    assert "".join(pieces) == string
+    assert [i for piece in pieces for i in gpt2.encode(piece)] == gpt2.encode(string).tolist()
+
+
+def test_real_sentences_are_cut_into_many_pieces():
+    pieces = list(cut_pieces(text_of(STORY, 100).chunks(), 30, 1000))
+    assert "".join(pieces) == STORY
+    assert max(map(len, pieces)) <= 60 and len(pieces) > len(STORY) / 60
+
+
+@pytest.mark.parametrize("string", ["x" * 1000, " " * 1000, "日" * 1000, "a " + "b" * 998])
+def test_a_text_without_white_space_is_cut_anyway(string):
+    pieces = list(cut_pieces(text_of(string, 7).chunks(), 10, 80))
+    assert "".join(pieces) == string
+    assert max(map(len, pieces)) <= 80

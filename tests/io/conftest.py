@@ -1,0 +1,3 @@
+"""Fixtures for the tests of downloads."""
+
+from download_server import server  # noqa: F401
