@@ -47,7 +47,7 @@ class RunLock:
         """Where the folder is now, and what to say where it is not where it was: it may have been moved. One
         that is gone is made anew."""
         before = self.lock.folder
-        now = self.lock.place()
+        now = self.lock.current_path()
         if now == before:
             return now, None
         if now is not None:

@@ -260,16 +260,17 @@ def _format_result(spec: CorpusSpec, out_dir: Path, meta: dict[str, Any]) -> str
 def _training_command(spec: CorpusSpec, out_dir: Path) -> str:
     """`next_command` with the flags that name the folder, if it is not the usual one."""
     folder = out_dir.resolve()
-    command = spec.next_command.format(name=shlex.quote(folder.name))
+    command = spec.next_command.format(name=_quote(folder.name))
     if folder != spec.folder.resolve() and "{name}" not in spec.next_command:
-        command += f" --dataset={shlex.quote(folder.name)}"
+        command += f" --dataset={_quote(folder.name)}"
     if folder.parent != spec.folder.resolve().parent:
-        command += f" --data_dir={shlex.quote(str(folder.parent))}"
+        command += f" --data_dir={_quote(str(folder.parent))}"
     return command
 
 
 def _format_progress(spec: CorpusSpec, out_dir: Path, count: ShardCount, argv: Sequence[str]) -> str:
     """The progress of an unfinished corpus and the command that makes the remaining shards."""
+    script = str(_relative(spec.folder / "prepare.py"))
     words = [
         word
         for previous, word in zip(["", *argv], argv, strict=False)
@@ -279,8 +280,13 @@ def _format_progress(spec: CorpusSpec, out_dir: Path, count: ShardCount, argv: S
         f"{out_dir.resolve().name}: this worker's shards are finished; {count.done} of {count.total} shards "
         "are finished in all\n"
         "The worker that finishes the last shard completes the corpus. If no other worker is running:\n"
-        f"next: python {shlex.join([str(_relative(spec.folder / 'prepare.py')), *words])}"
+        f"next: python {' '.join(map(_quote, [script, *words]))}"
     )
+
+
+def _quote(word: str) -> str:
+    """`word` quoted for a shell if necessary; unlike shlex.quote, letters with accents are left as they are."""
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else shlex.quote(word)
 
 
 def _relative(path: Path) -> Path:

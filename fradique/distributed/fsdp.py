@@ -1,8 +1,8 @@
-"""A model in parts: each rank keeps its share of every parameter, gradient and optimizer state (FSDP2, Zhao
-et al. 2023), and all of them write one checkpoint and read one, however many they are.
+"""FSDP2 (Zhao et al. 2023, arXiv:2304.11277): shard a model over all ranks; write and read its checkpoints.
 
-torch.distributed.checkpoint plans who writes what; the file that comes of it is the one that a single process
-writes, byte for byte, so it is read everywhere, and goes on with any number of ranks.
+Each rank keeps its rows of every parameter, gradient and optimizer state. torch.distributed.checkpoint
+decides which rank writes what. The checkpoint files are byte for byte those that a single process writes, so
+any number of ranks can read them and resume from them.
 """
 
 import json
@@ -28,8 +28,8 @@ from fradique.distributed import process_group
 
 T = TypeVar("T")
 
-# As safetensors calls them, in the order in which it lays tensors down.
-DTYPES = {
+# safetensors' names of the dtypes, in the order in which it stores tensors.
+SAFETENSORS_DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
@@ -40,10 +40,10 @@ DTYPES = {
 
 
 def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Share a model out over all ranks, in place: block by block, then what is left (embeddings and norms).
+    """Shard a model over all ranks, in place: each block, then the rest (embeddings and norms).
 
-    Only one block at a time lies whole on the device. Forward and backward passes of all ranks must go in
-    step from now on, since each gathers the block that it is in.
+    Each block is gathered for its forward and its backward pass and freed again, so all ranks must run the
+    same forward and backward passes from now on.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
@@ -52,19 +52,18 @@ def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.dev
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors of all ranks into one safetensors file. All ranks call it, on a file system that they
-    share.
+    """Write sharded tensors to one safetensors file. All ranks must call it, and share the file system.
 
-    Raises OSError, on every rank, where one of them cannot write.
+    Raises OSError on every rank if one of them cannot write.
     """
     try:
         dcp.save({name: x.detach() for name, x in tensors.items()}, storage_writer=SafetensorsWriter(path))
     except dcp.CheckpointException as error:
-        raise OSError(_reasons(error)) from error
+        raise OSError(_failures(error)) from error
 
 
 class SafetensorsWriter(dcp.StorageWriter):
-    """One safetensors file, into which every rank writes its parts at their places."""
+    """Write one safetensors file: rank 0 writes the header, then each rank its shards at their offsets."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -84,79 +83,79 @@ class SafetensorsWriter(dcp.StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On rank 0, before any other writes: the header, and a file as long as it will be."""
+        """Write the header and set the length of the file; called on rank 0, before any rank writes data."""
         items = {item.index.fqn: item.tensor_data for plan in plans for item in plan.items}
-        sizes = {n: math.prod(x.size) * x.properties.dtype.itemsize for n, x in items.items()}
-        kinds = list(DTYPES)
-        order = sorted(items, key=lambda name: (kinds.index(items[name].properties.dtype), name))
-        header, end = {}, 0
-        for name in order:
-            start, end = end, end + sizes[name]
-            kind = DTYPES[items[name].properties.dtype]
-            header[name] = {"dtype": kind, "shape": list(items[name].size), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        dtype_order = list(SAFETENSORS_DTYPES)
+        names = sorted(items, key=lambda name: (dtype_order.index(items[name].properties.dtype), name))
+        header, data_size = {}, 0
+        for name in names:
+            size, dtype = items[name].size, items[name].properties.dtype
+            start, data_size = data_size, data_size + math.prod(size) * dtype.itemsize
+            offsets = [start, data_size]
+            header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(size), "data_offsets": offsets}
+        header_bytes = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        header_bytes += b" " * (-len(header_bytes) % 8)
+        data_start = 8 + len(header_bytes)
         with self.path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
-        places = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in order}
-        return [replace(plan, storage_data=places) for plan in plans]
+            file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
+            file.truncate(data_start + data_size)
+        tensor_starts = {name: data_start + header[name]["data_offsets"][0] for name in names}
+        return [replace(plan, storage_data=tensor_starts) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        done = []
+        """Write the shards of this rank."""
+        results = []
         with self.path.open("r+b") as file:
             for item in plan.items:
                 data = planner.resolve_data(item).detach().cpu().contiguous()
-                file.seek(plan.storage_data[item.index.fqn] + _bytes_before(item))
+                file.seek(plan.storage_data[item.index.fqn] + _offset_in_tensor(item))
                 file.write(data.view(-1).view(torch.uint8).numpy())
-                done.append(WriteResult(item.index, data.nbytes, None))
+                results.append(WriteResult(item.index, data.nbytes, None))
             file.flush()
             os.fsync(file.fileno())
         future: Future[list[WriteResult]] = Future()
-        future.set_result(done)
+        future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         pass
 
 
-def _bytes_before(item: WriteItem) -> int:
-    """How far into its tensor a part begins. Parts are rows, which lie one after another."""
-    chunk, whole_size = item.tensor_data.chunk, item.tensor_data.size
-    assert list(chunk.sizes[1:]) == list(whole_size[1:]), item
-    row = math.prod(whole_size[1:]) * item.tensor_data.properties.dtype.itemsize
-    return chunk.offsets[0] * row if len(whole_size) else 0
+def _offset_in_tensor(item: WriteItem) -> int:
+    """The byte offset of a shard in its tensor. A shard is some consecutive rows."""
+    chunk, size = item.tensor_data.chunk, item.tensor_data.size
+    assert list(chunk.sizes[1:]) == list(size[1:]), item
+    row_bytes = math.prod(size[1:]) * item.tensor_data.properties.dtype.itemsize
+    return chunk.offsets[0] * row_bytes if len(size) else 0
 
 
 def read_safetensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors`, this rank's parts of some or all that the safetensors files of `folder` hold.
+    """Read the safetensors files of `folder` into `tensors`, which are whole or this rank's shards.
 
-    Raises ValueError where they do not fit.
+    The files may hold more tensors. Raises ValueError if one is missing or has another shape.
     """
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except dcp.CheckpointException as error:
-        raise ValueError(f"{folder} cannot be read: {_reasons(error)}") from error
+        raise ValueError(f"{folder} cannot be read: {_failures(error)}") from error
 
 
-def _reasons(error: dcp.CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {why}" for rank, (why, _) in sorted(error.failures.items()))
+def _failures(error: dcp.CheckpointException) -> str:
+    failures = sorted(error.failures.items())
+    return "; ".join(f"rank {rank}: {exception}" for rank, (exception, _) in failures)
 
 
 class ShardedWriter:
-    """All ranks at one checkpoint, whose tensors they hold in parts: the other way is `checkpoint.Alone`."""
+    """The checkpoint.CheckpointWriter of a sharded model: all ranks write to one file."""
 
-    @staticmethod
-    def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
         write_safetensors(path, tensors)
 
-    @staticmethod
-    def once(do: Callable[[], T]) -> T:
-        return process_group.broadcast_from_rank0(do)
+    def on_rank0(self, function: Callable[[], T]) -> T:
+        return process_group.broadcast_from_rank0(function)
 
-    @staticmethod
-    def every(sound: bool) -> bool:
-        """Whether it is so on every rank."""
-        told = torch.tensor(sound)
-        dist.all_reduce(told, dist.ReduceOp.MIN)
-        return bool(told)
+    def all_ranks(self, value: bool) -> bool:
+        """Whether `value` is true on every rank."""
+        result = torch.tensor(value)
+        dist.all_reduce(result, dist.ReduceOp.MIN)
+        return bool(result)

@@ -1,6 +1,6 @@
-"""The processes of a run: how they join, agree on one thing, go in step, and find out who is missing.
+"""The process group of a run: join and leave it, collectives over its ranks, whole and local tensors.
 
-torchrun starts them and starts them again when one is lost; here is only what it leaves to the program.
+torchrun starts the processes, and restarts all of them when one is lost.
 """
 
 import atexit
@@ -10,19 +10,22 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-FAILED = 2  # the exit status after an error that the user can mend; rank 0 tells it
-_state: dict[str, Any] = {}  # the store, where this process has joined others
+USER_ERROR_STATUS = 2  # the exit status after an error that the user can correct
 
 
 def rank_info() -> tuple[int, int, int]:
-    """Rank, local rank and world of this process: (0, 0, 1) where torchrun did not start it."""
+    """Rank, local rank and world size of this process; (0, 0, 1) if torchrun did not start it."""
     if "RANK" not in os.environ:
         return 0, 0, 1
     rank, local_rank, world = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -30,110 +33,132 @@ def rank_info() -> tuple[int, int, int]:
 
 
 def join(device: torch.device, backend: str, timeout: float) -> None:
-    """Join the other processes, once. `timeout`: seconds for which one waits for another, at most."""
+    """Initialize the process group if torchrun started several processes. Does nothing the second time.
+
+    timeout: seconds after which a collective fails if a rank has not joined it.
+    """
     rank, _, world = rank_info()
     if world == 1 or dist.is_initialized():
         return
     backend = "nccl" if backend == "auto" and device.type == "cuda" else backend.replace("auto", "gloo")
-    both = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend  # gloo shares the small numbers
+    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend  # gloo reduces numbers on the CPU
     wait = timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=wait))
-    store = dist.PrefixStore(
-        f"fradique/{restart_count()}", store
-    )  # what ranks before a restart wrote is stale
     dist.init_process_group(
-        both,
-        store=dist.PrefixStore("group", store),
+        backends,
+        store=dist.PrefixStore(f"fradique/{restart_count()}", store),  # keys from before a restart are stale
         rank=rank,
         world_size=world,
         timeout=wait,
         device_id=device if device.type == "cuda" else None,
     )
-    _state["store"] = dist.PrefixStore("ranks", store)
-    _state["store"].set(f"who/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+    rank_store().set(f"process/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+
+
+def rank_store() -> dist.Store:
+    """The store of the process group, with a prefix for our own keys.
+
+    `process/<rank>` holds the host and process id of each rank.
+    """
+    return dist.PrefixStore("ranks", distributed_c10d._get_default_store())
 
 
 def leave() -> None:
-    _state.clear()
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process. One of several runs its exit handlers, and does not take the interpreter down: a
-    thread of torch's that wants it meanwhile would abort the process, and a run that is done would be told
-    as one that failed."""
+    """Exit with this status: one process by sys.exit, one of several without finalizing the interpreter.
+
+    Gloo's worker threads outlive destroy_process_group: torch's own caches keep references to the group. A
+    thread that frees a tensor needs the GIL, and a thread that asks for the GIL during finalization aborts
+    the process (https://github.com/pytorch/pytorch/issues/190489): a finished run would count as failed.
+    Joining the threads instead could take until the timeout of a collective if another rank is lost. So the
+    exit handlers run, the output is flushed, and os._exit skips the rest.
+    """
     if rank_info()[2] == 1:
         sys.exit(status)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
+        with suppress(OSError, ValueError):  # a closed pipe or stream
             stream.flush()
     os._exit(status)
 
 
 def restart_count() -> int:
-    """How often torchrun has started this run again after losing a process."""
+    """How many times torchrun has restarted the processes of this run after losing one."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def launch_id() -> str | None:
-    """A name for the call of torchrun that started this process, the same for all that it starts, again and
-    again; None where there is none. Without an --rdzv_id several calls have the same name: then it is the
-    agent, which is the parent of this process."""
+    """An id of the torchrun command that started this process, unchanged by restarts; None without torchrun.
+
+    torchrun without --rdzv_id has the id "none" every time: then the id is that of the torchrun process, the
+    parent of this one.
+    """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name in (None, "", "none"):
         return f"{socket.gethostname()}:{os.getppid()}" if name else None
     return name
 
 
-def all_reduce(values: Sequence[float], how: str) -> list[float]:
-    """Each value's "sum" or "max" over the ranks."""
-    together = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for the card
-    dist.all_reduce(together, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
-    return together.tolist()
+def all_reduce(values: Sequence[float], op: str) -> list[float]:
+    """The "sum" or "max" of each value over the ranks."""
+    reduced = torch.tensor(values, dtype=torch.float64)  # on the CPU: no synchronization with the GPU
+    dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    return reduced.tolist()
 
 
 def barrier() -> None:
-    """Until every rank is here."""
+    """Wait until every rank has called this."""
     dist.barrier()
 
 
-def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on every rank. Where it raises there, the others end quietly."""
+def broadcast_from_rank0(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and return its result on every rank.
+
+    If it raises on rank 0, the other ranks raise SystemExit, without a message: rank 0 reports the error.
+    """
     if not dist.is_initialized():
-        return make()
+        return function()
+    message: list[Any] = [False, None]  # whether `function` returned, and its result
     if dist.get_rank() != 0:
-        told: list[Any] = [False, None]
-        dist.broadcast_object_list(told, src=0)
-        if not told[0]:
-            raise SystemExit(FAILED)
-        return told[1]
-    told = [False, None]
+        dist.broadcast_object_list(message, src=0)
+        if not message[0]:
+            raise SystemExit(USER_ERROR_STATUS)
+        return message[1]
     try:
-        told = [True, make()]
+        message = [True, function()]
     finally:
-        dist.broadcast_object_list(told, src=0)
-    return told[1]
+        dist.broadcast_object_list(message, src=0)
+    return message[1]
 
 
 def lockstep(items: Iterable[T]) -> Iterator[T | None]:
-    """The items, and None for a rank that has no more while others do: where every step needs all ranks."""
-    rest = iter(items)
+    """Yield the items, then None until no rank has any left, so that all ranks take equally many steps."""
+    iterator = iter(items)
     while True:
-        item = next(rest, None)
-        there = torch.tensor(item is not None)
-        dist.all_reduce(there, dist.ReduceOp.MAX)
-        if not there:
+        item = next(iterator, None)
+        any_left = torch.tensor(item is not None)
+        dist.all_reduce(any_left, dist.ReduceOp.MAX)
+        if not any_left:
             return
         yield item
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor of which each rank may hold a part, as one: on every rank, all of which must ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """The whole tensor, gathered from all ranks if it is sharded; then all ranks must call this."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be in parts."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """This rank's shard of a tensor; the tensor itself if it is not sharded."""
+    return tensor.to_local() if _is_dtensor(tensor) else tensor
+
+
+def _is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
+    # Importing torch.distributed.tensor takes 0.7 s, and as long as nobody has there are no DTensors.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)

@@ -26,7 +26,7 @@ class FolderLock:
     """An exclusive lock on a folder, held until `release`."""
 
     def __init__(self, folder: Path) -> None:
-        """Lock an existing folder. Raises ValueError naming the process that holds the lock, if there is one."""
+        """Lock an existing folder. Raises ValueError naming the process that has locked it already."""
         self.folder = folder
         self.file: IO[str] | None = None
         file = (folder / LOCK_FILE).open("a+", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Check pickles by their opcodes, without running them, and load plain data from them.
 
-Restricted unpicklers (PlainUnpickler, torch.load with weights_only=True) refuse code. They do not refuse plain
-data that takes unbounded time or memory: a tuple of itself twice, nested forty times, takes hours to hash.
+Restricted unpicklers (PlainUnpickler, torch.load with weights_only=True) refuse code. They do not refuse
+plain data that takes unbounded time or memory: a tuple of itself twice, nested forty times, takes hours to
+hash.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LEGACY_PICKLES = 4  # in a legacy torch file: magic number, protocol, system, co
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Loads dicts, lists, strings and numbers. Raises ValueError if the pickle imports a class or function."""
+    """Loads dicts, lists, strings and numbers. Raises ValueError if a pickle imports a class or function."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise ValueError(f"it imports {module}.{name}; only plain dicts, lists, strings and numbers are read")

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # from malloc.h
+FORDBLKS = 8  # index of a counter in struct mallinfo2
 
 
 def keep_freed_memory() -> None:
@@ -40,12 +41,9 @@ def set_malloc_options(options: dict[int, int]) -> None:
 
 
 class _MallInfo2(ctypes.Structure):
-    """struct mallinfo2 of malloc.h (glibc 2.33)."""
+    """struct mallinfo2 of malloc.h (glibc 2.33): ten counters, of which FORDBLKS is the free bytes."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    )
+    _fields_ = (("counters", ctypes.c_size_t * 10),)
 
 
 def free_heap_bytes() -> int:
@@ -54,5 +52,5 @@ def free_heap_bytes() -> int:
         with suppress(OSError, AttributeError):  # no glibc, or an older one
             mallinfo2 = ctypes.CDLL(None).mallinfo2
             mallinfo2.restype = _MallInfo2
-            return mallinfo2().fordblks
+            return mallinfo2().counters[FORDBLKS]
     return 0

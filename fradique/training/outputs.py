@@ -42,13 +42,13 @@ def save_checkpoint(t: Trainer, best: bool = False) -> None:
             state=t.state_dict(),
             run=t.lock.name if t.lock else None,
         )
-        way = checkpoint.LocalWriter
+        writer: checkpoint.CheckpointWriter = checkpoint.LocalWriter()
         if t.runtime.sharded:
             from fradique.distributed import fsdp
 
             t.model.reshard()  # an evaluation leaves gathered parameters
-            way = fsdp.ShardedWriter
-        checkpoint.save_and_prune(t.folder, saved, best=best, last=t.settings.keep_checkpoints, way=way)
+            writer = fsdp.ShardedWriter()
+        checkpoint.save_and_prune(t.folder, saved, best=best, last=t.settings.keep_checkpoints, writer=writer)
     t.saved_step = t.state.step
     t.runtime.barrier()
 

@@ -4,10 +4,13 @@ import ast
 import errno
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,38 @@ def test_a_script_explains_its_flags(script, tmp_path):
     assert done.returncode == 0
     assert all(flag in done.stdout for flag in ("--input", "--val_fraction", "--out_dir"))
     assert ("--tokenizer" in done.stdout) == ("--name" in done.stdout) == (script.parent.name == "custom")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
+def test_help_fits_the_terminal_and_breaks_no_path(script, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    spec = runpy.run_path(str(script))["CORPUS"]
+    with pytest.raises(SystemExit):
+        main(spec, ["--help"])
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= columns
+    assert {word for word in spec.description.split() if "/" in word} <= set(output.split())
+    commands = re.findall(r"^    python .*", spec.description, re.MULTILINE)
+    joined = re.sub(r" \\\n +", " ", output)  # a long command continues after a backslash
+    assert commands and all(command in joined.splitlines() for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("next_command", "out_dir", "expected"),
+    [
+        ("go", "data/story", "go"),
+        ("go", "data/other", "go --dataset=other"),
+        ("go {name}", "data/other", "go other"),
+        ("go", "else/other", "go --dataset=other --data_dir={}/else"),
+        ("go {name}", "else/other", "go other --data_dir={}/else"),
+    ],
+)
+def test_the_result_ends_with_the_command_that_trains(tmp_path, capsys, next_command, out_dir, expected):
+    spec = replace(story_spec(tmp_path / "data" / "story"), next_command=next_command)
+    assert main(spec, ["--out_dir", str(tmp_path / out_dir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[-1] == f"next: {expected.format(tmp_path)}"
 
 
 def test_the_embedded_corpus_needs_no_network_and_no_flag(clone):

@@ -120,7 +120,7 @@ def test_positions_beyond_32_bits_are_read_correctly(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
 def test_memory_does_not_grow_with_the_tokens_read(tmp_path):
-    """3,200 windows of a sparse gigabyte. Memory-mapped they took 179 MB; a list of all windows took 288 MB."""
+    """3,200 windows of a sparse gigabyte. Memory-mapped, they took 179 MB; as a list, 288 MB."""
     code = (
         "import sys; from pathlib import Path\n"
         "from fradique.data import dataset, sampler\n"

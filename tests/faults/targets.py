@@ -2,7 +2,7 @@
 
 A target passes where the entry works, or refuses with a message: an OSError, or a ValueError that is not
 endless (and none of Python's own, such as UnicodeDecodeError, which tell a user nothing). Anything else that
-comes out is a finding. `fuzz.py` drives the targets with atheris, tests/test_hostile.py with hypothesis.
+comes out is a finding. `fuzz.py` drives the targets with atheris, tests/hostile/test_targets.py with hypothesis.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Tokens of the environment stay there: in no file of a run, no line of its output, no report."""
+"""Secrets in environment variables are in no file of a run, in no line of its output, and in no report."""
 
 import os
 from dataclasses import replace
@@ -15,30 +15,31 @@ SECRETS = {
     "SOME_TOKEN": "uma-senha-que-nao-se-diz",
     "HTTPS_PROXY": "http://ana:outra-senha@127.0.0.1:9",
 }
-PARTS = [*SECRETS.values(), "outra-senha"]
+SECRET_STRINGS = [*SECRETS.values(), "outra-senha"]
 
 
-def told(folder: Path) -> list[str]:
-    """The files below `folder` that hold a secret, in any of their bytes."""
-    found = []
+def files_with_secrets(folder: Path) -> list[str]:
+    """The files below `folder` whose bytes contain a secret."""
+    names = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         data = path.read_bytes()
-        found += [str(path.relative_to(folder)) for secret in PARTS if secret.encode() in data]
-    return found
+        names += [str(path.relative_to(folder)) for secret in SECRET_STRINGS if secret.encode() in data]
+    return names
 
 
 def test_no_secret_of_the_environment_is_written_or_printed(settings, tmp_path):
     pytest.importorskip("wandb")
     folder, home = Path(settings.out_dir), tmp_path / "home"
     env = os.environ | SECRETS | {"WANDB_MODE": "offline", "HOME": str(home)}
-    words = flags(replace(settings, max_iters=2, eval_interval=2, wandb_log=True))
-    done = [
-        run_script("train.py", *words, env=env),
+    arguments = flags(replace(settings, max_iters=2, eval_interval=2, wandb_log=True))
+    processes = [
+        run_script("train.py", *arguments, env=env),
         run_script("lab.report", f"--out_dir={folder}", env=env),
     ]
-    assert [one.returncode for one in done] == [0, 0], done
+    assert [process.returncode for process in processes] == [0, 0], processes
     assert list(folder.glob("wandb/offline-run-*/*.wandb")) and (folder / "report.html").exists()
-    assert not [secret for secret in PARTS if any(secret in one.stdout + one.stderr for one in done)]
-    assert told(folder) == []
-    (folder / "settings.json").write_text(f"{{{SECRETS['HF_TOKEN']}")  # the proof that it would be found
-    assert told(folder) == ["settings.json"]
+    output = "".join(process.stdout + process.stderr for process in processes)
+    assert not [secret for secret in SECRET_STRINGS if secret in output]
+    assert files_with_secrets(folder) == []
+    (folder / "settings.json").write_text(f"{{{SECRETS['HF_TOKEN']}")  # a secret in a file would be found
+    assert files_with_secrets(folder) == ["settings.json"]

@@ -30,7 +30,7 @@ def test_a_damaged_file_is_fetched_again(server, tmp_path):
     ("name", "sha256", "message"),
     [
         ("good.txt", "0" * 64, f"its sha256 is {PAGE_SHA256}, not 000"),
-        ("short.txt", PAGE_SHA256, "was cut short"),
+        ("short.txt", PAGE_SHA256, "is incomplete"),
         ("gone.txt", PAGE_SHA256, "the server answers 404"),
     ],
 )
@@ -45,7 +45,7 @@ def test_a_failed_download_names_the_url_and_an_alternative(server, tmp_path, na
 
 def test_a_redirect_is_followed_but_not_to_plain_http(server, tmp_path):
     assert fetch(server.url("moved.txt"), PAGE_SHA256, tmp_path / "moved.txt").read_bytes() == PAGE
-    with pytest.raises(ValueError, match=r"http://example.invalid/good.txt is not an https address"):
+    with pytest.raises(ValueError, match=r"http://example.invalid/good.txt is not an https URL"):
         fetch(server.url("gone_away.txt"), PAGE_SHA256, tmp_path / "gone_away.txt")
     assert file_names(tmp_path) == ["moved.txt"]
 
@@ -80,7 +80,7 @@ def test_a_silent_server_times_out(tmp_path, monkeypatch):
     "url", ["http://example.org/a", "ftp://127.0.0.1/a", "file:///etc/hosts", "a.txt", ""]
 )
 def test_only_https_is_allowed_for_other_machines(tmp_path, url):
-    with pytest.raises(ValueError, match=r"is not an https address"):
+    with pytest.raises(ValueError, match=r"is not an https URL"):
         fetch(url, PAGE_SHA256, tmp_path / "a")
     assert file_names(tmp_path) == []
 

