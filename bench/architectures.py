@@ -114,9 +114,8 @@ def train_all(names: Sequence[str], rates: Sequence[str], flags: Sequence[str], 
     """Train each architecture with each learning rate; identical ones share a result."""
     results: dict[GPTConfig, Result] = {}
     target = None
-    for name in sorted(
-        names, key=lambda name: name != BASELINE
-    ):  # gpt2 first: it sets the number of parameters
+    # gpt2 first: it sets the number of parameters of all
+    for name in sorted(names, key=lambda name: name != BASELINE):
         for rate in rates:
             out_dir = folder / f"{name}-{rate}"
             settings = settings_of(name, [*flags, f"--learning_rate={rate}", f"--out_dir={out_dir}"])
@@ -140,9 +139,8 @@ def train_all(names: Sequence[str], rates: Sequence[str], flags: Sequence[str], 
 
 def measure_speeds(results: list[Result], rounds: int, steps: int, tokens: int) -> list[Result]:
     """The results with tokens/s in training and generation, and both relative to the baseline's."""
-    times: list[list[tuple[float, float]]] = [
-        [] for _ in results
-    ]  # [result][round] -> (training, generation)
+    # times[result][round] = tokens/s in (training, generation)
+    times: list[list[tuple[float, float]]] = [[] for _ in results]
     for _ in range(rounds):
         for result, speeds in zip(results, times, strict=True):
             t = result.trainer

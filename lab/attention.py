@@ -67,14 +67,14 @@ def attention_weights(model: GPT, ids: Tensor) -> np.ndarray:
     """
     recorded: list[np.ndarray] = []
 
-    def recording(attend: AttentionFunction) -> AttentionFunction:
-        def attend_and_record(
+    def recording(attention_function: AttentionFunction) -> AttentionFunction:
+        def compute_and_record(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0
         ) -> Tensor:
             recorded.append(softmax_weights(q, k, mask)[0].cpu().numpy())
-            return attend(q, k, v, mask, p)
+            return attention_function(q, k, v, mask, p)
 
-        return attend_and_record
+        return compute_and_record
 
     layers = [block.attn for block in model.transformer["h"]]
     original = [layer.attention for layer in layers]
@@ -86,8 +86,8 @@ def attention_weights(model: GPT, ids: Tensor) -> np.ndarray:
         model(ids, prefix=ids.size(1))
     finally:
         model.train(training)
-        for layer, attend in zip(layers, original, strict=True):
-            layer.attention = attend
+        for layer, attention_function in zip(layers, original, strict=True):
+            layer.attention = attention_function
     return np.stack(recorded)
 
 

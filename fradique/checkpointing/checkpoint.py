@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON with checksums, written atomically; the most recent ones and the best.
 
 A run folder holds `step-00002000/`, ... (the most recent ones) and `best/`. A checkpoint is written to a
-temporary folder, synced and renamed; `manifest.json`, with the sha256 of every other file, is written last. So
-a folder under its final name is complete, and a file that is damaged later has another checksum.
+temporary folder, synced and renamed; `manifest.json`, with the sha256 of every other file, is written last.
+So a folder under its final name is complete, and a file that is damaged later has another checksum.
 """
 
 import re
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fradique.distributed.process_group import local_tensor
 from fradique.io import files
-from fradique.io.files import format_json, fsync, read_json_object, replace_folder
+from fradique.io.files import format_json, read_json_object, replace_folder
 
 T = TypeVar("T")
 FORMAT = 1
@@ -108,7 +108,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _complete(temporary: Path, folder: Path, checkpoint: Checkpoint) -> None:
-    """Add the JSON files and the checksums to the tensors, sync, and rename `temporary` to `folder`."""
+    """Add the JSON files and the checksums to the tensors, and rename `temporary` to `folder`."""
     (temporary / "model.json").write_text(format_json(checkpoint.config), encoding="utf-8")
     (temporary / "state.json").write_text(format_json(checkpoint.state), encoding="utf-8")
     for path in temporary.glob("*.safetensors"):  # safetensors makes them readable only by their owner
@@ -116,8 +116,6 @@ def _complete(temporary: Path, folder: Path, checkpoint: Checkpoint) -> None:
     checksums = {path.name: files.checksum(path) for path in sorted(temporary.iterdir())}
     manifest = format_json({"format": FORMAT, "run": checkpoint.run, "sha256": checksums})
     (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
-    for path in [*temporary.iterdir(), temporary]:
-        fsync(path)
     replace_folder(temporary, folder)
 
 
@@ -160,7 +158,7 @@ def recover_run_folder(run: Path) -> None:
 
 
 def set_aside_later_checkpoints(run: Path, step: int) -> None:
-    """Rename checkpoints after `step` to damaged-step-...: a resumed run skipped them, and writes new ones."""
+    """Rename checkpoints after `step` to damaged-step-...: a resumed run skipped them and writes new ones."""
     for folder in step_folders(run):
         if step_of(folder) > step:
             renamed = folder.with_name(f"damaged-{folder.name}")
@@ -203,7 +201,7 @@ def read_checkpoint_metadata(folder: Path) -> Checkpoint:
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on the meta device: shapes only. Raises ValueError if it is damaged."""
+    """The shapes of the tensors in a file, as meta tensors. Raises ValueError if it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -213,7 +211,7 @@ def read_shapes(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(folder: Path, with_optimizer: bool = True, verified: bool = False) -> Checkpoint:
-    """Read a checkpoint to the CPU and verify it, unless `verified`. Raises ValueError naming a damaged file."""
+    """Verify (unless `verified`) and read a checkpoint. Raises ValueError naming a damaged file."""
     if not verified:
         verify_checkpoint(folder)
     try:

@@ -1,7 +1,7 @@
-"""Embeddings kept on the way, for `lab.movie`: small files beside the checkpoints, one for each time.
+"""Embeddings saved during training, for `lab.movie`.
 
-`<run>/snapshots/step-00000250.safetensors` holds, in float16, "tokens" (n, C), of a large vocabulary the
-first 2,000 (in BPE, the most frequent), and "positions" (P, C) where the model learns them.
+`<run>/snapshots/step-00000250.safetensors` contains, in float16, "tokens" (n, C), at most the first 2,000 (in
+BPE, the most frequent ones), and "positions" (P, C) if the model has a learned positional embedding.
 """
 
 import re
@@ -18,7 +18,7 @@ from fradique.distributed import process_group
 from fradique.io import files
 
 SNAPSHOT_FOLDER = "snapshots"
-MAX_ROWS = 2000  # tokens, and positions
+MAX_ROWS = 2000  # of each table
 SNAPSHOT_NAME = re.compile(r"step-([0-9]{1,18})\.safetensors")
 
 
@@ -32,17 +32,17 @@ class Snapshot:
 
 
 def embedding_tables(model: nn.Module) -> dict[str, Tensor]:
-    """The embeddings of a GPT that are kept."""
-    tables = {"tokens": "wte", "positions": "wpe"}
-    there = {name: key for name, key in tables.items() if key in model.transformer}
+    """The embedding tables of a GPT that a snapshot saves, gathered from all ranks."""
+    modules = {"tokens": "wte", "positions": "wpe"}
     return {
         name: process_group.full_tensor(model.transformer[key].weight.detach())[:MAX_ROWS]
-        for name, key in there.items()
+        for name, key in modules.items()
+        if key in model.transformer
     }
 
 
 def write_snapshot(run: Path, step: int, tensors: dict[str, Tensor]) -> None:
-    """Write embeddings into the run folder, whole or not at all."""
+    """Write a snapshot into the run folder, atomically."""
     folder = run / SNAPSHOT_FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
@@ -52,15 +52,14 @@ def write_snapshot(run: Path, step: int, tensors: dict[str, Tensor]) -> None:
 
 def snapshot_paths(run: Path) -> dict[int, Path]:
     """The snapshots of a run by their steps, oldest first."""
-    found = {
-        path: SNAPSHOT_NAME.fullmatch(path.name) for path in (run / SNAPSHOT_FOLDER).glob("*.safetensors")
-    }
-    return dict(sorted((int(name[1]), path) for path, name in found.items() if name))
+    paths = (run / SNAPSHOT_FOLDER).glob("*.safetensors")
+    matches = [(SNAPSHOT_NAME.fullmatch(path.name), path) for path in paths]
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def read_snapshots(run: Path) -> list[Snapshot]:
-    """All snapshots of a run, oldest first. Raises ValueError, saying what to do, where there are none."""
-    found = []
+    """All snapshots of a run, oldest first. Raises ValueError if there are none or one is damaged."""
+    snapshots = []
     for step, path in snapshot_paths(run).items():
         try:
             tensors = safetensors.numpy.load_file(path)
@@ -69,27 +68,27 @@ def read_snapshots(run: Path) -> list[Snapshot]:
                 positions = _table(tensors, "positions")
         except (OSError, ValueError, KeyError, AttributeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it") from error
-        if found and tokens.shape != found[0].tokens.shape:
-            raise ValueError(f"{path} is not of the run that the others are of: delete it")
-        found.append(Snapshot(step, tokens, positions))
-    if not found:
+        if snapshots and tokens.shape != snapshots[0].tokens.shape:
+            raise ValueError(f"{path} is a snapshot of another model than the others: delete it")
+        snapshots.append(Snapshot(step, tokens, positions))
+    if not snapshots:
         raise ValueError(
-            f"{run} holds no snapshots of its embeddings: train with --snapshot_interval=50, which keeps "
-            "them every 50 steps"
+            f"{run} has no snapshots of its embeddings: train with --snapshot_interval=50, which saves one "
+            "every 50 steps"
         )
-    return found
+    return snapshots
 
 
 def _table(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """(n, C) float32. Raises ValueError where it is no table of finite numbers, KeyError where it is none."""
+    """A float32 table (n, C). Raises KeyError if it is missing, ValueError if it is not a finite matrix."""
     table = tensors[name]
     if table.ndim != 2 or not table.size or table.dtype.kind != "f" or not np.isfinite(table).all():
-        raise ValueError(f"{name!r} is no table of finite numbers")
+        raise ValueError(f"{name!r} is not a matrix of finite numbers")
     return table.astype(np.float32)
 
 
 def rewind_snapshots(run: Path, step: int) -> None:
-    """Forget what was kept after `step`: a resumed run goes there again."""
-    for later, path in snapshot_paths(run).items():
-        if later > step:
+    """Delete the snapshots after `step`: a resumed run writes them again."""
+    for snapshot_step, path in snapshot_paths(run).items():
+        if snapshot_step > step:
             path.unlink()

@@ -1,12 +1,12 @@
-"""The run folder: who may write in it, and what it says of how the run was made."""
+"""The run folder out/<run>/: its lock, and settings.json with the settings and origin of the run."""
 
 import contextlib
+import importlib.metadata
 import platform
 import shutil
 import subprocess
 import uuid
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,68 +26,70 @@ RUN_FILES = (
     "wandb",
     "best",
 )
-MAX_LISTED_RUNS = 10  # in a message
+MAX_LISTED_RUNS = 10  # in an error message
 
 
 @dataclass
 class RunLock:
-    """A run folder that this process writes to."""
+    """A run folder that this process has locked and writes to."""
 
-    name: str  # of the run: its settings.json and its checkpoints have it
+    run_id: str  # in settings.json and in every checkpoint
     lock: folder_lock.FolderLock
-    about: dict[str, Any]  # settings.json
+    metadata: dict[str, Any]  # settings.json
     tokenizer: tokenizers.Tokenizer
 
-    def describe(self) -> None:
-        """Let the folder stand by itself: settings.json and tokenizer.json."""
-        files.write_json(self.lock.folder / SETTINGS_FILE, self.about)
+    def write_metadata(self) -> None:
+        """Write settings.json and tokenizer.json, so that the folder is self-contained."""
+        files.write_json(self.lock.folder / SETTINGS_FILE, self.metadata)
         tokenizers.save_tokenizer(self.tokenizer, self.lock.folder / TOKENIZER_FILE)
 
-    def place(self) -> tuple[Path, str | None]:
-        """Where the folder is now, and what to say where it is not where it was: it may have been moved. One
-        that is gone is made anew."""
-        before = self.lock.folder
-        now = self.lock.current_path()
-        if now == before:
-            return now, None
-        if now is not None:
-            self.lock.folder = now
-            return now, f"{before} is {now} now: the run goes on there"
+    def follow_folder(self) -> tuple[Path, str | None]:
+        """The current path of the folder, and a warning if somebody has moved or deleted it.
+
+        A deleted folder is created again.
+        """
+        previous = self.lock.folder
+        current = self.lock.current_path()
+        if current == previous:
+            return current, None
+        if current is not None:
+            self.lock.folder = current
+            return current, f"{previous} was moved to {current}: the run continues there"
         self.lock.release()
-        before.mkdir(parents=True, exist_ok=True)
-        self.lock = folder_lock.FolderLock(before)
-        self.describe()
-        return before, f"{before} was deleted: the run goes on in a new one, without what it had saved there"
+        previous.mkdir(parents=True, exist_ok=True)
+        self.lock = folder_lock.FolderLock(previous)
+        self.write_metadata()
+        return (
+            previous,
+            f"{previous} was deleted: the run continues in a new folder, without its earlier files",
+        )
 
 
 def check_available(run: Path, overwrite: bool) -> None:
-    """Raise ValueError where `run` holds another run and `overwrite` is not set, or is no folder."""
+    """Raise ValueError if `run` is no folder, or has a run already and `overwrite` is not set."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"out_dir={run} is a file: choose another folder")
     check_unlocked(run)
     if (run / "train.bin").exists() or (run / "ckpt.pt").exists():
         raise ValueError(f"out_dir={run} holds a corpus or a run of nanoGPT: choose another --out_dir")
-    held = [name for name in RUN_FILES if (run / name).exists()] or checkpoint.step_folders(run)
-    if held and not overwrite:
+    existing = [name for name in RUN_FILES if (run / name).exists()] or checkpoint.step_folders(run)
+    if existing and not overwrite:
         raise ValueError(
-            f"out_dir={run} already holds a run: go on with it by --init_from=resume, begin anew by "
-            "--overwrite (which deletes it), or choose another --out_dir"
+            f"out_dir={run} already holds a run: continue it with --init_from=resume, delete it and start "
+            "again with --overwrite, or choose another --out_dir"
         )
 
 
 def check_unlocked(run: Path) -> None:
-    """Raise ValueError where another process writes to `run`."""
-    if who := folder_lock.lock_holder(run):
-        raise ValueError(folder_lock.in_use_message(run, who))
+    """Raise ValueError if another process writes to `run`."""
+    if holder := folder_lock.lock_holder(run):
+        raise ValueError(folder_lock.in_use_message(run, holder))
 
 
 def delete_run(run: Path) -> None:
-    """Delete what a run wrote into `run`, and nothing else."""
-    for path in [
-        *(run / name for name in RUN_FILES),
-        *checkpoint.step_folders(run),
-        *run.glob("damaged-step-*"),
-    ]:
+    """Delete the files of a run, and no other files in its folder."""
+    paths = [run / name for name in RUN_FILES]
+    for path in [*paths, *checkpoint.step_folders(run), *run.glob("damaged-step-*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -100,41 +102,40 @@ def claim_run_folder(
     decided: dict[str, Any],
     tokenizer: tokenizers.Tokenizer,
     *,
-    go_on_from: int | None,
+    resume_step: int | None,
     overwrite: bool,
 ) -> RunLock:
-    """Make the folder ours, and let it stand by itself: settings.json and tokenizer.json.
+    """Lock the folder and write settings.json and tokenizer.json.
 
-    A run that goes on forgets what it wrote after step `go_on_from`; a new one (None) deletes what is there,
-    where `overwrite` allows it. Raises ValueError where the folder cannot be written to, or another process
-    writes to it.
+    A run that resumes at `resume_step` removes what it wrote after that step; a new run (None) deletes an
+    earlier run if `overwrite`. `decided`: what was chosen automatically. Raises ValueError if the folder is
+    not writable, or another process writes to it.
     """
-    name = uuid.uuid4().hex
-    with contextlib.ExitStack() as undo:
+    identity = uuid.uuid4().hex
+    with contextlib.ExitStack() as on_error:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            own = folder_lock.FolderLock(run)
-            undo.callback(own.release)
+            lock = folder_lock.FolderLock(run)
+            on_error.callback(lock.release)
             checkpoint.recover_run_folder(run)
-            if go_on_from is not None:
-                began = saved_settings(run).get("init_from", "scratch")
-                settings = settings | {"init_from": began}
-                name = run_id(run) or name
-                checkpoint.set_aside_later_checkpoints(run, go_on_from)
-                metrics_file.rewind_metrics(run, go_on_from)
-                embedding_snapshots.rewind_snapshots(run, go_on_from)
+            if resume_step is not None:
+                settings = settings | {"init_from": saved_settings(run).get("init_from", "scratch")}
+                identity = run_id(run) or identity
+                checkpoint.set_aside_later_checkpoints(run, resume_step)
+                metrics_file.rewind_metrics(run, resume_step)
+                embedding_snapshots.rewind_snapshots(run, resume_step)
             elif overwrite:
                 delete_run(run)
-            about = {"run": name, "settings": settings, "decided": decided}
-            about |= {"versions": versions(), "git_commit": git_commit()}
-            held = RunLock(name, own, about, tokenizer)
-            held.describe()
-            undo.pop_all()
-            return held
+            metadata = {"run": identity, "settings": settings, "decided": decided}
+            metadata |= {"versions": versions(), "git_commit": git_commit()}
+            run_lock = RunLock(identity, lock, metadata, tokenizer)
+            run_lock.write_metadata()
+            on_error.pop_all()
+            return run_lock
         except OSError as error:
             raise ValueError(
-                f"out_dir={run} cannot be written to: {error.strerror or error}. Make room or the folder "
-                "writable, or choose another --out_dir"
+                f"out_dir={run} cannot be written to: {error.strerror or error}. Free disk space, make the "
+                "folder writable, or choose another --out_dir"
             ) from error
 
 
@@ -146,7 +147,7 @@ def saved_settings(run: Path) -> dict[str, Any]:
 
 
 def _no_run_message(folder: Path) -> str:
-    """no trained model in out/. Found: out/eca, out/machado. Try --out_dir=out/eca (the newest)."""
+    """An error message that lists the runs in and beside `folder`, newest first."""
     paths = [*folder.glob(f"*/{SETTINGS_FILE}"), *folder.parent.glob(f"*/{SETTINGS_FILE}")]
     newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
     runs = [str(path.parent) for path in newest_first]
@@ -157,25 +158,26 @@ def _no_run_message(folder: Path) -> str:
 
 
 def run_metadata(run: Path) -> dict[str, Any]:
-    """settings.json: the settings, and what was decided, with which versions, at which git commit.
+    """settings.json: the settings, automatic choices, package versions and git commit.
 
-    Raises ValueError where it is missing or damaged.
+    Raises ValueError if it is missing or damaged.
     """
-    held = {"decided": {}, "versions": {}, "git_commit": None} | files.read_json_object(run / SETTINGS_FILE)
+    defaults: dict[str, Any] = {"decided": {}, "versions": {}, "git_commit": None}
+    values = defaults | files.read_json_object(run / SETTINGS_FILE)
     for name in ("settings", "decided", "versions"):
-        if not isinstance(held.get(name), dict):
+        if not isinstance(values.get(name), dict):
             raise ValueError(f"{run / SETTINGS_FILE} is damaged: it has no {name}")
-    return held
+    return values
 
 
 def run_id(run: Path) -> str | None:
-    """The name of the run in a folder; None where it began before runs had one. Raises ValueError."""
-    name = files.read_json_object(run / SETTINGS_FILE).get("run")
-    return name if isinstance(name, str) else None
+    """The id of the run in a folder; None for old runs without one. Raises ValueError if it is damaged."""
+    identity = files.read_json_object(run / SETTINGS_FILE).get("run")
+    return identity if isinstance(identity, str) else None
 
 
 def was_started_by(run: Path, launch: str | None) -> bool:
-    """Whether this call of torchrun has begun the run in a folder, and starts it again."""
+    """Whether the run in a folder was started by this call of torchrun, which restarts it now."""
     if launch is None or not (run / SETTINGS_FILE).exists():
         return False
     decided = files.read_json_object(run / SETTINGS_FILE).get("decided")
@@ -183,35 +185,35 @@ def was_started_by(run: Path, launch: str | None) -> bool:
 
 
 def check_tokenizer(run: Path, tokenizer: tokenizers.Tokenizer, corpus: Path) -> None:
-    """Raise ValueError where a corpus was not encoded with the tokenizer of the run that goes on with it."""
+    """Raise ValueError if the corpus of a resumed run is now encoded with another tokenizer."""
     if tokenizers.load_tokenizer(run / TOKENIZER_FILE) != tokenizer:
         raise ValueError(
             f"the run in {run} was trained with another tokenizer than {corpus} is encoded with now ("
-            f"{tokenizer.kind}, {tokenizer.vocab_size} tokens): prepare the corpus as it was, or begin anew"
+            f"{tokenizer.kind}, {tokenizer.vocab_size} tokens): prepare it as before, or begin a new run"
         )
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers of a run may depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    """Versions of Python, the platform, and the packages that the results of a run depend on."""
+    result = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("torch", "numpy", "safetensors", "tokenizers", "tiktoken"):
         try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
+            result[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with "+" where files differ from it; None outside a checkout."""
-    home = Path(__file__).resolve().parent
+    """The commit of this code, with "+" if files differ from it; None outside a git checkout."""
+    folder = Path(__file__).resolve().parent
     try:
-        answers = [
+        commit, changes = (
             subprocess.run(
-                ["git", "-C", str(home), *words], capture_output=True, text=True, timeout=10, check=True
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
             ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answers[0] + ("+" if answers[1] else "")
+    return commit + ("+" if changes else "")

@@ -285,7 +285,7 @@ def _format_progress(spec: CorpusSpec, out_dir: Path, count: ShardCount, argv: S
 
 
 def _quote(word: str) -> str:
-    """`word` quoted for a shell if necessary; unlike shlex.quote, letters with accents are left as they are."""
+    """`word` quoted for a shell if necessary. Unlike shlex.quote, accented letters need no quotes."""
     return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else shlex.quote(word)
 
 

@@ -72,11 +72,13 @@ def fsync(path: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename the folder `temporary` to `folder`.
+    """Sync the files in the folder `temporary` and rename it to `folder`.
 
     An existing `folder` is first renamed to `.<name>.old`; `checkpoint.recover_run_folder` restores it after
     a crash.
     """
+    for path in [*temporary.iterdir(), temporary]:
+        fsync(path)
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

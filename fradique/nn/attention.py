@@ -1,10 +1,11 @@
-"""What the model spends its time in, made fast for the device at hand: attention and cross-entropy.
+"""Attention and its gradient, fast on each device.
 
-Each does what a line of plain torch does, and a test holds it to that line. On CUDA and MPS they are torch's
-own kernels. On a CPU torch's are slow to train with: dropout turns its fused attention off, and the backward
-pass of that attention is slower than the products that it saves.
+Equal to softmax(q kᵀ / √D + mask) v with dropout, which the tests compare it with. On CUDA and MPS it is
+torch's scaled_dot_product_attention. For training on a CPU that is slow: dropout disables its fused kernel,
+and the backward pass of the fused kernel takes longer than the matrix products it saves. There this module
+has its own autograd functions.
 
-Shapes: B batch, H heads, T queries, S keys, D head_dim, N rows, C width, V vocabulary.
+Shapes: B batch, H heads, T queries, S keys, D head_dim.
 """
 
 import math
@@ -15,29 +16,27 @@ from torch import Tensor
 
 from fradique.nn import functional
 
-MAX_SAVED_T = 512  # longest T whose probabilities are kept for the backward pass whole, on a CPU
-QUERY_BLOCK, KEY_BLOCK = 256, 128  # parts of a longer one that fit the cache
-
-
-# Attention
+# On a CPU: up to this T the probabilities are computed in one block
+MAX_SAVED_T = 512
+QUERY_BLOCK, KEY_BLOCK = 256, 128  # block sizes for a longer T, so that a block fits the cache
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S), true where query t, which stands at position S - T + t, may look at key s."""
+    """(T, S), True where query t, at position S - T + t, attends to key s."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √D + mask) v, with dropout p on the probabilities: (B, H, T, D).
 
-    q (B, H, T, D); k, v (B, H or fewer, S, D). mask: None for causal; bool (T, S), true where seen; or
-    (1, H, T, S), added to the scores.
+    q (B, H, T, D); k, v (B, H or fewer with grouped queries, S, D). mask: None for causal; bool (T, S), True
+    where the query attends to the key; or (1, H, T, S), added to the scores.
     """
     T, S = q.size(2), k.size(2)
-    if T == 1 and mask is None and not p and q.size(1) == k.size(1):  # a new token sees every key
+    if T == 1 and mask is None and not p and q.size(1) == k.size(1):  # a decode step needs no mask
         return F.scaled_dot_product_attention(q, k, v)
-    on_cpu = q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and T == S
-    if on_cpu and (p or q.dtype == torch.bfloat16):
+    cpu_training = q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and T == S
+    if cpu_training and (p or q.dtype == torch.bfloat16):
         if p or T <= MAX_SAVED_T:
             return _cpu_attention(q, k, v, mask, p)
         if mask is None and not torch.compiler.is_compiling():
@@ -52,12 +51,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: fl
 
 
 def _repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k and v repeated for the queries that share them."""
+    """q, k, v with the key and value heads repeated, H of each."""
     group = q.size(1) // k.size(1)
-    return (q, k, v) if group == 1 else (q, *(a.repeat_interleave(group, dim=1) for a in (k, v)))
+    return (q, k, v) if group == 1 else (q, *(x.repeat_interleave(group, dim=1) for x in (k, v)))
 
 
 def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """`attention` for training on a CPU, T = S; eager or compiled."""
     q, k, v = _repeat_kv(q, k, v)
     T = q.size(2)
     if mask is not None and mask.dtype == torch.bool:
@@ -69,7 +69,7 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: floa
 
 
 def _causal_bias(size: int, dtype: torch.dtype) -> Tensor:
-    """(size, size): -inf above the diagonal, to be added to scores."""
+    """(size, size): 0 on and below the diagonal, -inf above, to be added to scores."""
     return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
 
 
@@ -79,10 +79,11 @@ def _merge_heads(x: Tensor) -> Tensor:
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Attention by blocks of queries, whose probabilities are kept. The gradient is FlashAttention's (Dao et
-    al. 2022, appendix B): dS = P ∘ (dP - t), where t, the sum of P ∘ dP over the keys, is that of dO ∘ O.
+    """Attention in blocks of queries; the probabilities are saved for the backward pass.
 
-    The factors 1 / √D and 1 / kept share are given to q and v, which are smaller than the scores.
+    The gradient is FlashAttention's (Dao et al. 2022, appendix B): dS = P ∘ (dP - t), where t, the sum of
+    P ∘ dP over the keys, equals the sum of dO ∘ O over D. The factors 1 / √D and 1 / keep_prob are applied to
+    q and v, which are smaller than the scores. mask: None for causal, or (1, 1 or H, T, T) of q's dtype.
     """
 
     @staticmethod
@@ -97,49 +98,47 @@ class _BlockedAttention(torch.autograd.Function):
         B, H, T, _ = q.shape
         ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / functional.keep_prob(p) if p else 1.0
         q, k, v = _merge_heads(q * ctx.scale), _merge_heads(k), _merge_heads(v * ctx.v_scale if p else v)
-        step = T if T <= MAX_SAVED_T else QUERY_BLOCK
-        causal = _causal_bias(step, q.dtype) if mask is None else None
-        out, kept = torch.empty_like(q), []
-        for start in range(0, T, step):
-            end = min(T, start + step)
-            seen = end if mask is None else T
-            scores = torch.bmm(q[:, start:end], k[:, :seen].transpose(1, 2))  # (B H, rows, seen)
+        block = T if T <= MAX_SAVED_T else QUERY_BLOCK
+        causal = _causal_bias(block, q.dtype) if mask is None else None
+        out, saved = torch.empty_like(q), []
+        for start in range(0, T, block):
+            end = min(T, start + block)
+            S = end if mask is None else T  # a causal block attends to no later key
+            scores = torch.bmm(q[:, start:end], k[:, :S].transpose(1, 2))  # (B H, rows, S)
             if mask is None:
                 scores[:, :, start:].add_(causal[: end - start, : end - start])
             else:
                 scores.view(B, H, end - start, T).add_(mask[:, :, start:end])
             probs = torch.softmax(scores, dim=-1)
-            dropped = (
-                functional.apply_mask(probs, functional.dropout_mask(probs.shape, p, probs.dtype))
-                if p
-                else probs
-            )
-            out[:, start:end] = torch.bmm(dropped, v[:, :seen])
-            kept += [probs, dropped]
-        ctx.save_for_backward(q, k, v, out, *kept)
-        ctx.shape, ctx.step, ctx.mask = (B, H, T, -1), step, mask is not None and mask.shape
+            dropped = probs
+            if p:
+                keep = functional.dropout_mask(probs.shape, p, probs.dtype)
+                dropped = functional.apply_mask(probs, keep)
+            out[:, start:end] = torch.bmm(dropped, v[:, :S])
+            saved += [probs, dropped]
+        ctx.save_for_backward(q, k, v, out, *saved)
+        ctx.shape, ctx.block, ctx.mask_shape = (B, H, T, -1), block, mask is not None and mask.shape
         return out.view(ctx.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
-        q, k, v, out, *kept = ctx.saved_tensors
+        q, k, v, out, *saved = ctx.saved_tensors
         B, H, T, _ = ctx.shape
         grad = _merge_heads(grad)
-        total = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)  # (B H, T, 1)
+        t = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)  # (B H, T, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        d_mask = grad.new_zeros(ctx.mask) if ctx.needs_input_grad[3] else None
-        for start, probs, dropped in zip(range(0, T, ctx.step), kept[::2], kept[1::2], strict=True):
-            end, seen = min(T, start + ctx.step), probs.size(2)
-            rows = grad[:, start:end]
-            d_scores = torch.bmm(rows, v[:, :seen].transpose(1, 2)).mul_(dropped)
-            d_scores.sub_(probs * total[:, start:end])
+        d_mask = grad.new_zeros(ctx.mask_shape) if ctx.needs_input_grad[3] else None
+        for start, probs, dropped in zip(range(0, T, ctx.block), saved[::2], saved[1::2], strict=True):
+            end, S = min(T, start + ctx.block), probs.size(2)
+            grad_block = grad[:, start:end]
+            d_scores = torch.bmm(grad_block, v[:, :S].transpose(1, 2)).mul_(dropped)
+            d_scores.sub_(probs * t[:, start:end])  # (B H, rows, S)
             if d_mask is not None:
-                d_mask[:, :, start:end] = d_scores.view(B, H, -1, T).sum_to_size(
-                    d_mask[:, :, start:end].shape
-                )
-            dq[:, start:end] = torch.bmm(d_scores, k[:, :seen])
-            dk[:, :seen] += torch.bmm(d_scores.transpose(1, 2), q[:, start:end])
-            dv[:, :seen] += torch.bmm(dropped.transpose(1, 2), rows)
+                shape = d_mask[:, :, start:end].shape
+                d_mask[:, :, start:end] = d_scores.view(B, H, -1, T).sum_to_size(shape)
+            dq[:, start:end] = torch.bmm(d_scores, k[:, :S])
+            dk[:, :S] += torch.bmm(d_scores.transpose(1, 2), q[:, start:end])
+            dv[:, :S] += torch.bmm(dropped.transpose(1, 2), grad_block)
         dq.mul_(ctx.scale)
         if ctx.v_scale != 1.0:
             dv.mul_(ctx.v_scale)
@@ -147,20 +146,22 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 class _FusibleAttention(torch.autograd.Function):
-    """`_Attention` in whole expressions, for inductor to make loops of. That the gradient is written out lets
-    it keep the probabilities in q's dtype, where it would find them again in float32."""
+    """`_BlockedAttention` without blocks or in-place operations, written so that inductor can fuse it.
+
+    With a handwritten gradient the probabilities are saved in q's dtype; autograd would save them in float32.
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:  # noqa: ANN001
         ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / functional.keep_prob(p) if p else 1.0
         q, v = q * ctx.scale, v * ctx.v_scale
         scores = q @ k.transpose(-2, -1)  # (B, H, T, T)
-        # float32, and added: inductor is slow at filling where a mask says
+        # a float32 mask is added: inductor generates slow code for masked_fill
         probs = F.softmax(scores.float() + mask, dim=-1).to(q.dtype)
         dropped = probs
         if p:
-            draws = torch.ops.fradique.random_bytes(scores)
-            dropped = probs * (draws.float() >= functional.drop_threshold(p))
+            random_bytes = torch.ops.fradique.random_bytes(scores)
+            dropped = probs * (random_bytes.float() >= functional.drop_threshold(p))
         out = dropped @ v
         ctx.save_for_backward(q, k, v, out, probs, dropped)
         ctx.mask_shape = mask.shape
@@ -169,9 +170,9 @@ class _FusibleAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
         q, k, v, out, probs, dropped = ctx.saved_tensors
-        total = (grad.float() * out.float()).sum(-1, keepdim=True)  # (B, H, T, 1)
+        t = (grad.float() * out.float()).sum(-1, keepdim=True)  # (B, H, T, 1)
         d_dropped = grad @ v.transpose(-2, -1)
-        d_scores = (d_dropped.float() * dropped.float() - probs.float() * total).to(q.dtype)
+        d_scores = (d_dropped.float() * dropped.float() - probs.float() * t).to(q.dtype)
         dq, dk = d_scores @ k * ctx.scale, d_scores.transpose(-2, -1) @ q
         dv = dropped.transpose(-2, -1) @ grad * ctx.v_scale
         d_mask = d_scores.float().sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
@@ -179,13 +180,13 @@ class _FusibleAttention(torch.autograd.Function):
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Causal attention whose forward pass is torch's flash kernel, and whose backward pass finds the
-    probabilities again from the logarithms of their sums, by blocks of keys (Dao et al. 2022, alg. 4)."""
+    """Causal attention: the forward pass is torch's flash kernel for CPUs; the backward pass recomputes the
+    probabilities from the saved log-sum-exps, in blocks of keys (Dao et al. 2022, alg. 4)."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ANN001
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, log_sums = flash(q, k, v, 0.0, True)
+        out, log_sums = flash(q, k, v, 0.0, True)  # (B, H, T, D), (B, H, T)
         ctx.save_for_backward(q, k, v, out, log_sums)
         return out
 
@@ -194,22 +195,22 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v, out, log_sums = ctx.saved_tensors
         B, H, T, D = q.shape
         scale = 1 / math.sqrt(D)
-        total = _merge_heads((grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype))  # (B H, T, 1)
+        t = _merge_heads((grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype))  # (B H, T, 1)
         log_sums = log_sums.reshape(B * H, T, 1).to(q.dtype)
         q, k, v, grad = _merge_heads(q * scale), _merge_heads(k), _merge_heads(v), _merge_heads(grad)
         causal = _causal_bias(KEY_BLOCK, q.dtype)
-        dq = torch.zeros(q.shape)  # float32: it is a sum over the blocks
+        dq = torch.zeros(q.shape)  # float32: a sum over the blocks
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         for start in range(0, T, KEY_BLOCK):
             end = min(T, start + KEY_BLOCK)
-            # the queries that see these keys: contiguous, or each of their products would copy them
+            # the queries that attend to these keys; contiguous, or every product below would copy them
             q_later, grad_later = (x[:, start:].contiguous() for x in (q, grad))
             probs = torch.bmm(q_later, k[:, start:end].transpose(1, 2))  # (B H, T - start, keys)
             probs[:, : end - start].add_(causal[: end - start, : end - start])
             probs.sub_(log_sums[:, start:]).exp_()
             dv[:, start:end] = torch.bmm(probs.transpose(1, 2), grad_later)
             d_scores = torch.bmm(grad_later, v[:, start:end].transpose(1, 2))
-            d_scores.sub_(total[:, start:]).mul_(probs)
+            d_scores.sub_(t[:, start:]).mul_(probs)
             dk[:, start:end] = torch.bmm(d_scores.transpose(1, 2), q_later)
             dq[:, start:] += torch.bmm(d_scores, k[:, start:end])
         dq = dq.mul_(scale).to(q.dtype)

@@ -1,4 +1,9 @@
-"""TODO."""
+"""Cross-entropy computed from the last hidden states, without storing all logits in float32.
+
+Equal to F.cross_entropy(F.linear(x, weight), targets), which the tests compare it with.
+
+Shapes: N tokens, C width, V vocabulary.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,44 +11,44 @@ from torch import Tensor
 
 from fradique.nn.linear import weight_gradient
 
-LARGE_VOCAB = 1 << 10  # tokens from which the loss and its gradient are found together, by rows
-# Numbers of the logits made in one product, and of those held in float32 at once: on a CPU, in its cache.
+LARGE_VOCAB = 1 << 10  # from this V on, the gradient is computed together with the loss
+# Logits computed in one product when there is no gradient, and logits in float32 at a time, which on a CPU
+# must fit the cache. Keys are device types.
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
 MAX_FP32_LOGITS = MAX_LOGITS | {"cpu": 1 << 19}
 
 
-# Cross-entropy
-
-
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
-    """Mean cross-entropy, in nats, of the logits x weightᵀ: a scalar. Targets of -1 do not count.
+    """Mean cross-entropy, in nats, of the logits x weightᵀ: a scalar. Targets of -1 are ignored.
 
-    x (..., C), weight (V, C), targets (...) int64. A large vocabulary's logits are held in the dtype that the
-    layers compute in, and become their gradient there; float32 takes some rows at a time, half at most.
+    x (..., C), weight (V, C), targets (...) int64; softcap c: logits become c tanh(logits / c). For a large
+    vocabulary the logits are kept in the layers' dtype and overwritten by their gradient; at most half of
+    them are in float32 at a time.
     """
-    x, targets = x.flatten(0, -2), targets.flatten()
-    if weight.size(0) < LARGE_VOCAB and x.size(0) * weight.size(0) <= MAX_LOGITS[x.device.type]:
-        logits = F.linear(x, weight)
+    x, targets = x.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+    device_type = x.device.type
+    if weight.size(0) < LARGE_VOCAB and x.size(0) * weight.size(0) <= MAX_LOGITS[device_type]:
+        logits = F.linear(x, weight)  # (N, V)
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         return F.cross_entropy(logits.float(), targets, ignore_index=-1)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     if not torch.is_grad_enabled():
-        weight = weight.detach()  # else it would be asked for a gradient, which is found with the loss
+        weight = weight.detach()  # forward computes the gradient of every input that requires one
     return _LinearCrossEntropy.apply(x.to(dtype), weight, targets, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient is found together with the loss: logits are made once, and become their own gradient,
-    softmax(logits) - onehot(target), which is kept in x's dtype."""
+    """Computes the gradient in the forward pass: each logit is overwritten by its gradient,
+    softmax(logits) - onehot(target), in x's dtype."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:  # noqa: ANN001
-        # a compiler would take each part of the loop for a new one, and on a CPU be slower
-        whole = torch.compiler.is_compiling() and x.device.type == "cpu"
-        find = torch.ops.fradique.loss_and_gradients if whole else _loss_and_gradients
-        total, count, d_x, d_weight = find(x, weight, targets, softcap, *ctx.needs_input_grad[:2])
+        # as a custom operator on a CPU: inductor would unroll the loop over the rows, and be slower
+        opaque = torch.compiler.is_compiling() and x.device.type == "cpu"
+        function = torch.ops.fradique.loss_and_gradients if opaque else _loss_and_gradients
+        total, count, d_x, d_weight = function(x, weight, targets, softcap, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(count, d_x, d_weight)
         return total / count
 
@@ -51,30 +56,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
         count, d_x, d_weight = ctx.saved_tensors
         scale = grad / count
-        for_x, for_weight = ctx.needs_input_grad[:2]
-        return d_x * scale if for_x else None, d_weight * scale if for_weight else None, None, None
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        return d_x * scale if needs_x else None, d_weight * scale if needs_weight else None, None, None
 
 
 def _loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, for_x: bool, for_weight: bool
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses and their number, scalars; and the gradients of that sum for x (N, C) and weight
-    (V, C), empty where they are not asked for."""
+    """Sum of the losses, number of targets that are not -1, and the gradients of that sum.
+
+    x (N, C), weight (V, C), targets (N,). A gradient that is not needed is empty.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        low, learns = weight.to(x.dtype), for_x or for_weight
-        counted = (targets >= 0)[:, None]
-        count, total = counted.sum(), torch.zeros((), device=x.device)
-        many = x.size(0) if learns else max(1, MAX_LOGITS[x.device.type] // weight.size(0))
-        few = max(1, min(-(-x.size(0) // 2), MAX_FP32_LOGITS[x.device.type] // weight.size(0)))
-        for rows, their_targets in zip(x.split(many), targets[:, None].split(many), strict=True):
-            logits = rows @ low.t()  # (rows, V)
-            for some, target in zip(logits.split(few), their_targets.split(few), strict=True):
-                total += _cross_entropy(some, target, softcap, learns)
+        cast_weight, needs_grad = weight.to(x.dtype), needs_x or needs_weight
+        valid = (targets >= 0)[:, None]  # (N, 1)
+        count, total = valid.sum(), torch.zeros((), device=x.device)
+        # rows of one product: all with a gradient, for which all logits are needed; and rows in float32
+        rows = x.size(0) if needs_grad else max(1, MAX_LOGITS[x.device.type] // weight.size(0))
+        fp32_rows = max(1, min(-(-x.size(0) // 2), MAX_FP32_LOGITS[x.device.type] // weight.size(0)))
+        for x_rows, target_rows in zip(x.split(rows), targets[:, None].split(rows), strict=True):
+            logits = x_rows @ cast_weight.t()  # (rows, V)
+            for chunk, target in zip(logits.split(fp32_rows), target_rows.split(fp32_rows), strict=True):
+                total += _cross_entropy_(chunk, target, softcap, needs_grad)
         d_x, d_weight = x.new_empty(0), weight.new_empty(0)
-        if for_x:
-            d_x = (logits @ low).mul_(counted)
-        if for_weight:
-            d_weight = weight_gradient(logits, x * counted, weight.dtype)
+        if needs_x:
+            d_x = (logits @ cast_weight).mul_(valid)
+        if needs_weight:
+            d_weight = weight_gradient(logits, x * valid, weight.dtype)
     return total, count, d_x, d_weight
 
 
@@ -84,20 +92,25 @@ _loss_and_gradients_op = torch.library.custom_op(
 
 
 @_loss_and_gradients_op.register_fake
-def _(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, for_x: bool, for_weight: bool):  # noqa: ANN202
+def _(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, needs_x: bool, needs_weight: bool):  # noqa: ANN202
     total, count = x.new_empty((), dtype=torch.float32), targets.new_empty(())
-    empty = [part if wanted else part.new_empty(0) for part, wanted in ((x, for_x), (weight, for_weight))]
-    return total, count, *(torch.empty_like(part) for part in empty)
+    d_x, d_weight = (
+        torch.empty_like(tensor if needed else tensor.new_empty(0))
+        for tensor, needed in ((x, needs_x), (weight, needs_weight))
+    )
+    return total, count, d_x, d_weight
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, softcap: float, learns: bool) -> Tensor:
-    """The sum of the losses of logits (N, V), which become its gradient where it is asked for. A target
-    (N, 1) of -1 has no loss; its row of the gradient is not to be used."""
+def _cross_entropy_(logits: Tensor, target: Tensor, softcap: float, needs_grad: bool) -> Tensor:
+    """Sum of the losses of logits (N, V) for targets (N, 1); overwrites the logits by its gradient if needed.
+
+    A target of -1 has no loss; the caller must ignore its row of the gradient.
+    """
     capped = softcap * torch.tanh(logits / softcap) if softcap else logits
     log_probs = torch.log_softmax(capped, dim=-1, dtype=torch.float32)
-    place = target.clamp(min=0)
-    loss = -(log_probs.gather(1, place) * (target >= 0)).sum()
-    if learns:
-        d_logits = log_probs.exp_().scatter_add_(1, place, log_probs.new_full(place.shape, -1.0))
+    index = target.clamp(min=0)
+    loss = -(log_probs.gather(1, index) * (target >= 0)).sum()
+    if needs_grad:
+        d_logits = log_probs.exp_().scatter_add_(1, index, log_probs.new_full(index.shape, -1.0))
         logits.copy_(d_logits * (1 - (capped / softcap).square()) if softcap else d_logits)
     return loss

@@ -1,9 +1,8 @@
-"""What is done number by number, or row by row, made fast to train with on a CPU: dropout, the activation,
-RMSNorm, the rotation of positions.
+"""Dropout, activations, RMSNorm and rotary embedding (RoPE), with fast training on a CPU.
 
-Each does what a line of plain torch does, and a test holds it to that line. On CUDA and MPS they are torch's
-own operations. On a CPU torch's generator draws a number a mask, and what has no kernel of its own is done in
-many small steps.
+Each function equals a line of plain torch, which the tests compare it with. On CUDA and MPS they are torch's
+own operations. On a CPU torch draws one random number per element for dropout, and RMSNorm and RoPE have no
+kernels of their own but take many small operations.
 
 Shapes: B batch, H heads, T tokens, D head_dim.
 """
@@ -15,21 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-INT_DTYPES = {
-    1: torch.int8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # bytes a number -> integers as wide
+# bytes per element -> integers of the same size
+INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # Dropout
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """x with each number made 0 with probability p, the others divided by 1 - p (Srivastava et al. 2014).
+    """Set each element to 0 with probability p, divide the others by 1 - p (Srivastava et al. 2014).
 
-    On a CPU p is rounded to `kept_share`.
+    On a CPU 1 - p is rounded to `keep_prob(p)`.
     """
     if not training or p == 0.0:
         return x
@@ -41,23 +36,26 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def keep_prob(p: float) -> float:
-    """1 - p, to a 256th, below 1: the part that dropout on a CPU keeps, and what it divides by."""
+    """1 - p, rounded to a multiple of 1/256 below 1: dropout on a CPU compares random bytes."""
     return (256 - drop_threshold(p)) / 256
 
 
 def drop_threshold(p: float) -> int:
+    """Dropout on a CPU drops an element if its random byte is below this number, 1 to 255."""
     return min(255, max(1, round(256 * p)))
 
 
 def _random_bytes(count: int) -> Tensor:
-    """(at least count,) int64: `count` bytes, drawn eight at a time from torch's generator."""
+    """At least `count` random bytes as int64 words, (ceil(count / 8),), from torch's default generator."""
     return torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
 
 
 @torch.library.custom_op("fradique::random_bytes", mutates_args=())
 def _random_bytes_op(x: Tensor) -> Tensor:
-    """A byte for each number of x, in its shape, for a compiled graph. That it takes x, of which it reads
-    nothing but the shape, keeps the draws of two places from becoming one."""
+    """One random byte for each element of x, in x's shape, for compiled graphs.
+
+    It reads only the shape of x. With x as an argument the compiler does not merge two calls into one.
+    """
     return _random_bytes(x.numel()).view(torch.uint8)[: x.numel()].view(x.shape)
 
 
@@ -67,56 +65,60 @@ def _(x: Tensor) -> Tensor:
 
 
 def _fusible_dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout that inductor makes one loop of, with what stands around it; it compares floats fastest."""
-    draws = torch.ops.fradique.random_bytes(x)
-    return x * (draws.float() >= drop_threshold(p)) * (1 / keep_prob(p))
+    """Dropout that inductor can fuse with its neighbours; its code for float comparisons is the fastest."""
+    random_bytes = torch.ops.fradique.random_bytes(x)
+    return x * (random_bytes.float() >= drop_threshold(p)) * (1 / keep_prob(p))
 
 
 def dropout_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
-    """Integers as wide as dtype: all bits set where a number is kept, none where it is dropped.
+    """Integers of dtype's size, (shape): all bits set for elements that are kept, none for those dropped.
 
-    A byte a number: each is cut out of the drawn words, and compared by the sign of a difference.
+    One random byte per element: the bytes are shifted out of the random words, and the comparison is the sign
+    bit of a difference.
     """
-    width, dropped = dtype.itemsize, drop_threshold(p)
+    width, threshold = dtype.itemsize, drop_threshold(p)
     count = math.prod(shape)
     words = _random_bytes(count).view(INT_DTYPES[width])
-    keep = torch.empty(width, words.numel(), dtype=words.dtype)
-    for i, lane in enumerate(keep):
-        torch.bitwise_right_shift(words, 8 * i, out=lane).bitwise_and_(255)
-    keep = keep.neg_().add_(dropped - 1).bitwise_right_shift_(8 * width - 1)  # byte >= dropped: -1, else 0
-    return keep.flatten()[:count].view(shape)
+    mask = torch.empty(width, words.numel(), dtype=words.dtype)
+    for i, row in enumerate(mask):  # row i: byte i of every word
+        torch.bitwise_right_shift(words, 8 * i, out=row).bitwise_and_(255)
+    mask = (
+        mask.neg_().add_(threshold - 1).bitwise_right_shift_(8 * width - 1)
+    )  # -1 if byte >= threshold, else 0
+    return mask.flatten()[:count].view(shape)
 
 
-def apply_mask(x: Tensor, keep: Tensor) -> Tensor:
-    return (x.contiguous().view(keep.dtype) & keep).view(x.dtype)
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """x with 0 where `dropout_mask` has no bits set."""
+    return (x.contiguous().view(mask.dtype) & mask).view(x.dtype)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:  # noqa: ANN001
-        keep = dropout_mask(x.shape, p, x.dtype)
-        ctx.save_for_backward(keep)
+        mask = dropout_mask(x.shape, p, x.dtype)
+        ctx.save_for_backward(mask)
         ctx.scale = 1 / keep_prob(p)
-        return apply_mask(x, keep).mul_(ctx.scale)
+        return apply_mask(x, mask).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
-        (keep,) = ctx.saved_tensors
-        return apply_mask(grad, keep).mul_(ctx.scale), None
+        (mask,) = ctx.saved_tensors
+        return apply_mask(grad, mask).mul_(ctx.scale), None
 
 
-# The activation
+# Activations
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x Φ(x), exactly, with erf (Hendrycks & Gimpel 2016)."""
+    """x Φ(x), the exact form with erf (Hendrycks & Gimpel 2016)."""
     on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
     return torch.ops.fradique.gelu(x) if on_cpu else F.gelu(x)
 
 
 @torch.library.custom_op("fradique::gelu", mutates_args=())
 def _gelu(x: Tensor) -> Tensor:
-    """torch's own kernel inside a compiled graph: for a CPU inductor would write a slower one."""
+    """torch's kernel in a compiled graph: the code that inductor generates for a CPU is slower."""
     return F.gelu(x)
 
 
@@ -141,26 +143,29 @@ _gelu.register_autograd(
 )
 
 
-# Norm and rotation
+# RMSNorm and rotary embedding
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019)."""
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    exact = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if x.device.type != "cpu" or not learns or not exact or torch.compiler.is_compiling():
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    full_precision = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if x.device.type != "cpu" or not needs_grad or not full_precision or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With a gradient in few steps: that of layer norm, which torch has as one kernel, for a mean of 0. That
-    also takes away the mean of the gradient, as layer norm must: it is given back."""
+    """RMSNorm with a backward pass of few operations.
+
+    The gradient is torch's layer norm kernel with a mean of 0. Layer norm also subtracts the mean of the
+    gradient, which RMSNorm does not; it is added back.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = size.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # (..., 1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -168,19 +173,18 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN001
         x, weight, scale = ctx.saved_tensors
-        grad, wanted = grad.contiguous(), [True, ctx.needs_input_grad[1], False]
+        grad, output_mask = grad.contiguous(), [True, ctx.needs_input_grad[1], False]
         d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, wanted
+            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, output_mask
         )
         mean = torch.mv(grad.view(-1, weight.numel()), weight).view(scale.shape).div_(weight.numel())
         return d_x.add_(mean.mul_(scale)), d_weight, None
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021): numbers i and i + D / 2 turn as a pair, as in LLaMA.
+    """Rotary position embedding (Su et al. 2021): rotates elements i and i + D / 2 as a pair, as in LLaMA.
 
-    x (B, H, T, D) -> the same shape; cos and sin of the angles (T, D / 2) -> their dtype, or x's where it is
-    wider.
+    x (B, H, T, D), cos and sin (T, D / 2) -> (B, H, T, D) in the wider of their dtypes.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         a, b = x.chunk(2, dim=-1)
@@ -189,7 +193,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _ApplyRope(torch.autograd.Function):
-    """Whose gradient turns back."""
+    """RoPE; the backward pass rotates by -theta."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN001
@@ -203,19 +207,20 @@ class _ApplyRope(torch.autograd.Function):
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """x (..., T, D), rotated by sign * theta."""
     out = torch.empty_like(x)
-    (a, b), (to_a, to_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=to_b).addcmul_(a, sin, value=sign)
+    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
     return out
 
 
 ACTIVATIONS = {
-    "gelu": gelu,  # the exact form, with erf: nanoGPT's
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's (Hendrycks & Gimpel 2016)
+    "gelu": gelu,  # nanoGPT's: the exact form
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's approximation (Hendrycks & Gimpel 2016)
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # Primer (So et al. 2021)
-    "swiglu": F.silu,  # these two are of the gate that the other half of c_fc passes through (Shazeer 2020)
+    "swiglu": F.silu,  # gated: applied to the gate, which multiplies the value (Shazeer 2020)
     "geglu": F.gelu,
 }
 GATED = ("swiglu", "geglu")

@@ -1,99 +1,103 @@
-"""TODO."""
+"""Muon (Jordan et al. 2024) for parameters that stack several matrices, with batched updates."""
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-MAX_BATCH_ELEMENTS = 1 << 24  # numbers of the matrices that Muon takes at a time
+MAX_BATCH_ELEMENTS = 1 << 24  # elements of the matrices that are orthogonalized in one batch
 
 
 @dataclass(frozen=True)
 class MatrixView:
-    """One of the matrices that are stacked in a parameter: some of its rows."""
+    """One of the matrices stacked in a parameter: a range of its rows."""
 
     name: str
-    whole: nn.Parameter
+    parameter: nn.Parameter
     rows: slice
-    view: nn.Parameter  # the rows, in the memory of the whole
+    view: nn.Parameter  # the rows; shares the memory of `parameter`
 
 
-def split_matrix(name: str, whole: nn.Parameter, rows: tuple[int, ...]) -> list[MatrixView]:
-    ends = list(itertools.accumulate(rows))
-    assert ends[-1] == whole.size(0), (name, rows)
-    names = [name] if len(rows) == 1 else [f"{name}[{i}]" for i in range(len(rows))]
-    slices = [slice(end - count, end) for end, count in zip(ends, rows, strict=True)]
+def split_matrix(name: str, parameter: nn.Parameter, row_splits: Sequence[int]) -> list[MatrixView]:
+    """The matrices stacked in a parameter. `row_splits`: number of rows of each, summing to its rows."""
+    ends = list(itertools.accumulate(row_splits))
+    assert ends[-1] == parameter.size(0), (name, row_splits)
+    names = [name] if len(row_splits) == 1 else [f"{name}[{i}]" for i in range(len(row_splits))]
+    slices = [slice(end - count, end) for end, count in zip(ends, row_splits, strict=True)]
     return [
-        MatrixView(part, whole, place, nn.Parameter(whole.detach()[place]))
-        for part, place in zip(names, slices, strict=True)
+        MatrixView(view_name, parameter, rows, nn.Parameter(parameter.detach()[rows]))
+        for view_name, rows in zip(names, slices, strict=True)
     ]
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), for which stacked matrices (q, k, v; gate, value) are several, and
-    which makes the updates of all matrices of one shape together: the same update, in fewer and larger steps.
+    """torch's Muon with a separate update for each stacked matrix (q, k, v; gate, value).
 
-    An orthogonal update of the stack would not be one of each of them.
+    Orthogonalizing the stack would not orthogonalize its matrices. All matrices of one shape are updated in a
+    batch: the same updates as torch's, with fewer and larger kernels.
     """
 
-    def __init__(self, parts: list[MatrixView], *, lr: float, momentum: float, weight_decay: float) -> None:
-        named = [(part.name, part.view) for part in parts]
+    def __init__(
+        self, matrices: list[MatrixView], *, lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        named = [(matrix.name, matrix.view) for matrix in matrices]
         super().__init__(named, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.parts = parts
+        self.matrices = matrices
 
-    def find_gradients(self) -> None:
-        """Each part's gradient is its rows of the whole's: to be called once they are there."""
-        for part in self.parts:
-            grad = part.whole.grad
-            part.view.grad = None if grad is None else grad[part.rows]
+    def assign_gradients(self) -> None:
+        """Set each view's gradient to its rows of the parameter's; to call after the backward pass."""
+        for matrix in self.matrices:
+            grad = matrix.parameter.grad
+            matrix.view.grad = None if grad is None else grad[matrix.rows]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            by_sides: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}  # (m, n) and (n, m) together
             for p in group["params"]:
                 if p.grad is not None:
-                    by_sides.setdefault(tuple(sorted(p.shape)), []).append(p)
-            for sides, params in by_sides.items():
-                count = max(1, MAX_BATCH_ELEMENTS // math.prod(sides))
-                for start in range(0, len(params), count):
-                    self._update(params[start : start + count], group)
+                    by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for shape, params in by_shape.items():
+                batch_size = max(1, MAX_BATCH_ELEMENTS // math.prod(shape))
+                for start in range(0, len(params), batch_size):
+                    self._update(params[start : start + batch_size], group)
 
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """One update of matrices that have the same sides, some of them lying and some standing."""
+        """Update matrices of one shape, up to transposition."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        grads, kept = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, kept, group["momentum"])  # Nesterov's
-        wide = torch.stack(
-            [_as_wide(x).to(torch.bfloat16) for x in ahead]
-        )  # (matrices, smaller, larger side)
-        updates = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"])
+        grads, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+        batch = torch.stack([_wide(x).to(torch.bfloat16) for x in nesterov])  # (matrices, m, n), m <= n
+        updates = orthogonalize(batch, group["ns_coefficients"], group["ns_steps"])
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for p, update in zip(params, updates, strict=True):
             rows, columns = p.shape
-            rate = group["lr"] * math.sqrt(max(1, rows / columns))
-            p.add_(update if rows <= columns else update.t(), alpha=-rate)
+            lr = group["lr"] * math.sqrt(max(1, rows / columns))
+            p.add_(update if rows <= columns else update.t(), alpha=-lr)
 
 
-def _as_wide(x: Tensor) -> Tensor:
-    """A matrix with no more rows than columns: x, or its transpose."""
+def _wide(x: Tensor) -> Tensor:
+    """x (m, n) if m <= n, otherwise its transpose."""
     return x if x.size(0) <= x.size(1) else x.t()
 
 
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Matrices (n, smaller, larger side) -> about their nearest orthogonal ones, in bfloat16: singular values
-    come to lie around 1, by a quintic iteration of Newton and Schulz (Jordan et al. 2024)."""
+    """Approximately the nearest semi-orthogonal matrices: x (b, m, n) with m <= n, bfloat16, same shape.
+
+    The quintic Newton-Schulz iteration of Jordan et al. 2024 brings all singular values close to 1.
+    """
     a, b, c = coefficients
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = torch.bmm(x, x.transpose(1, 2))  # (n, smaller, smaller)
+        gram = torch.bmm(x, x.transpose(1, 2))  # (b, m, m)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x

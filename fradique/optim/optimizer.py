@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, Muon, and optimizer state under the names of the parameters."""
+"""AdamW and Muon for a model, gradient clipping, and optimizer state by parameter name."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,8 +10,10 @@ from fradique.nn.linear import Linear
 from fradique.optim.muon import Muon, split_matrix
 
 OPTIMIZERS = ("adamw", "muon")
-CLIP_EPS = 1e-6  # torch's: what it adds to the norm
-LARGE_TENSOR, NORM_ROWS = 1 << 18, 8  # numbers of a tensor whose norm is found in rows, and how many rows
+STATE_FIELDS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+# On a CPU the norm of a tensor with at least LARGE_TENSOR elements is computed in NORM_ROWS rows, see _norm.
+LARGE_TENSOR, NORM_ROWS = 1 << 18, 8
 
 
 def build_optimizers(
@@ -24,35 +26,38 @@ def build_optimizers(
     muon_learning_rate: float = 0.02,
     muon_momentum: float = 0.95,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov & Hutter 2019), fused where torch has it for the model's device; before it, where
-    `name` is "muon", Muon for the matrices inside the blocks.
+    """The optimizers of a model: [AdamW], or [Muon, AdamW] with Muon for the matrices in the blocks.
 
-    Frozen parameters are left out. Raises ValueError where all of them are.
+    AdamW (Loshchilov & Hutter 2019) is fused where torch supports it. Frozen parameters are left out. Raises
+    ValueError if all are frozen.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
         raise ValueError("every parameter is frozen: there is nothing to train")
-    matrices = {n: p for n, p in trained.items() if name == "muon" and is_block_parameter(n) and p.dim() == 2}
-    rest = {n: p for n, p in trained.items() if n not in matrices}
-    found: list[torch.optim.Optimizer] = []
+    matrices, rest = {}, trainable
+    if name == "muon":
+        matrices = {n: p for n, p in trainable.items() if is_block_parameter(n) and p.dim() == 2}
+        rest = {n: p for n, p in trainable.items() if n not in matrices}
+    optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        rows = {
-            f"{n}.weight": module.row_splits for n, module in model.named_modules() if isinstance(module, Linear)
-        }
-        parts = [part for n, p in matrices.items() for part in split_matrix(n, p, rows.get(n, (p.size(0),)))]
-        found.append(Muon(parts, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay))
+        linears = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Linear)}
+        splits = {n: linears[n].row_splits if n in linears else (p.size(0),) for n, p in matrices.items()}
+        views = [view for n, p in matrices.items() for view in split_matrix(n, p, splits[n])]
+        optimizers.append(
+            Muon(views, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay)
+        )
     if rest:
         fused = next(iter(rest.values())).device.type in ("cpu", "cuda", "mps")
         groups = parameter_groups(rest, weight_decay)
-        found.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
-    for one in found:
-        for group in one.param_groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
+    for opt in optimizers:
+        for group in opt.param_groups:
             group["lr_ratio"] = group["lr"] / learning_rate
-    return found
+    return optimizers
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay; biases and norm gains do not (nanoGPT's groups)."""
+    """nanoGPT's groups: weight decay for matrices and embeddings, none for biases and norm weights."""
     groups = [
         {"params": [(n, p) for n, p in parameters.items() if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [(n, p) for n, p in parameters.items() if p.dim() < 2], "weight_decay": 0.0},
@@ -61,97 +66,134 @@ def parameter_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -
 
 
 def is_block_parameter(name: str) -> bool:
-    """Whether a parameter is one of a layer's, and no embedding or output layer."""
+    """Whether a parameter belongs to a block, and not to an embedding, the last norm or the output layer."""
     return ".h." in name
 
 
-STATE_FIELDS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
-
-
 def assign_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Show every optimizer the gradients of the model: to be called after the backward pass."""
-    for one in optimizers:
-        if isinstance(one, Muon):
-            one.find_gradients()
+    """Give Muon's matrix views their gradients; to call after the backward pass."""
+    for opt in optimizers:
+        if isinstance(opt, Muon):
+            opt.assign_gradients()
 
 
-def clip_gradients(model: nn.Module, largest: float) -> Tensor:
-    """Scale the gradients so that their norm is at most `largest` (0: whatever it is); the norm before, a
-    scalar.
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients to a norm of at most `max_norm` (0: no clipping). Returns the norm before that.
 
-    As torch's clip_grad_norm_, which multiplies by 1 where there is nothing to scale; a CPU can look first.
+    The result is that of torch.nn.utils.clip_grad_norm_, which multiplies by 1 if the norm is small enough.
+    On a CPU, where reading the norm needs no synchronization, that multiplication is skipped.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = _norm([p.grad for p in parameters])
-    if largest and (norm.device.type != "cpu" or not norm + CLIP_EPS <= largest):
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    if max_norm and (norm.device.type != "cpu" or not norm + CLIP_EPS <= max_norm):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    """That of all their numbers. A CPU takes those of a large tensor in rows: of a whole one, torch finds it
-    on a single thread."""
+    """The norm over all elements of all tensors.
+
+    On a CPU torch computes the norm of a whole tensor in one thread, and those of its rows in parallel.
+    """
     rows = {
         i: x.view(NORM_ROWS, -1)
         for i, x in enumerate(tensors)
-        if x.device.type == "cpu" and x.numel() >= LARGE_TENSOR and x.numel() % NORM_ROWS == 0 and _plain(x)
+        if x.device.type == "cpu"
+        and x.numel() >= LARGE_TENSOR
+        and x.numel() % NORM_ROWS == 0
+        and _is_contiguous_and_local(x)
     }
     norms = [torch.linalg.vector_norm(x, dim=1) for x in rows.values()]
     rest = [x for i, x in enumerate(tensors) if i not in rows]
     return process_group.full_tensor(nn.utils.get_total_norm(norms + rest))
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether a tensor's numbers lie one after another in this process."""
+def _is_contiguous_and_local(x: Tensor) -> bool:
+    """Whether a tensor is contiguous and not sharded."""
     return x.is_contiguous() and process_group.local_tensor(x) is x
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
-    """AdamW's; Muon's stays in proportion to it."""
-    for one in optimizers:
-        for group in one.param_groups:
+    """Set AdamW's learning rate, and Muon's in proportion."""
+    for opt in optimizers:
+        for group in opt.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
 
 
-def _names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of the optimizer's parameters, in the order in which torch numbers them."""
-    return [name for group in optimizer.param_groups for name in group["param_names"]]
+# State by parameter name
 
 
 def state_by_name(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' tensors as `<field>/<parameter>`: a flat dict that safetensors can hold."""
+    """The state of all optimizers as {"<field>/<parameter>": tensor}, which safetensors can store.
+
+    Empty before the first step.
+    """
     return {
         f"{field}/{name}": value
-        for one in optimizers
-        for name, entry in zip(_names(one), _entries(one), strict=True)
-        for field, value in entry.items()
+        for opt in optimizers
+        for name, parameter in _named_parameters(opt)
+        for field, value in opt.state.get(parameter, {}).items()
     }
 
 
-def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-    """The state of each parameter, in torch's order; empty before the first step."""
-    return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+def empty_state(optimizers: list[torch.optim.Optimizer], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Zeros with the keys of `state_by_name`, to read a checkpoint into; sharded like the parameters.
 
-
-def empty_state(optimizers: list[torch.optim.Optimizer], names: Iterable[str]) -> dict[str, Tensor]:
-    """Zeros to be filled by the tensors that `names` stand for, as `state_by_name` has them: each rank's
-    part, where the model is in parts. `load_state_by_name` refuses names that mean nothing here."""
-    parameters = dict(pair for one in optimizers for pair in _parameters(one))
-    found = {}
-    for key in names:
+    Keys of unknown parameters get a scalar: `load_state_by_name` will report them.
+    """
+    parameters = dict(pair for opt in optimizers for pair in _named_parameters(opt))
+    state = {}
+    for key in keys:
         field, _, name = key.partition("/")
         p = parameters.get(name)
-        found[key] = torch.zeros(()) if p is None or field == "step" else torch.zeros_like(p)
-    return found
+        state[key] = torch.zeros(()) if p is None or field == "step" else torch.zeros_like(p)
+    return state
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def load_state_by_name(optimizers: list[torch.optim.Optimizer], state: dict[str, Tensor]) -> None:
+    """The inverse of `state_by_name`.
+
+    Raises ValueError naming parameters that are missing or unknown, and tensors that are damaged.
+    """
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        field, _, name = key.partition("/")
+        by_parameter.setdefault(name, {})[field] = value
+    _check_names(optimizers, by_parameter)
+    for opt in optimizers:
+        names = []
+        for name, parameter in _named_parameters(opt):
+            _check_tensors(by_parameter.get(name, {}), name, parameter)
+            names.append(name)
+        state_dict = opt.state_dict()  # torch numbers the parameters in the order of the groups
+        state_dict["state"] = {i: by_parameter[name] for i, name in enumerate(names) if name in by_parameter}
+        opt.load_state_dict(state_dict)
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of an optimizer with their names, in torch's order."""
     for group in optimizer.param_groups:
         yield from zip(group["param_names"], group["params"], strict=True)
 
 
-def check_state(entry: dict[str, Tensor], name: str, parameter: Tensor) -> None:
-    """Raise ValueError where what is kept of a parameter has not its shape, or holds no finite numbers."""
+def _check_names(optimizers: list[torch.optim.Optimizer], by_parameter: dict[str, dict[str, Tensor]]) -> None:
+    """Raise ValueError if the state is not that of exactly the parameters of the optimizers."""
+    fields = {name: STATE_FIELDS[type(opt)] for opt in optimizers for name, _ in _named_parameters(opt)}
+    complete = {name for name, entry in by_parameter.items() if fields.get(name, set()) <= entry.keys()}
+    missing = sorted(set(fields) - complete) if by_parameter else []
+    unknown = sorted(set(by_parameter) - set(fields))
+    if missing or unknown:
+        problems = (("missing", missing), ("not in the model", unknown))
+        raise ValueError(
+            "the optimizer state does not fit the model: "
+            + "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems if names)
+            + ". A resumed run cannot change optimizer, freeze and lora_*; to do so, start a new run with "
+            "--init_from=<its folder>"
+        )
+
+
+def _check_tensors(entry: dict[str, Tensor], name: str, parameter: Tensor) -> None:
+    """Raise ValueError if a parameter's state has another shape than the parameter, or is not finite."""
     for field, value in entry.items():
         shape = () if field == "step" else parameter.shape
         if (
@@ -160,32 +202,3 @@ def check_state(entry: dict[str, Tensor], name: str, parameter: Tensor) -> None:
             or not process_group.local_tensor(value).isfinite().all()
         ):
             raise ValueError(f"the optimizer state is damaged: {field}/{name}; use an earlier checkpoint")
-
-
-def load_state_by_name(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_by_name`. Raises ValueError naming the parameters whose state is not there."""
-    entries: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        field, _, name = key.partition("/")
-        entries.setdefault(name, {})[field] = value
-    known = {name: STATE_FIELDS[type(one)] for one in optimizers for name in _names(one)}
-    complete = {name for name, entry in entries.items() if known.get(name, set()) <= entry.keys()}
-    missing = sorted(set(known) - complete) if tensors else []
-    strangers = sorted(set(entries) - set(known))
-    if missing or strangers:
-        raise ValueError(
-            "the optimizer state does not fit the model: "
-            + "; ".join(
-                f"{what}: {', '.join(which)}"
-                for what, which in (("missing", missing), ("not in the model", strangers))
-                if which
-            )
-            + ". optimizer, freeze and lora_* must be those of the run; to change them, begin a new one with "
-            "--init_from=<its folder>"
-        )
-    for one in optimizers:
-        for name, parameter in _parameters(one):
-            check_state(entries.get(name, {}), name, parameter)
-        saved, names = one.state_dict(), _names(one)
-        saved["state"] = {i: entries[name] for i, name in enumerate(names) if name in entries}
-        one.load_state_dict(saved)

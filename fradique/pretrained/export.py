@@ -107,10 +107,8 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], json_files: dict[str
         weights = temporary / "model.safetensors"
         safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
         for name, value in json_files.items():
-            files.write_json(temporary / name, value)
+            (temporary / name).write_text(files.format_json(value), encoding="utf-8")
         shutil.copymode(temporary / "config.json", weights)  # safetensors files are private by default
-        files.fsync(weights)
-        files.fsync(temporary)
         files.replace_folder(temporary, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} could not be written: {error}") from error

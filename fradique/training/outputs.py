@@ -40,7 +40,7 @@ def save_checkpoint(t: Trainer, best: bool = False) -> None:
             model={name: p.detach() for name, p in t.model.named_parameters()},
             optimizer=optimizer.state_by_name(t.optimizers),
             state=t.state_dict(),
-            run=t.lock.name if t.lock else None,
+            run=t.lock.run_id if t.lock else None,
         )
         writer: checkpoint.CheckpointWriter = checkpoint.LocalWriter()
         if t.runtime.sharded:
@@ -48,7 +48,7 @@ def save_checkpoint(t: Trainer, best: bool = False) -> None:
 
             t.model.reshard()  # an evaluation leaves gathered parameters
             writer = fsdp.ShardedWriter()
-        checkpoint.save_and_prune(t.folder, saved, best=best, last=t.settings.keep_checkpoints, writer=writer)
+        checkpoint.save_and_prune(t.folder, saved, best=best, keep=t.settings.keep_checkpoints, writer=writer)
     t.saved_step = t.state.step
     t.runtime.barrier()
 
@@ -69,7 +69,7 @@ def load_best_weights(t: Trainer) -> None:
 
 def follow_moved_folder(t: Trainer) -> None:
     """Write to where the run folder is now, in case somebody has moved or deleted it."""
-    folder, warning = process_group.broadcast_from_rank0(lambda: t.lock.place())
+    folder, warning = process_group.broadcast_from_rank0(lambda: t.lock.follow_folder())
     if warning:
         t.log.warn(warning)
         t.folder = folder

@@ -189,7 +189,7 @@ def claim_folder(
             asdict(settings),
             decided,
             corpus.tokenizer,
-            go_on_from=resumed.step if resumed else None,
+            resume_step=resumed.step if resumed else None,
             overwrite=settings.overwrite,
         )
     runtime.barrier()

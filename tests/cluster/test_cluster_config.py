@@ -115,7 +115,7 @@ def test_prepare_knows_the_flags_that_it_is_given():
     assert re.search(
         r'--shards "\$\{SHARDS:-64\}" --worker "\$SLURM_ARRAY_TASK_ID/\$SLURM_ARRAY_TASK_COUNT"', text
     )
-    source = (ROOT / "fradique" / "prepare.py").read_text()
+    source = (ROOT / "fradique" / "data" / "prepare.py").read_text()
     if '"--worker"' not in source:
         pytest.skip(f"{prepare.__name__} has no --worker yet")
     assert '"--shards"' in source

@@ -1,6 +1,7 @@
-"""A model in parts (FSDP2) trains as a whole one, and its checkpoints are those of a single process."""
+"""FSDP2: a sharded model trains as a whole one, and its checkpoints are those of a single process."""
 
 import filecmp
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,13 +14,13 @@ from support import ROOT, flags, losses, run_training, torchrun
 from fradique.checkpointing import checkpoint
 from fradique.pretrained.__main__ import main
 
-WRITE = """
+WRITE_SCRIPT = """
 import sys
 from pathlib import Path
 import safetensors.torch, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from fradique.distributed import fsdp
+from fradique.distributed import fsdp, process_group
 dist.init_process_group("gloo")
 folder, rank, mesh = Path(sys.argv[1]), dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
 torch.manual_seed(0)
@@ -28,79 +29,80 @@ whole = {
     "cube": torch.randn(4, 2, 3), "half": torch.randn(6, 2).bfloat16(), "double": torch.randn(5).double(),
     "integers": torch.arange(9), "scalar": torch.tensor(3.0), "é": torch.randn(2, 2),
 }
-parts = {
+shards = {
     n: x if x.dim() == 0 or n == "é" else distribute_tensor(x, mesh, [Shard(0)])
     for n, x in whole.items()
 }
-fsdp.write_safetensors(folder / "model.safetensors", parts)
+fsdp.write_safetensors(folder / "model.safetensors", shards)
 fsdp.write_safetensors(folder / "optimizer.safetensors", {})
 if rank == 0:
     safetensors.torch.save_file(whole, folder / "plain")
     safetensors.torch.save_file({}, folder / "none")
-back = {n: torch.zeros_like(x) for n, x in parts.items()}
+loaded = {n: torch.zeros_like(x) for n, x in shards.items()}
 dist.barrier()
-fsdp.read_safetensors(folder, back)
-for n, x in back.items():
-    assert torch.equal(x.full_tensor() if hasattr(x, "full_tensor") else x, whole[n]), n
+fsdp.read_safetensors(folder, loaded)
+for n, x in loaded.items():
+    assert torch.equal(process_group.full_tensor(x), whole[n]), n
 try:
-    fsdp.read_safetensors(folder, back | {"stranger": torch.zeros(3)})
+    fsdp.read_safetensors(folder, loaded | {"unknown": torch.zeros(3)})
 except ValueError as error:
-    assert "stranger" in str(error)
+    assert "unknown" in str(error)
 else:
-    raise AssertionError("a tensor that is not there was read")
+    raise AssertionError("a missing tensor was read")
 try:
-    fsdp.write_safetensors(folder / "nowhere" / "model.safetensors", parts)
+    fsdp.write_safetensors(folder / "missing" / "model.safetensors", shards)
 except OSError as error:
-    assert "nowhere" in str(error), error
+    assert "missing" in str(error), error
 else:
-    raise AssertionError("a folder that is not there was written to")
+    raise AssertionError("a missing folder was written to")
 dist.destroy_process_group()
 """
 
 
-def test_ranks_write_the_file_that_one_process_writes(tmp_path):
+def test_three_ranks_write_the_file_of_one_process(tmp_path):
     script = tmp_path / "write.py"
-    script.write_text(WRITE)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(script)]
-    done = subprocess.run(
-        [sys.executable, *words, str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    script.write_text(WRITE_SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
     assert filecmp.cmp(tmp_path / "model.safetensors", tmp_path / "plain", shallow=False)
     assert filecmp.cmp(tmp_path / "optimizer.safetensors", tmp_path / "none", shallow=False)
 
 
-def test_four_ranks_then_two_then_one_train_as_one_does(settings, tmp_path):
-    """In parts, on 4 ranks and then on 2 (evaluations, samples and snapshots too); then whole, on one."""
+def test_four_ranks_then_two_then_one_train_as_one_rank(settings, tmp_path):
+    """Sharded on 4 ranks, then on 2 (with evaluations, samples and snapshots); then whole, on one rank."""
     settings = replace(settings, dropout=0.0, gradient_accumulation_steps=4, max_iters=15, lr_decay_iters=15)
     settings = replace(settings, sample_interval=5, snapshot_interval=5, activation="gelu_tanh")
-    one = replace(settings, out_dir=str(tmp_path / "one"))
-    run_training(one)
-    parts = replace(settings, parallel="fsdp", gradient_checkpointing=True)
-    done = torchrun(4, *flags(replace(parts, max_iters=5)))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 processes, each with a part of the model" in done.stdout
-    done = torchrun(2, "--init_from=resume", f"--out_dir={parts.out_dir}", "--max_iters=10")
-    assert done.returncode == 0, done.stderr[-3000:]
-    run_training(replace(parts, init_from="resume"))
-    mine, theirs = losses(parts.out_dir), losses(one.out_dir)
-    assert mine.keys() == theirs.keys() and len(mine) == 15
-    for step, loss in theirs.items():
-        assert mine[step] == pytest.approx(loss, abs=1e-5), step
-    a, b = (checkpoint.read_checkpoint(Path(x.out_dir) / "step-00000015") for x in (parts, one))
+    single = replace(settings, out_dir=str(tmp_path / "one"))
+    run_training(single)
+    sharded = replace(settings, parallel="fsdp", gradient_checkpointing=True)
+    result = torchrun(4, *flags(replace(sharded, max_iters=5)))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "4 processes, each with a shard of the model" in result.stdout
+    result = torchrun(2, "--init_from=resume", f"--out_dir={sharded.out_dir}", "--max_iters=10")
+    assert result.returncode == 0, result.stderr[-3000:]
+    run_training(replace(sharded, init_from="resume"))
+    sharded_losses, single_losses = losses(sharded.out_dir), losses(single.out_dir)
+    assert sharded_losses.keys() == single_losses.keys() and len(sharded_losses) == 15
+    for step, loss in single_losses.items():
+        assert sharded_losses[step] == pytest.approx(loss, abs=1e-5), step
+    a, b = (checkpoint.read_checkpoint(Path(x.out_dir) / "step-00000015") for x in (sharded, single))
     assert a.model.keys() == b.model.keys() and a.optimizer.keys() == b.optimizer.keys()
     for kind in ("model", "optimizer"):
         for name, tensor in getattr(b, kind).items():
             torch.testing.assert_close(getattr(a, kind)[name], tensor, atol=2e-5, rtol=1e-4)
-    assert len(list((Path(parts.out_dir) / "snapshots").glob("*.safetensors"))) == 4
-    exported = [as_transformers_opens(Path(x.out_dir), tmp_path) for x in (parts, one)]
-    for (name, mine), theirs in zip(exported[0].items(), exported[1].values(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4, msg=name)
+    assert len(list((Path(sharded.out_dir) / "snapshots").glob("*.safetensors"))) == 4
+    exported = [export_and_load(Path(x.out_dir), tmp_path) for x in (sharded, single)]
+    for (name, actual), expected in zip(exported[0].items(), exported[1].values(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4, msg=name)
 
 
-def as_transformers_opens(run: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a run, by way of our export and their class."""
+def export_and_load(run: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Export the weights of a run, and load them with transformers."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / f"exported-{run.name}"
@@ -108,6 +110,6 @@ def as_transformers_opens(run: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_a_matrix_optimizer_and_parts_of_matrices_contradict_each_other(settings):
+def test_muon_and_fsdp_exclude_each_other(settings):
     (problem,) = replace(settings, parallel="fsdp", optimizer="muon").problems()
     assert "muon" in problem and "fsdp" in problem

@@ -1,4 +1,4 @@
-"""What is made of torchrun's words: who starts again what it began, and who is missing."""
+"""The process group: ranks, torchrun restarts, exit, tensors that may be sharded."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+import torch
 from support import ROOT, run_training
 
 from fradique.checkpointing import checkpoint, run_folder
@@ -15,42 +15,39 @@ from fradique.distributed import lost_ranks, process_group
 from fradique.training import setup
 
 
-def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
+def test_without_torchrun_there_is_one_rank(monkeypatch):
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(key, raising=False)
-    assert (
-        process_group.rank_info() == (0, 0, 1)
-        and process_group.restart_count() == 0
-        and process_group.launch_id() is None
-    )
+    assert process_group.rank_info() == (0, 0, 1)
+    assert process_group.restart_count() == 0 and process_group.launch_id() is None
     assert process_group.broadcast_from_rank0(lambda: 7) == 7
     assert not lost_ranks.is_lost_rank_error(RuntimeError("gloo: connection closed"))
 
 
-def test_a_call_of_torchrun_has_a_name_even_where_none_was_given(monkeypatch):
+def test_torchrun_without_rdzv_id_has_a_launch_id(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
     assert process_group.launch_id() == "job-17"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # the same for every call without --rdzv_id
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun without --rdzv_id sets
     first = process_group.launch_id()
     monkeypatch.setattr("os.getppid", lambda: 123456)
     assert process_group.launch_id() != first and process_group.launch_id().endswith(":123456")
 
 
 @pytest.fixture
-def again(monkeypatch):
-    """torchrun has started this process a second time."""
+def restarted(monkeypatch):
+    """As if torchrun had restarted this process once."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
 
 
-def test_what_torchrun_starts_again_goes_on(settings, again):
+def test_a_restarted_run_resumes(settings, restarted):
     run_training(replace(settings, max_iters=5))
     assert setup.settings_after_restart(settings) == replace(settings, init_from="resume")
     assert setup.settings_after_restart(replace(settings, overwrite=True)).overwrite is False
-    assert setup.saved_run_settings(settings)[0]["max_iters"] == 5  # what the run itself was begun with
+    assert setup.saved_run_settings(settings)[0]["max_iters"] == 5  # the settings of the first start
 
 
-def test_a_run_of_another_call_is_never_gone_on_with(settings, monkeypatch, again):
+def test_a_run_of_another_launch_is_not_resumed(settings, monkeypatch, restarted):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-16")
     run_training(replace(settings, max_iters=5))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
@@ -59,13 +56,13 @@ def test_a_run_of_another_call_is_never_gone_on_with(settings, monkeypatch, agai
         setup.setup_training(settings)
 
 
-def test_a_first_start_is_no_restart(settings, monkeypatch, again):
+def test_the_first_start_is_no_restart(settings, monkeypatch, restarted):
     run_training(replace(settings, max_iters=5))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert setup.settings_after_restart(settings) == settings
 
 
-def test_what_was_lost_before_its_first_checkpoint_begins_anew(settings, again):
+def test_a_restart_before_the_first_checkpoint_starts_anew(settings, restarted):
     run_training(replace(settings, max_iters=5))
     folder = Path(settings.out_dir)
     for step in checkpoint.step_folders(folder):
@@ -74,88 +71,37 @@ def test_what_was_lost_before_its_first_checkpoint_begins_anew(settings, again):
     assert run_folder.was_started_by(folder, "job-17") and not run_folder.was_started_by(folder, None)
 
 
-class Store(dict):
-    """What ranks write down for each other."""
-
-    def set(self, key, value):
-        self[key] = value.encode()
-
-    def get(self, key):
-        return self[key]
-
-    def check(self, keys):
-        return all(key in self for key in keys)
-
-
-@pytest.fixture
-def three_of_four(monkeypatch):
-    """This is rank 1 of four, of which 0 and 3 answer a roll call."""
-    store = Store({"here/0": b"yes", "here/3": b"yes", "who/2": b"host-b, process 77"})
-    monkeypatch.setitem(process_group._state, "store", store)
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(lost_ranks, "POLL_SECONDS", 0.001)
-
-
-def test_a_roll_call_names_who_does_not_answer(three_of_four):
-    assert lost_ranks.find_missing_ranks(lambda: False, patience=0.05) == {2: "host-b, process 77"}
-    assert lost_ranks.find_missing_ranks(lambda: True, patience=9) is None
-
-
-def test_the_message_names_the_rank_and_what_to_do(three_of_four, monkeypatch):
-    monkeypatch.setattr(lost_ranks.find_missing_ranks, "__defaults__", (0.05,))
-    said = lost_ranks.explain_lost_rank(RuntimeError("gloo timed out"), lambda: False)
-    assert said.startswith("rank 1: rank 2 (host-b, process 77) of 4 does not answer")
-    assert "--max-restarts" in said and "--init_from=resume" in said
-    assert "told to stop" in lost_ranks.explain_lost_rank(RuntimeError("gloo"), lambda: True)
-
-
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
-        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3"), True),
-        (RuntimeError("Timed out waiting 15000ms for recv operation to complete"), True),
-        (dist.DistBackendError("NCCL communicator was aborted on rank 3"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
-        (ValueError("connection"), False),
-    ],
-)
-def test_the_loss_of_a_rank_is_told_from_an_error_of_our_own(three_of_four, error, lost):
-    assert lost_ranks.is_lost_rank_error(error) is lost
-
-
-def test_an_error_of_our_own_passes(three_of_four):
-    with pytest.raises(RuntimeError, match="shapes"), lost_ranks.report_lost_ranks():
-        raise RuntimeError("shapes do not fit")
-
-
-def test_a_rank_that_answers_no_more_is_named_and_the_run_goes_on_to_the_last_bit():
-    """One of two under torchrun, stopped; `make faults` does so with four, and kills them too."""
-    words = "--ranks 2 --rounds 1 --parallel ddp --signals SIGSTOP --patience 12"
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "ranks.py"), *words.split()]
-    environment = os.environ | {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"
-    }  # for which torchrun asks the stopped one
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "1 of 1 runs" in done.stdout, done.stdout + done.stderr
-
-
-ENDING = """
+EXIT_SCRIPT = """
 import atexit, sys
 from fradique.distributed import process_group
-class Last:
+class Finalized:
     def __del__(self):
-        print("taken down")
-last = Last()
-atexit.register(print, "handlers ran")
+        print("finalized")
+finalized = Finalized()
+atexit.register(print, "exit handlers ran")
 process_group.exit_process(3)
 """
 
 
-@pytest.mark.parametrize(("world", "said"), [("1", "handlers ran\ntaken down\n"), ("2", "handlers ran\n")])
-def test_one_of_several_processes_ends_without_taking_the_interpreter_down(world, said):
+@pytest.mark.parametrize(
+    ("world", "output"), [("1", "exit handlers ran\nfinalized\n"), ("2", "exit handlers ran\n")]
+)
+def test_one_of_several_processes_exits_without_finalization(world, output):
     environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world}
-    command = [sys.executable, "-c", ENDING]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (3, said, "")
+    command = [sys.executable, "-c", EXIT_SCRIPT]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (3, output, "")
+
+
+def test_a_tensor_that_is_not_sharded_is_its_own_full_and_local_tensor():
+    tensor = torch.ones(2)
+    assert process_group.full_tensor(tensor) is tensor and process_group.local_tensor(tensor) is tensor
+
+
+def test_process_group_does_not_import_dtensor():
+    """Its import takes 0.7 s, also in a run of one process."""
+    code = (
+        "import sys; from fradique.distributed import process_group\n"
+        "sys.exit('torch.distributed.tensor' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -72,7 +72,7 @@ def case(
     problems = []
     if process.returncode:
         problems.append(f"exit status {process.returncode}: {said[-2000:]}")
-    if "going on at step" not in said and at >= 5:
+    if "resuming at step" not in said and at >= 5:
         problems.append("it did not go on from a checkpoint")
     if what == signal.SIGSTOP and not re.search(rf"error: rank \d: rank {lost} \(.*does not answer", said):
         problems.append(f"the lost rank is not named: {said[-2000:]}")

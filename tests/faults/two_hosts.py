@@ -137,7 +137,7 @@ def cut(folder: Path, data: Path, seconds: float, steps: int, truth: dict[int, f
     mine = losses(out)
     if mine.keys() != truth.keys() or any(abs(mine[n] - truth[n]) > 1e-5 for n in truth):
         problems.append("other losses than those of an undisturbed run")
-    again = "going on at step" in said[0].read_text() + said[1].read_text()
+    again = "resuming at step" in said[0].read_text() + said[1].read_text()
     how = "met again and went on" if again else "waited"
     result = "; ".join(problems) or "the losses are those of an undisturbed run"
     print(f"a cut of {seconds:g} s at step {reached}: the ranks {how}; {result}", flush=True)

@@ -57,7 +57,7 @@ def test_weights_of_another_dtype_are_refused(run):
     tensors["transformer.ln_f.weight"] = np.ones(8, np.float16)
     replace_checkpoint_file(run, "model.safetensors", seeds.in_safetensors(tensors))
     message = error_of(load_newest, run, match="ln_f.weight")
-    assert "float16 there and torch.float32 in this model" in message
+    assert "has dtype torch.float16, and torch.float32 in this model" in message
 
 
 def test_lora_matrices_that_do_not_fit_together_are_refused(run):

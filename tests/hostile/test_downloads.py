@@ -1,4 +1,4 @@
-"""Servers that lie, drip, or send elsewhere: nothing is used unchecked, and nothing waits for ever."""
+"""Servers with wrong, slow or redirected answers: nothing is used unchecked, and nothing waits forever."""
 
 import gzip
 import hashlib
@@ -13,7 +13,7 @@ from fradique.io import download
 from fradique.io.download import fetch
 
 PAGE = b"Era uma vez. " * 20
-SUM = hashlib.sha256(PAGE).hexdigest()
+PAGE_SHA256 = hashlib.sha256(PAGE).hexdigest()
 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
@@ -26,49 +26,49 @@ class Hostile(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
-    def larger(self):
+    def huge_length(self):
         self.send(Content_Length="9" * 18)
         self.wfile.write(PAGE)
 
-    def digits(self):
+    def invalid_length(self):
         self.send(Content_Length="9" * 5000)
         self.wfile.write(PAGE)
 
-    def less(self):  # more comes than it says
+    def short_length(self):  # less than it sends
         self.send(Content_Length=str(len(PAGE) - 1))
         self.wfile.write(PAGE)
 
-    def endless(self):  # in chunks
+    def endless(self):
         self.protocol_version = "HTTP/1.1"
         self.send(Transfer_Encoding="chunked")
         for _ in range(1000):
             self.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
 
-    def chunks(self):  # of a size that is none
+    def negative_chunk(self):
         self.protocol_version = "HTTP/1.1"
         self.send(Transfer_Encoding="chunked")
         self.wfile.write(b"-5\r\nabc\r\n")
 
-    def packed(self):
+    def compressed(self):
         self.send(Content_Encoding="gzip")
         self.wfile.write(gzip.compress(bytes(1 << 24)))
 
     def loop(self):
         self.send(302, Location="/loop")
 
-    def elsewhere(self):
+    def redirect(self):
         self.send(302, Location=self.path.partition("?")[2])
 
-    def drip(self):
+    def slow_body(self):
         self.send()
-        self._drip()
+        self._send_slowly()
 
     def slow_headers(self):
         self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
-        self._drip()
+        self._send_slowly()
 
-    def _drip(self):
-        while not self.server.over.wait(0.05):
+    def _send_slowly(self):
+        while not self.server.closing.wait(0.05):
             self.wfile.write(b"x")
 
     def reason(self):
@@ -82,70 +82,70 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """The client hangs up, as it should."""
+        """Ignore that the client closes the connection."""
 
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with Server(("127.0.0.1", 0), Hostile) as httpd:
-        httpd.over = threading.Event()
+        httpd.closing = threading.Event()
         httpd.url = lambda name: f"http://127.0.0.1:{httpd.server_port}/{name}"
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield httpd
-        httpd.over.set()
+        httpd.closing.set()
         httpd.shutdown()
         thread.join()
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
-        ("larger", "too large"),
-        ("digits", "its sha256|cannot be reached|too large"),
-        ("less", "its sha256 is"),
+        ("huge_length", "too large"),
+        ("invalid_length", "its sha256|cannot be reached|too large"),
+        ("short_length", "its sha256 is"),
         ("endless", "too large"),
-        ("chunks", "cannot be reached|is incomplete"),
-        ("packed", "its sha256 is"),  # it is kept as it came, and never unpacked
+        ("negative_chunk", "cannot be reached|is incomplete"),
+        ("compressed", "its sha256 is"),  # never decompressed
         ("loop", "the server answers 302|redirect"),
         ("reason", "the server answers 418"),
     ],
 )
-def test_a_server_that_lies_is_told_of_and_nothing_is_kept(server, tmp_path, name, says):
+def test_a_wrong_answer_is_reported_and_not_kept(server, tmp_path, name, message):
     path = tmp_path / "a.txt"
     path.write_bytes(b"old")
-    with pytest.raises(ValueError, match=says) as caught:
-        fetch(server.url(name), "0" * 64 if name == "digits" else SUM, path, max_bytes=1 << 20)
+    with pytest.raises(ValueError, match=message) as caught:
+        fetch(
+            server.url(name), "0" * 64 if name == "invalid_length" else PAGE_SHA256, path, max_bytes=1 << 20
+        )
     assert type(caught.value) is ValueError and len(str(caught.value)) < 1000
-    assert path.read_bytes() == b"old" and [one.name for one in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize("name", ["drip", "slow_headers"])
-def test_a_server_that_sends_a_byte_now_and_then_is_given_up(server, tmp_path, name):
+@pytest.mark.parametrize("name", ["slow_body", "slow_headers"])
+def test_a_slow_server_reaches_the_total_timeout(server, tmp_path, name):
     with pytest.raises(ValueError, match=r"was not complete after 0\.5 seconds"):
-        fetch(server.url(name), SUM, tmp_path / "a.txt", timeout=20, total_timeout=0.5)
+        fetch(server.url(name), PAGE_SHA256, tmp_path / "a.txt", timeout=20, total_timeout=0.5)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "to", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "http://example.invalid/x"]
+    "target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "http://example.invalid/x"]
 )
-def test_a_redirect_leads_to_nothing_but_https(server, tmp_path, to):
-    with pytest.raises(
-        ValueError, match=r"is not an https URL|cannot be reached|not allowed|answers 302"
-    ):
-        fetch(server.url(f"elsewhere?{to}"), SUM, tmp_path / "a.txt")
+def test_a_redirect_may_lead_to_https_only(server, tmp_path, target):
+    with pytest.raises(ValueError, match=r"is not an https URL|cannot be reached|not allowed|answers 302"):
+        fetch(server.url(f"redirect?{target}"), PAGE_SHA256, tmp_path / "a.txt")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "to", ["http://127.0.0.1/x", "http://localhost:80/x", "http://example.invalid/", "file:///x"]
+    "target", ["http://127.0.0.1/x", "http://localhost:80/x", "http://example.invalid/", "file:///x"]
 )
-def test_a_redirect_from_https_leads_to_nothing_less_and_not_to_this_machine(to):
+def test_a_redirect_from_https_may_not_lead_to_http(target):
     request = urllib.request.Request("https://example.invalid/a.txt")
     with pytest.raises(ValueError, match="is not an https URL"):
-        download._CheckedRedirects().redirect_request(request, open("/dev/null"), 302, "Found", {}, to)  # noqa: PTH123, SIM115
+        download._CheckedRedirects().redirect_request(request, open("/dev/null"), 302, "Found", {}, target)  # noqa: PTH123, SIM115
 
 
 @pytest.mark.parametrize(
@@ -156,24 +156,24 @@ def test_a_redirect_from_https_leads_to_nothing_less_and_not_to_this_machine(to)
         "https://segredo@127.0.0.1/",
     ],
 )
-def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path, url):
+def test_a_password_in_a_url_is_refused_and_not_printed(tmp_path, url):
     with pytest.raises(ValueError, match="has a name or password in it") as caught:
-        fetch(url, SUM, tmp_path / "a.txt")
+        fetch(url, PAGE_SHA256, tmp_path / "a.txt")
     assert "segredo" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "url", ["file:///etc/passwd", "ftp://x/y", "data:,x", "//x/y", "x", "", "https://[x/", "HTTP://x/"]
 )
-def test_only_https_is_fetched(tmp_path, url):
+def test_only_https_is_downloaded(tmp_path, url):
     with pytest.raises(ValueError, match=r"is not an https URL|is not a URL"):
-        fetch(url, SUM, tmp_path / "a.txt")
+        fetch(url, PAGE_SHA256, tmp_path / "a.txt")
 
 
-def test_a_download_that_is_whole_leaves_no_clock_running(server, tmp_path):
+def test_a_finished_download_leaves_no_timer_thread(server, tmp_path):
     Hostile.good = lambda self: (self.send(), self.wfile.write(PAGE))
     before = threading.active_count()
-    assert fetch(server.url("good"), SUM, tmp_path / "a.txt").read_bytes() == PAGE
+    assert fetch(server.url("good"), PAGE_SHA256, tmp_path / "a.txt").read_bytes() == PAGE
     for _ in range(100):
         if threading.active_count() <= before:
             break

@@ -1,4 +1,4 @@
-"""Pickles that would run code, or take time and memory without end: none is run, each is refused at once."""
+"""Pickles that would run code, or take unbounded time or memory: none is run, each is refused at once."""
 
 import builtins
 import functools
@@ -21,8 +21,8 @@ from fradique.tokenizer import tokenizer as tokenizers
 seeds = targets.seeds
 
 
-class Planted:
-    """What, when it is unpickled, calls a function."""
+class CallOnLoad:
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function, *arguments) -> None:
         self.call = function, arguments
@@ -32,27 +32,27 @@ class Planted:
 
 
 def touch_by_eval(canary):
-    return Planted(builtins.eval, f"open({str(canary)!r}, 'w').close()")
+    return CallOnLoad(builtins.eval, f"open({str(canary)!r}, 'w').close()")
 
 
-WAYS = {
-    "os.system": lambda canary: Planted(os.system, f"touch {canary}"),
-    "exec": lambda canary: Planted(builtins.exec, f"open({str(canary)!r}, 'w').close()"),
+ATTACKS = {
+    "os.system": lambda canary: CallOnLoad(os.system, f"touch {canary}"),
+    "exec": lambda canary: CallOnLoad(builtins.exec, f"open({str(canary)!r}, 'w').close()"),
     "eval": touch_by_eval,
-    "open": lambda canary: Planted(open, str(canary), "w"),
-    "mkdir": lambda canary: Planted(os.mkdir, str(canary)),
-    "Popen": lambda canary: Planted(subprocess.check_output, ("touch", str(canary))),
-    "partial": lambda canary: Planted(functools.partial(os.mkdir, str(canary))),
-    "torch.load": lambda canary: Planted(torch.load, str(canary)),
+    "open": lambda canary: CallOnLoad(open, str(canary), "w"),
+    "mkdir": lambda canary: CallOnLoad(os.mkdir, str(canary)),
+    "Popen": lambda canary: CallOnLoad(subprocess.check_output, ("touch", str(canary))),
+    "partial": lambda canary: CallOnLoad(functools.partial(os.mkdir, str(canary))),
+    "torch.load": lambda canary: CallOnLoad(torch.load, str(canary)),
     "a key of a dict": lambda canary: {touch_by_eval(canary): 1},
     "in OrderedDict": lambda canary: OrderedDict(a=touch_by_eval(canary)),
-    "in a tensor's rebuilding": lambda canary: Planted(
+    "in a tensor's rebuilding": lambda canary: CallOnLoad(
         torch._utils._rebuild_tensor_v2, touch_by_eval(canary), 0, (1,), (1,), False, OrderedDict()
     ),
 }
 
 
-def archived(content, path, zipped: bool) -> None:
+def save_archive(content, path, zipped: bool) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
 
@@ -64,16 +64,16 @@ def hf(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("form", ["ckpt.pt", "legacy", "pytorch_model.bin", "plain", "meta.pkl"])
-def test_no_planted_pickle_is_run(tmp_path, hf, way, form):
+def test_no_malicious_pickle_is_run(tmp_path, hf, attack, form):
     canary = tmp_path / "canary"
-    content = {"model": WAYS[way](canary), "model_args": {}, "vocab_size": 1, "stoi": {}, "itos": {}}
+    content = {"model": ATTACKS[attack](canary), "model_args": {}, "vocab_size": 1, "stoi": {}, "itos": {}}
     path = hf / (form if "." in form else "ckpt.pt")
     if form in ("plain", "meta.pkl"):
         path.write_bytes(pickle.dumps(content, protocol=2 if form == "plain" else None))
     else:
-        archived(content, path, zipped=form != "legacy")
+        save_archive(content, path, zipped=form != "legacy")
     load = tokenizers.read_meta_pkl if form == "meta.pkl" else loader.load_weights
     with pytest.raises(ValueError, match=path.name) as caught:
         load(str(hf if form == "pytorch_model.bin" else path))
@@ -81,37 +81,39 @@ def test_no_planted_pickle_is_run(tmp_path, hf, way, form):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_what_the_pickles_of_these_tests_would_do_is_done_by_pickle_itself(tmp_path, protocol):
-    pickle.loads(pickle.dumps(WAYS["mkdir"](tmp_path / "canary"), protocol=protocol))
+def test_plain_pickle_runs_these_attacks(tmp_path, protocol):
+    pickle.loads(pickle.dumps(ATTACKS["mkdir"](tmp_path / "canary"), protocol=protocol))
     assert (tmp_path / "canary").exists()
 
 
-def doubled(times: int) -> bytes:
-    """A tuple of itself twice, over and over, as a key: 2 ** times values to hash."""
-    return b"\x80\x02}K\x01" + b"2\x86" * times + b"K\x00s."
+def nested_tuple(depth: int) -> bytes:
+    """A dict key that is a tuple of the same tuple twice, `depth` times nested: 2**depth values to hash."""
+    return b"\x80\x02}K\x01" + b"2\x86" * depth + b"K\x00s."
 
 
-def test_a_tuple_that_would_take_for_ever_to_hash_is_refused(tmp_path, hf):
-    assert pickle.loads(doubled(10)) and pickletools.dis(doubled(3), io.StringIO()) is None  # it is a pickle
-    (tmp_path / "meta.pkl").write_bytes(doubled(200))
+def test_a_tuple_that_takes_forever_to_hash_is_refused(tmp_path, hf):
+    assert (
+        pickle.loads(nested_tuple(10)) and pickletools.dis(nested_tuple(3), io.StringIO()) is None
+    )  # a valid pickle
+    (tmp_path / "meta.pkl").write_bytes(nested_tuple(200))
     with pytest.raises(ValueError, match=r"meta\.pkl .*tuple"):
         tokenizers.read_meta_pkl(tmp_path / "meta.pkl")
-    by_memo = (
+    nested_by_memo = (
         b"\x80\x02}K\x01q\x00" + b"0h\x00h\x00\x86q\x00" * 200 + b"K\x00s."
-    )  # torch's reader knows no DUP
-    for data in (doubled(200), by_memo):
+    )  # without DUP, which torch does not support
+    for data in (nested_tuple(200), nested_by_memo):
         seeds.write_archive(hf / "ckpt.pt", data, deflated=False)
-        with pytest.raises(ValueError, match=r"ckpt\.pt cannot be read: .*in itself too often"):
+        with pytest.raises(ValueError, match=r"ckpt\.pt cannot be read: .*nested in itself too many times"):
             loader.load_weights(str(hf / "ckpt.pt"))
 
 
-def test_numbers_that_all_have_one_hash_are_refused(tmp_path, hf):
+def test_integers_with_equal_hashes_are_refused(tmp_path, hf):
     numbers = {k * (2**61 - 1): "x" for k in range(1, 2000)}
     assert len({hash(number) for number in numbers}) == 1
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1, "stoi": {}, "itos": numbers}))
-    with pytest.raises(ValueError, match=r"meta\.pkl .*no token's id"):
+    with pytest.raises(ValueError, match=r"meta\.pkl .*too large for a token id"):
         tokenizers.read_meta_pkl(tmp_path / "meta.pkl")
-    archived(
+    save_archive(
         {"model": {k * (2**61 - 1) << 9: 1 for k in range(9)}, "model_args": {}}, hf / "ckpt.pt", zipped=True
     )
     with pytest.raises(ValueError, match=r"ckpt\.pt cannot be read: .*more than 64 bits"):
@@ -119,20 +121,20 @@ def test_numbers_that_all_have_one_hash_are_refused(tmp_path, hf):
 
 
 @pytest.mark.parametrize(
-    "content", [Planted(bytearray, 1 << 40), Planted(Counter, [1]), Planted(torch.Tensor, 1 << 40)]
+    "content", [CallOnLoad(bytearray, 1 << 40), CallOnLoad(Counter, [1]), CallOnLoad(torch.Tensor, 1 << 40)]
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_torch_allows_but_no_tensor_needs_is_refused(hf, content, zipped):
-    archived({"model": content, "model_args": {}}, hf / "ckpt.pt", zipped)
+def test_globals_that_torch_allows_but_no_tensor_needs_are_refused(hf, content, zipped):
+    save_archive({"model": content, "model_args": {}}, hf / "ckpt.pt", zipped)
     with pytest.raises(ValueError, match=r"ckpt\.pt is a pickle of more than tensors"):
         loader.load_weights(str(hf / "ckpt.pt"))
 
 
-def test_a_tensor_that_repeats_one_number_without_end_is_refused(hf):
-    endless = torch.zeros(1).expand(1 << 30, 1 << 20)
+def test_a_huge_expanded_tensor_is_refused(hf):
+    expanded = torch.zeros(1).expand(1 << 30, 1 << 20)
     for name in ("ckpt.pt", "pytorch_model.bin"):
-        content = {"wte.weight": endless}
-        archived(
+        content = {"wte.weight": expanded}
+        save_archive(
             {"model": content, "model_args": seeds.SIZES} if name == "ckpt.pt" else content,
             hf / name,
             zipped=True,
@@ -141,7 +143,7 @@ def test_a_tensor_that_repeats_one_number_without_end_is_refused(hf):
             loader.load_weights(str(hf / name))
 
 
-def test_an_archive_that_is_packed_is_refused(hf):
+def test_a_compressed_archive_is_refused(hf):
     with zipfile.ZipFile(hf / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * (1 << 22) + b"N.")
     assert (hf / "ckpt.pt").stat().st_size < 1 << 16
@@ -149,7 +151,7 @@ def test_an_archive_that_is_packed_is_refused(hf):
         loader.load_weights(str(hf / "ckpt.pt"))
 
 
-def test_a_checkpoint_names_no_corpus_outside_the_data_folder(tmp_path, hf, monkeypatch):
+def test_a_checkpoint_cannot_name_a_corpus_outside_data(tmp_path, hf, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -157,9 +159,9 @@ def test_a_checkpoint_names_no_corpus_outside_the_data_folder(tmp_path, hf, monk
     weights = {f"transformer.{name}": torch.from_numpy(x) for name, x in seeds.gpt_weights(11, False).items()}
     for name in ("../outside", str(outside), "..", "a/../../outside"):
         content = {"model": weights, "model_args": seeds.SIZES, "config": {"dataset": name}}
-        archived(content, hf / "ckpt.pt", zipped=True)
+        save_archive(content, hf / "ckpt.pt", zipped=True)
         assert loader.load_weights(str(hf / "ckpt.pt")).tokenizer is None
     (tmp_path / "data").mkdir()
     outside.rename(tmp_path / "data" / "book")
-    archived(content | {"config": {"dataset": "book"}}, hf / "ckpt.pt", zipped=True)
+    save_archive(content | {"config": {"dataset": "book"}}, hf / "ckpt.pt", zipped=True)
     assert loader.load_weights(str(hf / "ckpt.pt")).tokenizer == tokenizers.CharTokenizer(seeds.CHARS)

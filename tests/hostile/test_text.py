@@ -1,4 +1,4 @@
-"""Text of every kind: each Unicode string comes back as it was, and what is no text gets a message."""
+"""Difficult text: every Unicode string is decoded unchanged, and invalid text gets a message."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ from fradique.training import time_budget
 from sample import SampleSettings, StreamedSample, read_prompt
 from train import TrainSettings
 
-some = hypothesis_settings(derandomize=True, deadline=None, max_examples=150, database=None)
+PROPERTY = hypothesis_settings(derandomize=True, deadline=None, max_examples=150, database=None)
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 TRICKY = (
     "\0",
@@ -35,13 +35,13 @@ TRICKY = (
     "\x85\u2028\xa0",
 )
 GPT2 = tokenizers.GPT2Tokenizer()
-OWN = tokenizers.train_bpe(["Era uma vez um gato, uma casa, um gato, uma casa."], 290)
+BPE = tokenizers.train_bpe(["Era uma vez um gato, uma casa, um gato, uma casa."], 290)
 SCRIPT = ROOT / "tests" / "faults" / "long_line.py"
-POOR = tokenizers.train_bpe(["aa aa"], 258)  # of a text that has next to no characters
+SMALL_BPE = tokenizers.train_bpe(["aa aa"], 258)
 
 
-@pytest.mark.parametrize("tokenizer", [GPT2, OWN, POOR], ids=["gpt2", "own", "poor"])
-@some
+@pytest.mark.parametrize("tokenizer", [GPT2, BPE, SMALL_BPE], ids=["gpt2", "bpe", "small_bpe"])
+@PROPERTY
 @given(text=any_text)
 @example(TRICKY[0])
 @example(TRICKY[1])
@@ -51,27 +51,27 @@ POOR = tokenizers.train_bpe(["aa aa"], 258)  # of a text that has next to no cha
 @example(TRICKY[5])
 @example(TRICKY[6])
 @example(TRICKY[7])
-def test_every_text_comes_back_from_its_tokens(tokenizer, text):
+def test_every_text_is_decoded_unchanged(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids) == text.encode("utf-8")
     assert int(tokenizer.byte_lengths()[ids].sum()) == len(text.encode("utf-8"))
 
 
-@some
-@given(text=any_text, rest=any_text)
-def test_characters_come_back_and_one_that_is_unknown_is_named(text, rest):
+@PROPERTY
+@given(text=any_text, other=any_text)
+def test_characters_are_decoded_and_an_unknown_one_is_named(text, other):
     if text:
         tokenizer = tokenizers.CharTokenizer("".join(sorted(set(text))))
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        unknown = [c for c in rest if c not in text]
+        unknown = [c for c in other if c not in text]
         if unknown:
             with pytest.raises(ValueError, match=f"U\\+{ord(unknown[0]):04X}"):
-                tokenizer.encode(rest)
+                tokenizer.encode(other)
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [GPT2, OWN, tokenizers.CharTokenizer("abc ")], ids=["gpt2", "own", "char"]
+    "tokenizer", [GPT2, BPE, tokenizers.CharTokenizer("abc ")], ids=["gpt2", "bpe", "char"]
 )
 @pytest.mark.parametrize("text", ["\ud800", "abc\udfff", "\udc80" * 3, "a\ud83e \udd84"])
 def test_half_of_a_surrogate_pair_is_named(tokenizer, text):
@@ -83,13 +83,13 @@ def test_half_of_a_surrogate_pair_is_named(tokenizer, text):
 @pytest.mark.parametrize(
     "word", ["--start=\udcff", "--start=a\ud800", "--out_dir=out/\udcfe", "--stop=a\udfff"]
 )
-def test_a_flag_that_is_no_text_is_named(word):
+def test_a_flag_that_is_not_text_is_named(word):
     with pytest.raises(ValueError, match="not UTF-8") as caught:
         resolve(SampleSettings, [word])
     assert word.partition("=")[0] in str(caught.value)
 
 
-def test_a_flag_that_goes_on_and_on_is_told_in_short():
+def test_a_very_long_flag_gets_a_short_message():
     for word in ("--n_layer=" + "9" * 1_000_000, "--" + "x" * 1_000_000 + "=1", "--dtype=" + "x" * 1_000_000):
         with pytest.raises(ValueError) as caught:
             resolve(TrainSettings, [word])
@@ -99,39 +99,39 @@ def test_a_flag_that_goes_on_and_on_is_told_in_short():
 @pytest.mark.parametrize(
     "text", ["9" * 1_000_000, "1" * 1_000_000 + "h", "9" * 400 + "h", "1h" * 100_000, "0s", "-1s"]
 )
-def test_a_length_of_time_that_is_none_is_refused_at_once(text):
+def test_an_invalid_duration_is_refused_with_a_short_message(text):
     with pytest.raises(ValueError, match="not a duration") as caught:
         time_budget.parse_duration(text)
     assert len(str(caught.value)) < 300
 
 
-def test_a_command_line_that_is_no_text_gets_one_message_that_can_be_written(capsys):
+def test_a_command_line_that_is_not_text_gets_one_message(capsys):
     assert (
         command(sample.main, SampleSettings, [b"--start=\xff\x1b[2J".decode("utf-8", "surrogateescape")]) == 2
     )
-    told = capsys.readouterr().err
-    assert "--start=\\udcff\\x1b[2J: must be text" in told and "Traceback" not in told
+    message = capsys.readouterr().err
+    assert "--start=\\udcff\\x1b[2J: must be text" in message and "Traceback" not in message
 
 
-def test_a_prompt_that_is_no_text_is_named(tmp_path):
+def test_a_prompt_that_is_not_text_is_named(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_bytes(b"abc\xff")
     with pytest.raises(ValueError, match=r"prompt\.txt is not UTF-8: byte 3 is 0xff"):
         read_prompt(f"FILE:{path}")
 
 
-def test_a_stop_of_a_million_characters_holds_nothing_up():
-    row = StreamedSample(GPT2, "a" * 1_000_000)
-    shown = "".join(row.feed(token) for token in GPT2.encode("Era uma vez a").tolist()) + row.flush()
-    assert shown == "Era uma vez a"
+def test_a_stop_of_a_million_characters_is_never_reached():
+    stream = StreamedSample(GPT2, "a" * 1_000_000)
+    text = "".join(stream.feed(token) for token in GPT2.encode("Era uma vez a").tolist()) + stream.flush()
+    assert text == "Era uma vez a"
 
 
-# Files of text
+# Text files
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 5, 7, 1 << 20])
-def test_broken_utf8_is_found_wherever_a_block_ends(tmp_path, block):
-    for bad in (
+def test_invalid_utf8_is_found_with_blocks_of_any_size(tmp_path, block):
+    for invalid in (
         b"\xff",
         b"\xc3",
         b"\xe2\x82",
@@ -140,13 +140,13 @@ def test_broken_utf8_is_found_wherever_a_block_ends(tmp_path, block):
         b"\xc0\x80",
         b"\xf4\x90\x80\x80",
     ):
-        for before in (b"", b"a", "é\U0001f984".encode(), b"\xef\xbb\xbf"):
+        for prefix in (b"", b"a", "é\U0001f984".encode(), b"\xef\xbb\xbf"):
             path = tmp_path / "text.txt"
-            path.write_bytes(before + bad + b"z")
-            with pytest.raises(UnicodeDecodeError) as truth:
-                (before + bad + b"z").decode("utf-8")
+            path.write_bytes(prefix + invalid + b"z")
+            with pytest.raises(UnicodeDecodeError) as reference:
+                (prefix + invalid + b"z").decode("utf-8")
             with pytest.raises(
-                ValueError, match=rf"text\.txt is not UTF-8 .* at offset {truth.value.start} "
+                ValueError, match=rf"text\.txt is not UTF-8 .* at offset {reference.value.start} "
             ):
                 list(read_file(path, block))
 
@@ -155,7 +155,7 @@ def test_broken_utf8_is_found_wherever_a_block_ends(tmp_path, block):
     "text", ["\n" * 50, "\r\n" * 50, "\0" * 50, "a\r\nb\rc\nd" * 9, "\ufeff\ufeffabc" * 9, "\U0001f984" * 50]
 )
 @pytest.mark.parametrize("kind", ["char", "gpt2"])
-def test_a_text_of_odd_characters_becomes_a_corpus_and_comes_back(tmp_path, text, kind):
+def test_a_corpus_of_unusual_characters_is_decoded_unchanged(tmp_path, text, kind):
     (tmp_path / "text.txt").write_bytes(text.encode())
     prepare_text(files_text(find_files([tmp_path / "text.txt"]), "text"), tmp_path / "made", kind, 0.2)
     corpus = open_corpus(tmp_path / "made", 1)
@@ -163,18 +163,18 @@ def test_a_text_of_odd_characters_becomes_a_corpus_and_comes_back(tmp_path, text
     assert corpus.tokenizer.decode(ids) == text.removeprefix("\ufeff")
 
 
-def test_one_line_of_64_megabytes_takes_less_memory_than_it_has_bytes(tmp_path):
+def test_a_line_of_64_mb_needs_less_than_64_mb_of_memory(tmp_path):
     command = [sys.executable, str(SCRIPT), str(64 << 20), "char", str(tmp_path / "made")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    at_first, at_most = map(int, re.findall(r"\d+", done.stdout.rpartition("resident:")[2]))
-    assert at_most - at_first < 64, done.stdout
+    before, peak = map(int, re.findall(r"\d+", done.stdout.rpartition("resident:")[2]))
+    assert peak - before < 64, done.stdout
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")]
 )
-def test_a_lack_of_memory_gets_one_message_and_another_fault_does_not(error, capsys):
+def test_out_of_memory_gets_a_message_and_other_errors_do_not(error, capsys):
     def fail(resolved):
         with OomReport():
             raise error
@@ -190,6 +190,6 @@ def test_a_lack_of_memory_gets_one_message_and_another_fault_does_not(error, cap
 @pytest.mark.parametrize(
     "flag", ["--n_layer=1e9", "--n_embd=1e308", "--batch_size=1e15", "--block_size=1e15", "--n_head=1e30"]
 )
-def test_a_size_beyond_all_machines_is_refused_before_it_is_made(flag):
+def test_an_impossible_size_is_refused_before_it_is_allocated(flag):
     with pytest.raises(ValueError, match="must be between"):
         resolve(TrainSettings, [flag])

@@ -1,4 +1,4 @@
-"""One run to a folder, and a folder that moves."""
+"""The lock of a run folder: one run per folder, and run folders that are moved, deleted or damaged."""
 
 import json
 import os
@@ -18,120 +18,122 @@ from fradique.checkpointing import checkpoint
 from fradique.io import folder_lock
 from fradique.training import setup
 
-HOLD = """
+LOCK_SCRIPT = """
 import sys, time
 from pathlib import Path
 from fradique.io.folder_lock import FolderLock
-held = FolderLock(Path(sys.argv[1]))
-print("held", flush=True)
+lock = FolderLock(Path(sys.argv[1]))
+print("locked", flush=True)
 time.sleep(600)
 """
 
 
 @pytest.fixture
-def other(tmp_path):
-    """Another process that holds `tmp_path`."""
-    words = [sys.executable, "-c", HOLD, str(tmp_path)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout.readline() == "held\n"
+def other_process(tmp_path):
+    """Another process that has locked `tmp_path`."""
+    command = [sys.executable, "-c", LOCK_SCRIPT, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "locked\n"
     yield process
     process.kill()
     process.communicate()
 
 
-def test_a_folder_that_another_process_has_is_refused_by_name(other, tmp_path):
-    with pytest.raises(ValueError, match=rf"in use by process {other.pid} on .*choose another --out_dir"):
+def test_a_folder_locked_by_another_process_is_refused(other_process, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"in use by process {other_process.pid} on .*choose another --out_dir"
+    ):
         folder_lock.FolderLock(tmp_path)
-    assert f"process {other.pid}" in folder_lock.lock_holder(tmp_path)
+    assert f"process {other_process.pid}" in folder_lock.lock_holder(tmp_path)
 
 
-def test_kill_9_lets_a_folder_go(other, tmp_path):
-    other.send_signal(signal.SIGKILL)
-    other.wait()
+def test_sigkill_releases_the_lock(other_process, tmp_path):
+    other_process.send_signal(signal.SIGKILL)
+    other_process.wait()
     assert folder_lock.lock_holder(tmp_path) is None
     folder_lock.FolderLock(tmp_path).release()
 
 
-def test_a_lock_is_let_go_and_taken_again(tmp_path):
-    held = folder_lock.FolderLock(tmp_path)
+def test_a_released_lock_can_be_taken_again(tmp_path):
+    lock = folder_lock.FolderLock(tmp_path)
     assert folder_lock.lock_holder(tmp_path)
-    held.release()
-    held.release()
+    lock.release()
+    lock.release()
     assert folder_lock.lock_holder(tmp_path) is None
     folder_lock.FolderLock(tmp_path).release()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00{", b"[1]", b'{"host": 3}'])
-def test_a_holder_that_has_not_said_who_it_is_is_another_process(tmp_path, content):
-    held = folder_lock.FolderLock(tmp_path)
+def test_a_damaged_lock_file_means_another_process(tmp_path, content):
+    lock = folder_lock.FolderLock(tmp_path)
     (tmp_path / folder_lock.LOCK_FILE).write_bytes(content)
     assert folder_lock.lock_holder(tmp_path) == "another process"
-    held.release()
+    lock.release()
 
 
 @pytest.mark.parametrize(
-    "way", [[], ["--overwrite"], ["--init_from=resume"]], ids=["new", "overwrite", "resume"]
+    "option", [[], ["--overwrite"], ["--init_from=resume"]], ids=["new", "overwrite", "resume"]
 )
-def test_a_second_run_on_one_folder_is_refused(settings, way):
-    """While the first goes on, undisturbed."""
+def test_a_second_run_in_a_folder_is_refused(settings, option):
+    """The first run continues undisturbed."""
     first = setup.setup_training(settings)
     try:
-        checkpoint.save_and_prune(Path(settings.out_dir), a_checkpoint(first), best=True, last=2)
-        words = [f"--out_dir={settings.out_dir}"] if "resume" in str(way) else flags(settings)
-        done = run_script("train.py", *words, *way)
-        assert done.returncode == 2 and done.stderr.count("error:") == 1
-        assert f"process {os.getpid()} on" in done.stderr and "Traceback" not in done.stderr
+        checkpoint.save_and_prune(Path(settings.out_dir), make_checkpoint(first), best=True, keep=2)
+        words = [f"--out_dir={settings.out_dir}"] if "resume" in str(option) else flags(settings)
+        result = run_script("train.py", *words, *option)
+        assert result.returncode == 2 and result.stderr.count("error:") == 1
+        assert f"process {os.getpid()} on" in result.stderr and "Traceback" not in result.stderr
         assert train.train(first) == 0
     finally:
         first.close()
     assert len(losses(settings.out_dir)) == settings.max_iters
 
 
-def a_checkpoint(t):
+def make_checkpoint(t):
     tensors = {name: p.detach() for name, p in t.model.named_parameters()}
     config = {"vocab_size": t.model.config.vocab_size}
     return checkpoint.Checkpoint(config, tensors, {}, {"step": 0})
 
 
-def on_step(monkeypatch, step, do):
-    """Call `do` in the middle of a run, before this step."""
-    real = train.train_step
+def before_step(monkeypatch, step, action):
+    """Have `action` called before a training step."""
+    real_train_step = train.train_step
 
     def train_step(t, lr):
         if t.state.step == step:
-            do()
-        return real(t, lr)
+            action()
+        return real_train_step(t, lr)
 
     monkeypatch.setattr(train, "train_step", train_step)
 
 
-def test_a_run_follows_its_folder(settings, tmp_path, monkeypatch, capsys):
+def test_a_run_follows_its_moved_folder(settings, tmp_path, monkeypatch, capsys):
     undisturbed = replace(settings, out_dir=str(tmp_path / "still"))
     run_training(undisturbed)
     moved = tmp_path / "elsewhere, à côté"
-    on_step(monkeypatch, 7, lambda: Path(settings.out_dir).rename(moved))
+    before_step(monkeypatch, 7, lambda: Path(settings.out_dir).rename(moved))
     status, t = run_training(settings)
     assert status == 0 and not Path(settings.out_dir).exists()
     assert losses(moved) == losses(undisturbed.out_dir)
     last = checkpoint.newest_checkpoint(moved, warn=pytest.fail)
     assert last.name == "step-00000020" and (moved / "best").is_dir()
-    assert f"{moved} now: the run goes on there" in capsys.readouterr().err
-    assert t.settings.out_dir == str(moved)
+    assert f"was moved to {moved}: the run continues there" in capsys.readouterr().err
+    assert t.folder == moved
 
 
-def test_a_run_whose_folder_was_deleted_saves_what_comes(settings, monkeypatch, capsys):
-    on_step(monkeypatch, 7, lambda: shutil.rmtree(settings.out_dir))
+def test_a_run_whose_folder_was_deleted_continues_saving(settings, monkeypatch, capsys):
+    before_step(monkeypatch, 7, lambda: shutil.rmtree(settings.out_dir))
     assert run_training(settings)[0] == 0
     folder = Path(settings.out_dir)
-    assert "was deleted: the run goes on in a new one" in capsys.readouterr().err
+    assert "was deleted: the run continues in a new folder" in capsys.readouterr().err
     assert checkpoint.newest_checkpoint(folder, warn=pytest.fail).name == "step-00000020"
     assert {path.name for path in folder.iterdir()} >= {"settings.json", "tokenizer.json", "metrics.jsonl"}
     assert min(losses(folder)) > 7 and max(losses(folder)) == 20
-    done = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--max_iters=22")
-    assert done.returncode == 0, done.stderr
+    result = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--max_iters=22")
+    assert result.returncode == 0, result.stderr
 
 
-def test_a_clock_that_is_set_back_changes_nothing(settings, tmp_path, monkeypatch):
+def test_a_clock_that_is_set_back_has_no_effect(settings, tmp_path, monkeypatch):
     run_training(settings)
     other = replace(settings, out_dir=str(tmp_path / "set back"))
     times = iter(range(10**9, 0, -3600))
@@ -141,28 +143,28 @@ def test_a_clock_that_is_set_back_changes_nothing(settings, tmp_path, monkeypatc
     assert losses(other.out_dir) == losses(settings.out_dir)
 
 
-def test_ten_thousand_checkpoints_in_a_folder_do_no_harm(settings, tmp_path):
+def test_ten_thousand_damaged_checkpoints_are_skipped(settings, tmp_path):
     run_training(replace(settings, max_iters=5, lr_decay_iters=20))
     folder = Path(settings.out_dir)
-    for step in range(10, 10_000):  # of some other run, long ago: they have no manifest
+    for step in range(10, 10_000):  # of another run; they have no manifest
         (folder / f"step-{step:08d}").mkdir()
-    done = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--max_iters=20")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "and 9,98" in done.stderr and done.stderr.count("warning:") < 10
+    result = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--max_iters=20")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "and 9,98" in result.stderr and result.stderr.count("warning:") < 10
     assert max(losses(folder)) == 20
 
 
 @pytest.mark.parametrize("name", ["com espaços e acentuação é", "a'b\"c", "-dash", "日本語 🖋", "x" * 200])
-def test_a_run_lives_in_any_folder(settings, tmp_path, name):
+def test_a_run_folder_may_have_any_name(settings, tmp_path, name):
     settings = replace(settings, out_dir=str(tmp_path / name), max_iters=5)
     assert run_training(settings)[0] == 0
-    done = run_script("train.py", "--init_from=resume", f"--out_dir={settings.out_dir}", "--max_iters=7")
-    assert done.returncode == 0, done.stderr
+    result = run_script("train.py", "--init_from=resume", f"--out_dir={settings.out_dir}", "--max_iters=7")
+    assert result.returncode == 0, result.stderr
     assert max(losses(settings.out_dir)) == 7
 
 
-def test_a_checkpoint_of_another_run_is_named_and_passed_over(settings, tmp_path, capsys):
-    """Whole as it is, with a manifest of its own."""
+def test_a_checkpoint_of_another_run_is_skipped(settings, tmp_path, capsys):
+    """Although it is complete and has a valid manifest."""
     run_training(replace(settings, max_iters=10, keep_checkpoints=5))
     other = replace(settings, out_dir=str(tmp_path / "other"), seed=7, max_iters=10)
     run_training(other)

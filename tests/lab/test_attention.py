@@ -35,7 +35,7 @@ def test_weights_equal_those_of_transformers(tmp_path):
     hf_model = GPT2LMHeadModel(config).eval()
     hf_model.save_pretrained(tmp_path)
     loaded = loader.load_weights(str(tmp_path))
-    model = GPT(GPTConfig(**loaded.config))
+    model = GPT(loaded.config)
     checkpoint.copy_parameters(model, loaded.tensors, loaded.source)
     ids = torch.randint(50, (1, 11))
     with torch.no_grad():

@@ -249,7 +249,7 @@ def save_run(**changes):
     model = random_model(**changes)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     saved = checkpoint.Checkpoint(dataclasses.asdict(model.config), tensors, {}, {"step": 3})
-    checkpoint.save_and_prune(Path("run"), saved, best=True, last=2)
+    checkpoint.save_and_prune(Path("run"), saved, best=True, keep=2)
     tokenizer.save_tokenizer(CHARS, "run/tokenizer.json")
     Path("run/settings.json").write_text('{"settings": {}}')
     return model

@@ -136,7 +136,7 @@ def test_resuming_with_another_shape_names_the_tensors(settings):
     run_training(replace(settings, max_iters=2))
     message = error_of(replace(settings, init_from="resume", n_embd=32, n_layer=3))
     assert "does not fit this model" in message
-    assert "transformer.wpe.weight is (16, 16) there and (16, 32) in this model" in message
+    assert "transformer.wpe.weight has shape (16, 16), and (16, 32) in this model" in message
     assert "transformer.h.2.ln_1.weight is missing" in message
 
 

@@ -28,28 +28,14 @@ def test_records_are_written_as_they_come_and_read_back(tmp_path):
     assert [r["step"] for r in metrics_file.read_metrics(tmp_path)] == [3, 4]
 
 
-def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert metrics_file.read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
-
-
-def test_rewind_forgets_what_came_after_the_step(tmp_path):
+def test_samples_are_appended_with_their_steps(tmp_path):
     run_log = log(tmp_path)
-    for step in range(1, 6):
-        run_log.write({"step": step})
+    for step in (1, 2):
         run_log.sample(step, f"text of {step}\n=== not a header\n")
     run_log.close()
-    metrics_file.rewind_metrics(tmp_path, 3)
-    assert [r["step"] for r in metrics_file.read_metrics(tmp_path)] == [1, 2, 3]
     samples = (tmp_path / "samples.txt").read_text()
-    assert samples == "".join(f"=== step {n} ===\ntext of {n}\n=== not a header\n\n\n" for n in (1, 2, 3))
-    metrics_file.rewind_metrics(tmp_path, 0)
-    assert metrics_file.read_metrics(tmp_path) == [] and (tmp_path / "samples.txt").read_text() == ""
-
-
-def test_rewinding_an_empty_folder_is_no_error(tmp_path):
-    metrics_file.rewind_metrics(tmp_path, 5)
-    assert metrics_file.read_metrics(tmp_path) == []
+    assert samples == "".join(f"=== step {n} ===\ntext of {n}\n=== not a header\n\n\n" for n in (1, 2))
+    assert metrics_file.read_samples(tmp_path)[1][0] == 2
 
 
 def test_other_ranks_print_and_write_nothing(tmp_path, capsys):
