@@ -112,9 +112,8 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         own = scratch / f"rank-{process_group.rank_info()[0]}"  # each rank may write a random corpus
         settings = dataclasses.replace(settings_for(argv, own), out_dir=str(scratch / "run"))
-        configure_process(
-            settings.device, parallel=settings.parallel, backend=settings.backend
-        )  # as train.py does
+        # as train.py does
+        configure_process(settings.device, parallel=settings.parallel, backend=settings.backend)
         t = setup.setup_training(dataclasses.replace(settings, eval_iters=1, compile=False))
         device = t.runtime.device
         train.evaluate_and_save(t)

@@ -74,9 +74,8 @@ def training_seconds(lines: list[dict[str, Any]], step: int) -> float:
                 break
             total += line["step_seconds"] * (line["step"] - last_step)
             last_step, step_seconds = line["step"], total / line["step"]
-    return total + step_seconds * (
-        step - last_step
-    )  # steps that are not logged: as long as those around them
+    # the steps that are not logged are assumed to take as long as the logged ones
+    return total + step_seconds * (step - last_step)
 
 
 def reached(lines: list[dict[str, Any]], loss: float) -> dict[str, Any] | None:

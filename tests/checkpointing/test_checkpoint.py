@@ -176,7 +176,7 @@ def test_a_failed_write_leaves_only_the_earlier_checkpoint(tmp_path, monkeypatch
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    owners = {"save_file": checkpoint.safetensors.torch, "checksum": files}
+    owners = {"save_file": checkpoint.safetensors.torch, "checksum": files, "fsync": files}
     monkeypatch.setattr(owners.get(failing, checkpoint), failing, fail)
     with pytest.raises(
         ValueError, match=r"could not be written: .*No space left.*Earlier checkpoints are untouched"

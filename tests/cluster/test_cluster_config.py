@@ -1,4 +1,4 @@
-"""The files for schedulers: their parsers and schemas take them, and their flags are those that there are."""
+"""The files for Slurm and Kubernetes are valid, and use flags that exist."""
 
 import re
 import shlex
@@ -18,35 +18,35 @@ CLUSTER = ROOT / "config" / "cluster"
 SCRIPTS = sorted(path for path in CLUSTER.iterdir() if path.suffix in (".sh", ".sbatch"))
 
 
-# What run.sh trains where it is given nothing.
+# The arguments of train.py if run.sh gets none.
 DEFAULTS = re.search(r"  set -- (config/.*)", (CLUSTER / "run.sh").read_text())[1].split()
 
 
-def words_of(name, command):
-    """The words after `command` in a script, its continued lines joined, its variables as they stand."""
+def arguments_of(name, command):
+    """The arguments of `command` in a script, with continued lines joined and variables unexpanded."""
     text = (CLUSTER / name).read_text().replace("\\\n", " ")
     line = next(line for line in text.splitlines() if command in line)
     return shlex.split(line.split(command, 1)[1], comments=True)
 
 
-def documents():
+def manifests():
     return list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))
 
 
 def job():
-    (found,) = (d for d in documents() if d["kind"] == "Job")
-    return found["spec"]
+    (manifest,) = (d for d in manifests() if d["kind"] == "Job")
+    return manifest["spec"]
 
 
 def container():
-    (found,) = job()["template"]["spec"]["containers"]
-    return found
+    (only,) = job()["template"]["spec"]["containers"]
+    return only
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_is_one_for_bash(path):
+def test_scripts_are_valid_bash(path):
     if not shutil.which("bash"):
-        pytest.skip("there is no bash")
+        pytest.skip("bash is not installed")
     assert path.read_text().startswith("#!/bin/bash\n")
     subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
@@ -54,29 +54,24 @@ def test_a_script_is_one_for_bash(path):
         assert done.returncode == 0, done.stdout
 
 
-def test_torchrun_knows_the_flags_that_it_is_given():
-    words = [
-        word.replace("$NODES", "2").replace("$PROCESSES", "8").replace("$RESTARTS", "3")
-        for word in words_of("run.sh", "-m torch.distributed.run")
+def test_run_sh_passes_valid_flags_to_torchrun():
+    arguments = [
+        argument.replace("$NODES", "2").replace("$PROCESSES", "8").replace("$RESTARTS", "3")
+        for argument in arguments_of("run.sh", "-m torch.distributed.run")
     ]
-    args = get_args_parser().parse_args(words)
+    args = get_args_parser().parse_args(arguments)
     assert (args.nnodes, args.nproc_per_node, args.max_restarts) == ("2", "8", 3)
     assert args.rdzv_backend == "c10d" and args.training_script == "train.py"
 
 
-def test_train_knows_the_settings_that_it_is_given():
+def test_train_accepts_the_settings_of_the_scripts():
     for flags in (container()["args"], DEFAULTS):
-        known = [
-            flag
-            for flag in flags
-            if not flag.startswith("--parallel") or hasattr(train.TrainSettings, "parallel")
-        ]
-        resolve(train.TrainSettings, [flag for flag in known if flag.startswith("--")])
+        resolve(train.TrainSettings, [flag for flag in flags if flag.startswith("--")])
         assert all((ROOT / flag).exists() for flag in flags if flag.endswith(".py"))
 
 
-def run_sh(tmp_path, *words, **environment):
-    """What run.sh does, with a Python that writes down how it was called: its calls, a list of words each."""
+def run_sh(tmp_path, *arguments, **environment):
+    """Run run.sh with a fake Python that records its calls. Returns the arguments of each call."""
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >> {shlex.quote(str(tmp_path / "calls"))}\n')
     fake.chmod(0o755)
@@ -87,13 +82,18 @@ def run_sh(tmp_path, *words, **environment):
         "RENDEZVOUS": "a:1",
     } | environment
     done = subprocess.run(
-        [CLUSTER / "run.sh", *words], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        [CLUSTER / "run.sh", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
 
 
-def test_a_job_begins_a_run_and_goes_on_with_one_that_is_there(tmp_path):
+def test_run_sh_starts_a_run_or_resumes_it(tmp_path):
     out = tmp_path / "out"
     check, start = run_sh(tmp_path, "config/x.py", "--n_layer=2", OUT_DIR=str(out), NODES="3")
     assert check == ["train.py", "config/x.py", "--n_layer=2", f"--out_dir={out}", "--print_settings"]
@@ -110,7 +110,7 @@ def test_a_job_begins_a_run_and_goes_on_with_one_that_is_there(tmp_path):
     assert run_sh(tmp_path, OUT_DIR=str(out))[-1][-1] == "--init_from=resume"
 
 
-def test_prepare_knows_the_flags_that_it_is_given():
+def test_prepare_accepts_the_flags_of_the_script():
     text = (CLUSTER / "slurm_prepare.sbatch").read_text()
     assert re.search(
         r'--shards "\$\{SHARDS:-64\}" --worker "\$SLURM_ARRAY_TASK_ID/\$SLURM_ARRAY_TASK_COUNT"', text
@@ -121,9 +121,9 @@ def test_prepare_knows_the_flags_that_it_is_given():
     assert '"--shards"' in source
 
 
-def test_sbatch_takes_the_options_of_the_scripts():
+def test_sbatch_accepts_the_options_of_the_scripts():
     if not shutil.which("sbatch"):
-        pytest.skip("there is no sbatch")
+        pytest.skip("sbatch is not installed")
     if subprocess.run(["sinfo"], capture_output=True, check=False).returncode:
         pytest.skip("no Slurm controller answers")
     for path in SCRIPTS:
@@ -136,22 +136,22 @@ def test_sbatch_takes_the_options_of_the_scripts():
             )
 
 
-def test_the_manifests_follow_the_schema_of_kubernetes():
+def test_manifests_follow_the_kubernetes_schema():
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    for document in documents():
-        validate.validate(document, validate.latest_version(), strict=True)
+    for manifest in manifests():
+        validate.validate(manifest, validate.latest_version(), strict=True)
 
 
-def test_a_manifest_with_a_mistake_does_not_follow_the_schema():
+def test_the_schema_rejects_a_misspelled_field():
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    (wrong,) = (d for d in documents() if d["kind"] == "Job")
+    (wrong,) = (d for d in manifests() if d["kind"] == "Job")
     wrong["spec"]["completionMod"] = wrong["spec"].pop("completionMode")
     with pytest.raises(validate.ValidationError):
         validate.validate(wrong, validate.latest_version(), strict=True)
 
 
-def test_the_parts_of_the_manifests_fit_together():
-    service, claim, _ = documents()
+def test_the_manifests_are_consistent():
+    service, claim, _ = manifests()
     pod, environment = job()["template"]["spec"], {e["name"]: e["value"] for e in container()["env"]}
     assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"]
     assert job()["completionMode"] == "Indexed" and job()["completions"] == job()["parallelism"]
@@ -163,5 +163,5 @@ def test_the_parts_of_the_manifests_fit_together():
     )
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert environment["OUT_DIR"].startswith(container()["volumeMounts"][0]["mountPath"])
-    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
+    assert pod["restartPolicy"] == "Never"  # required by podFailurePolicy
     assert (CLUSTER / container()["command"][0].rpartition("/")[2]).stat().st_mode & 0o111

@@ -1,11 +1,11 @@
-"""Hostile input by coverage-guided fuzzing: pip install atheris, then, for each target,
+"""Coverage-guided fuzzing of the targets in targets.py. Install atheris, then run for each target:
 
     python tests/faults/fuzz.py meta_json -max_total_time=600
 
-The targets are listed by `python tests/faults/fuzz.py`; what follows the name goes to libFuzzer. Input begins
-with valid files (seeds.py), and is damaged by its structure half of the time (mutations.py), by libFuzzer the
-other half. A finding ends the run with its traceback and leaves the input in crash-<sum>: give that file as
-the last argument to see it again. More than 4 GB of memory, or 30 s for one input, is a finding too.
+Without arguments it lists the targets; arguments after the target go to libFuzzer. It starts from valid files
+(seeds.py) and damages them according to their structure (mutations.py) or with libFuzzer's own mutations. A
+finding ends the run with a traceback and leaves the input in crash-<hash>; pass that file as the last
+argument to reproduce it. More than 4 GB of memory or 30 s for one input is a finding too.
 """
 
 import random
@@ -30,27 +30,28 @@ def main() -> None:
     target, flags = targets.TARGETS[sys.argv[1]], sys.argv[2:]
     limits = {"-rss_limit_mb": 4096, "-timeout": 30, "-max_len": 1 << 16, "-print_final_stats": 1}
     flags = [
-        f"{flag}={value}" for flag, value in limits.items() if not any(flag in one for one in flags)
+        f"{flag}={value}" for flag, value in limits.items() if not any(flag in typed for typed in flags)
     ] + flags
-    tried, began = [0], time.monotonic()
+    n_inputs, start = 0, time.monotonic()
 
-    def once(data: bytes) -> None:
-        tried[0] += 1
-        if tried[0] % 5000 == 0:
-            print(f"{sys.argv[1]}: {tried[0]} inputs in {time.monotonic() - began:.0f} s", flush=True)
+    def run_input(data: bytes) -> None:
+        nonlocal n_inputs
+        n_inputs += 1
+        if n_inputs % 5000 == 0:
+            print(f"{sys.argv[1]}: {n_inputs} inputs in {time.monotonic() - start:.0f} s", flush=True)
         target.run(data)
 
-    def damage(data: bytes, longest: int, seed: int) -> bytes:
+    def damage(data: bytes, max_size: int, seed: int) -> bytes:
         if seed % 2:
-            return atheris.Mutate(data, longest)
-        return target.damage(bytes(data), random.Random(seed))[:longest]
+            return atheris.Mutate(data, max_size)
+        return target.damage(bytes(data), random.Random(seed))[:max_size]
 
     with tempfile.TemporaryDirectory() as folder:
         for number, seed in enumerate(target.seeds()):
             (Path(folder) / str(number)).write_bytes(seed)
-        given = [one for one in flags if not one.startswith("-")]
-        words = [sys.argv[0], *flags, *([] if given else [folder])]
-        atheris.Setup(words, once, custom_mutator=damage)
+        inputs = [flag for flag in flags if not flag.startswith("-")]
+        argv = [sys.argv[0], *flags, *([] if inputs else [folder])]
+        atheris.Setup(argv, run_input, custom_mutator=damage)
         atheris.Fuzz()
 
 

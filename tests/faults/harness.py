@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: a small run, ways to start it, to watch it, to compare its end."""
+"""Shared by the scripts of this folder: a small training run, how to start, watch and compare it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support import make_text, write_corpus  # noqa: E402
 
 from fradique.checkpointing import checkpoint, metrics_file  # noqa: E402
 
-# A run of some seconds: two layers, an evaluation and a checkpoint every five steps.
+# A run of a few seconds: two layers, an evaluation and a checkpoint every five steps.
 RUN = {
     "dataset": "tiny",
     "eval_interval": 5,
@@ -39,32 +39,36 @@ RUN = {
 }
 
 
-def prepare(folder: Path) -> Path:
-    """A corpus for RUN; the --data_dir."""
+def write_tiny_corpus(folder: Path) -> Path:
+    """Write a corpus for RUN. Returns its --data_dir."""
     write_corpus(folder / "data" / "tiny", make_text(3000))
     return folder / "data"
 
 
-def words(data: Path, out: Path, **changes: object) -> list[str]:
-    """RUN with changes, as flags."""
+def train_flags(data: Path, out: Path, **changes: object) -> list[str]:
+    """The flags of RUN with changes."""
     return [f"--data_dir={data}", f"--out_dir={out}", *(f"--{k}={v}" for k, v in (RUN | changes).items())]
 
 
-def start(flags: Sequence[str], ranks: int = 1, restarts: int = 0, **options: object) -> subprocess.Popen:
-    """train.py, by torchrun where there are several ranks: a process group of its own."""
-    program = [sys.executable]
+def start_train(
+    flags: Sequence[str], ranks: int = 1, restarts: int = 0, **options: object
+) -> subprocess.Popen:
+    """Start train.py, under torchrun if ranks > 1, in a process group of its own."""
+    command = [sys.executable]
     if ranks > 1:
-        program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        program += [f"--max-restarts={restarts}"]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command += [f"--max-restarts={restarts}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    settings: dict[str, object] = {"env": environment, "cwd": ROOT, "text": True, "start_new_session": True}
-    settings |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
-    return subprocess.Popen([*program, str(ROOT / "train.py"), *flags], **settings)  # type: ignore[call-overload]
+    arguments: dict[str, object] = {"env": environment, "cwd": ROOT, "text": True, "start_new_session": True}
+    arguments |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+    return subprocess.Popen([*command, str(ROOT / "train.py"), *flags], **arguments)  # type: ignore[call-overload]
 
 
-def fork(flags: Sequence[str], said: Path, before: Callable[[], None] = lambda: None) -> int:
-    """train.py in a copy of this process, which need not import torch again: its pid. What it says goes to
-    the end of the file `said`. `before` runs in it first."""
+def fork_train(flags: Sequence[str], output: Path, before: Callable[[], None] = lambda: None) -> int:
+    """Run train.py in a fork of this process, which saves importing torch. Returns its process id.
+
+    Its output is appended to the file `output`; `before` is called in it first.
+    """
     import train  # once, before the first fork
     from fradique.training import setup
 
@@ -73,9 +77,9 @@ def fork(flags: Sequence[str], said: Path, before: Callable[[], None] = lambda: 
         return pid
     status = 70
     try:
-        number = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
-            os.dup2(number, stream)
+            os.dup2(descriptor, stream)
         before()
         status = train.command(train.main, train.TrainSettings, flags, base=setup.saved_run_settings)
     except BaseException:
@@ -88,20 +92,20 @@ def fork(flags: Sequence[str], said: Path, before: Callable[[], None] = lambda: 
         os._exit(status)
 
 
-def ended(pid: int) -> int:
-    """Wait for a forked process: its exit status; -n where signal n ended it."""
+def exit_status(pid: int) -> int:
+    """Wait for a forked process. Returns its exit status; -n if signal n killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run(flags: Sequence[str], ranks: int = 1, **options: object) -> str:
-    """`start`, to its end. Raises AssertionError with what it said where that is not well."""
-    process = start(flags, ranks, **options)
-    out, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, out
-    return out or ""
+def run_train(flags: Sequence[str], ranks: int = 1, **options: object) -> str:
+    """Run train.py to its end and return its output. Raises AssertionError if it fails."""
+    process = start_train(flags, ranks, **options)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output or ""
 
 
-def step(out: Path) -> int:
+def last_step(out: Path) -> int:
     """The last step that a run has logged; -1 before the first."""
     try:
         return max((r["step"] for r in metrics_file.read_metrics(out)), default=-1)
@@ -109,50 +113,50 @@ def step(out: Path) -> int:
         return -1
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> bool:
-    """Until `what` holds; False where the process ends first."""
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> bool:
+    """Wait until `condition` holds. Returns False if the process ends first."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if what():
+        if condition():
             return True
         if process.poll() is not None:
             return False
         time.sleep(0.01)
-    stop(process)
-    raise AssertionError("it takes too long")
+    kill_all(process)
+    raise AssertionError(f"not within {seconds:g} s")
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have."""
-    found = []
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, directly or indirectly."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):  # it has ended
+        except (OSError, IndexError):  # it has exited
             continue
         if parent == pid:
             child = int(path.parent.name)
-            found += [child, *children(child)]
-    return found
+            pids += [child, *descendants(child)]
+    return pids
 
 
-def ranks_of(pid: int) -> dict[int, int]:
-    """Rank -> process of what torchrun has started."""
-    found = {}
-    for child in children(pid):
+def rank_pids(pid: int) -> dict[int, int]:
+    """{rank: process id} of the processes that torchrun has started."""
+    pids = {}
+    for child in descendants(pid):
         try:
-            raw = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        environment = dict(entry.split(b"=", 1) for entry in raw if b"=" in entry)
+        environment = dict(entry.split(b"=", 1) for entry in variables if b"=" in entry)
         if b"RANK" in environment:
-            found.setdefault(int(environment[b"RANK"]), child)
-    return found
+            pids.setdefault(int(environment[b"RANK"]), child)
+    return pids
 
 
-def stop(process: subprocess.Popen) -> None:
-    """Kill a process and all that it has started."""
-    for pid in [*children(process.pid), process.pid]:
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a process and all its descendants."""
+    for pid in [*descendants(process.pid), process.pid]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -161,12 +165,12 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def losses(out: Path) -> dict[int, float]:
-    """Step -> training loss."""
+    """{step: training loss}."""
     return {r["step"]: r["loss"] for r in metrics_file.read_metrics(out) if "loss" in r}
 
 
-def sums(out: Path) -> dict[str, str]:
-    """The files of the last checkpoint that hold numbers, with their sums."""
+def tensor_checksums(out: Path) -> dict[str, str]:
+    """{file: sha256} of the tensor files in the last checkpoint, and its step."""
     folder = checkpoint.newest_checkpoint(out, warn=print)
     manifest = json.loads((folder / "manifest.json").read_text())["sha256"]
     return {"step": folder.name} | {k: v for k, v in manifest.items() if k.endswith("safetensors")}

@@ -1,10 +1,10 @@
-"""Kill workers of prepare.py with -9 at random moments, start them again, and compare every file.
+"""kill -9 workers of prepare.py at random times, restart them, and compare every file.
 
     python tests/faults/kill_prepare.py [--kills 120] [--kinds char,bpe:300,documents] [--workers 1,2,3,5]
 
-Workers run at the same time, the first of them twice. The corpus must be, file by file, the one that one
-undisturbed worker makes. Processes are forked from this one, so that a kill comes within the work and not
-within the imports. The last line is JSON; the exit status is 1 where a corpus differs.
+Workers run at the same time, the first one twice. Every file of the corpus must equal that of one undisturbed
+worker. Workers are forked from this process, so that kills hit the work and not the imports. The last line is
+JSON; the exit status is 1 if a corpus differs.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fradique.data import prepare
 from fradique.data.documents import read_documents
 
 SHARDS = 12
-MOST_KILLS = 6  # of one worker, in a corpus
+MAX_KILLS = 6  # of one worker per corpus
 
 
 def write_source(kind: str, folder: Path, rng: random.Random) -> Path:
-    """A text of two files, or documents in three kinds of files."""
+    """Write a text in two files, or documents in three kinds of files. Returns the input path."""
     folder.mkdir()
     words = ["".join(rng.choices("abcdefghiéã—", k=rng.randint(1, 9))) for _ in range(2000)]
 
@@ -55,30 +55,30 @@ def write_source(kind: str, folder: Path, rng: random.Random) -> Path:
     return folder
 
 
-def recipe(kind: str, folder: Path) -> prepare.CorpusSpec:
-    """A corpus of documents, or of a text of one's own."""
+def corpus_spec(kind: str, folder: Path) -> prepare.CorpusSpec:
+    """The spec of a corpus of documents or of a text."""
     if kind == "documents":
         return prepare.CorpusSpec(folder, "", "gpt2", "", documents=lambda: iter([]))
     return prepare.CorpusSpec(folder, "", kind, "")
 
 
 def start(kind: str, source: Path, out: Path, worker: str) -> int:
-    """A process of its own that prepares; its number."""
+    """Start a worker in a forked process. Returns its process id."""
     process = os.fork()
     if process:
         return process
     status = 1
     try:
-        words = ["--input", str(source), "--out_dir", str(out), "--val_fraction=0.1", f"--shards={SHARDS}"]
+        flags = ["--input", str(source), "--out_dir", str(out), "--val_fraction=0.1", f"--shards={SHARDS}"]
         with contextlib.redirect_stdout(io.StringIO()):
-            status = prepare.main(recipe(kind, out), [*words, "--worker", worker])
+            status = prepare.main(corpus_spec(kind, out), [*flags, "--worker", worker])
     finally:
         os._exit(status)
 
 
 @dataclass
-class Started:
-    """A worker, what is left to do to it, and when."""
+class Worker:
+    """A running worker, how often it will still be killed, and when next."""
 
     name: str
     process: int
@@ -86,15 +86,19 @@ class Started:
     deadline: float
 
 
-def disturbed(kind: str, source: Path, out: Path, workers: int, longest: float, rng: random.Random) -> int:
-    """Make a corpus with `workers` workers that are killed now and then; how many kills there were."""
+def prepare_with_kills(
+    kind: str, source: Path, out: Path, workers: int, max_seconds: float, rng: random.Random
+) -> int:
+    """Prepare a corpus with workers that are killed and restarted. Returns the number of kills."""
     killed = 0
 
-    def begin(name: str, kills: int) -> Started:
-        return Started(name, start(kind, source, out, name), kills, time.monotonic() + rng.random() * longest)
+    def start_worker(name: str, kills: int) -> Worker:
+        return Worker(
+            name, start(kind, source, out, name), kills, time.monotonic() + rng.random() * max_seconds
+        )
 
     names = [f"{i}/{workers}" for i in range(workers)] + [f"0/{workers}"] * (workers > 1)
-    running = [begin(name, rng.randint(1, MOST_KILLS)) for name in names]
+    running = [start_worker(name, rng.randint(1, MAX_KILLS)) for name in names]
     while running:
         time.sleep(0.001)
         for worker in list(running):
@@ -107,25 +111,25 @@ def disturbed(kind: str, source: Path, out: Path, workers: int, longest: float, 
             code = os.waitstatus_to_exitcode(status)
             if code == -signal.SIGKILL:
                 killed += 1
-                running.append(begin(worker.name, worker.kills - 1))
+                running.append(start_worker(worker.name, worker.kills - 1))
             elif code:
                 raise SystemExit(f"worker {worker.name} of {kind} ended with {code}")
     return killed
 
 
-def sums(folder: Path) -> dict[str, str]:
-    """The sha256 of each file in a folder, at any depth."""
+def checksums(folder: Path) -> dict[str, str]:
+    """{path: sha256} of all files in a folder and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Kill as often as is asked, spread over all kinds and numbers of workers."""
+    """Kill workers for each kind of corpus and number of workers. Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--kills", type=int, default=120, help="at least so many (default: %(default)s)")
+    add("--kills", type=int, default=120, help="at least this many (default: %(default)s)")
     add("--kinds", default="char,bpe:300,documents", help="default: %(default)s")
     add("--workers", default="1,2,3,5", help="default: %(default)s")
     add("--seed", type=int, default=0)
@@ -133,25 +137,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     rng = random.Random(args.seed)
     cases = [(kind, int(n)) for kind in args.kinds.split(",") for n in args.workers.split(",")]
     kills = corpora = different = 0
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         for kind in args.kinds.split(","):
-            source = write_source(kind, Path(place) / f"source-{kind}", rng)
-            whole = Path(place) / f"whole-{kind}"
+            source = write_source(kind, Path(folder) / f"source-{kind}", rng)
+            reference = Path(folder) / f"undisturbed-{kind}"
             began = time.monotonic()
-            process = start(kind, source, whole, "0/1")
+            process = start(kind, source, reference, "0/1")
             if os.waitpid(process, 0)[1]:
                 return 1
-            longest, expected = 1.2 * (time.monotonic() - began), sums(whole)
+            max_seconds, expected = 1.2 * (time.monotonic() - began), checksums(reference)
             for _, workers in (case for case in cases if case[0] == kind):
-                here = 0
-                while here < args.kills / len(cases):
-                    out = Path(place) / f"out-{corpora}"
-                    here += disturbed(kind, source, out, workers, longest, rng)
+                case_kills = 0
+                while case_kills < args.kills / len(cases):
+                    out = Path(folder) / f"out-{corpora}"
+                    case_kills += prepare_with_kills(kind, source, out, workers, max_seconds, rng)
                     corpora += 1
-                    different += sums(out) != expected
-                kills += here
+                    different += checksums(out) != expected
+                kills += case_kills
                 print(
-                    f"{kind:10} {workers} workers: {here} kills, {different} corpora that differ", flush=True
+                    f"{kind:10} {workers} workers: {case_kills} kills, {different} corpora that differ",
+                    flush=True,
                 )
     result = {"fault": "kill_prepare", "kills": kills, "corpora": corpora, "different": different}
     print(json.dumps(result))

@@ -1,10 +1,10 @@
-"""kill -9 at random moments of a run, in the middle of saves too: it goes on every time, to the same weights.
+"""kill -9 a run at random moments, also while it saves: it resumes every time and ends with the same weights.
 
     python tests/faults/kill_run.py [--kills 200] [--seed 0]
 
-A run of 40 steps is killed and resumed until it ends, then another begins, until there were so many kills.
-Half of the moments are drawn from the time that the run takes, half lie within a save. Prints what happened;
-ends with 1 where any run came to other weights, or could not go on.
+A run of 40 steps is killed and resumed until it ends, then the next one starts, up to that many kills. Half
+of the kills come at a random time, half during a save. The exit status is 1 if a run ended with other weights
+or could not resume.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from harness import checkpoint, ended, fork, losses, prepare, sums, words
+from harness import (
+    checkpoint,
+    exit_status,
+    fork_train,
+    losses,
+    tensor_checksums,
+    train_flags,
+    write_tiny_corpus,
+)
 
 STEPS = 40
 SIZE = {
@@ -41,77 +49,80 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        return storm(Path(name), args.kills, random.Random(args.seed))
+        return kill_runs(Path(name), args.kills, random.Random(args.seed))
 
 
-def storm(folder: Path, kills: int, rng: random.Random) -> int:
-    data, said = prepare(folder), folder / "said.txt"
-    whole = folder / "undisturbed"
+def kill_runs(folder: Path, n_kills: int, rng: random.Random) -> int:
+    """Kill runs n_kills times and compare them with an uninterrupted one. Returns the exit status."""
+    data, output = write_tiny_corpus(folder), folder / "output.txt"
+    reference = folder / "uninterrupted"
     start = time.monotonic()
-    assert ended(fork(words(data, whole, **SIZE), said)) == 0, said.read_text()
-    length, truth = time.monotonic() - start, (sums(whole), losses(whole))
-    done, runs, bad, where = 0, 0, 0, Counter()
-    while done < kills:
+    assert exit_status(fork_train(train_flags(data, reference, **SIZE), output)) == 0, output.read_text()
+    duration = time.monotonic() - start
+    expected = (tensor_checksums(reference), losses(reference))
+    kills, runs, different, phases = 0, 0, 0, Counter()
+    while kills < n_kills:
         runs += 1
         out = folder / f"run-{runs}"
         status = None
         while status != 0:
-            began = bool(checkpoint.step_folders(out)) if out.exists() else False
-            way = ["--init_from=resume"] if began else ["--overwrite"]
-            pid = fork([*words(data, out, **SIZE), *way], said)
-            if done < kills:
-                inside = rng.random() < 0.5
-                wait(out, inside, rng, length)
-                phase = moment(out)
+            has_checkpoint = out.exists() and bool(checkpoint.step_folders(out))
+            mode = "--init_from=resume" if has_checkpoint else "--overwrite"
+            pid = fork_train([*train_flags(data, out, **SIZE), mode], output)
+            if kills < n_kills:
+                wait(out, rng.random() < 0.5, rng, duration)
+                phase = phase_of(out)
                 os.kill(pid, signal.SIGKILL)
-            status = ended(pid)
+            status = exit_status(pid)
             if status == -signal.SIGKILL:
-                done, where[phase] = done + 1, where[phase] + 1
+                kills, phases[phase] = kills + 1, phases[phase] + 1
             elif status != 0:
-                print(said.read_text()[-3000:])
+                print(output.read_text()[-3000:])
                 return 1
-        if (sums(out), losses(out)) != truth or litter(out):
-            bad += 1
-            print(f"run {runs} differs from the undisturbed one: {litter(out)}")
+        if (tensor_checksums(out), losses(out)) != expected or leftover_files(out):
+            different += 1
+            print(f"run {runs} differs from the uninterrupted one; left over: {leftover_files(out)}")
         shutil.rmtree(out)
-    phases = ", ".join(f"{count} {phase}" for phase, count in where.most_common())
-    print(f"kill -9: {done} kills ({phases}) of {runs} runs, each resumed every time; {runs - bad} of {runs} "
-          f"ended with the weights, optimizer and losses of the undisturbed one, bit for bit")  # fmt: skip
-    return 1 if bad else 0
+    counts = ", ".join(f"{count} {phase}" for phase, count in phases.most_common())
+    print(
+        f"kill -9: {kills} kills ({counts}) in {runs} runs, all resumed; {runs - different} of {runs} runs "
+        "ended with the weights, optimizer state and losses of the uninterrupted one, bit for bit"
+    )
+    return 1 if different else 0
 
 
-def wait(out: Path, inside: bool, rng: random.Random, length: float) -> None:
-    """Until the moment of a kill: any, or one inside the next save."""
-    end = time.monotonic() + rng.uniform(0.2, 1.0) * length
-    if inside:
+def wait(out: Path, during_save: bool, rng: random.Random, duration: float) -> None:
+    """Wait until the time of a kill: a random time of a run that takes `duration`, or during a save."""
+    end = time.monotonic() + rng.uniform(0.2, 1.0) * duration
+    if during_save:
         skip = rng.randrange(4)  # not always the first save
-        while time.monotonic() < end + length and skip >= 0:
-            if moment(out) != "between saves":
+        while time.monotonic() < end + duration and skip >= 0:
+            if phase_of(out) != "between saves":
                 skip -= 1
                 if skip < 0:
                     time.sleep(rng.uniform(0, 0.01))
                     return
-                while moment(out) != "between saves" and time.monotonic() < end + length:
+                while phase_of(out) != "between saves" and time.monotonic() < end + duration:
                     pass
         return
     time.sleep(max(0.0, end - time.monotonic()))
 
 
-def moment(out: Path) -> str:
-    """What a run is doing, by what lies in its folder."""
+def phase_of(out: Path) -> str:
+    """Whether a run is saving, judged by the temporary files in its folder."""
     try:
         names = [path.name for path in out.iterdir()]
     except OSError:
         return "between saves"
     return (
-        "within saves"
+        "during saves"
         if any(n.startswith(".") and n.endswith((".tmp", ".old")) for n in names)
         else "between saves"
     )
 
 
-def litter(out: Path) -> list[str]:
-    """What a run should not leave."""
+def leftover_files(out: Path) -> list[str]:
+    """Temporary files that a finished run must not leave behind."""
     return [p.name for p in out.iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 

@@ -1,10 +1,10 @@
-"""One line of any length as a corpus, and the memory that it took:
+"""Prepare a corpus that is one long line, and measure the memory that it takes.
 
     python tests/faults/long_line.py 1073741824 char /tmp/made
     python tests/faults/long_line.py 1073741824 gpt2 /tmp/made
 
-Writes a text of so many bytes without a line break or a space, prepares it, reads it back block by block, and
-prints the seconds, the tokens and the largest resident memory in MB.
+Arguments: size in bytes, tokenizer, folder. Writes a text of that size without a line break or space,
+prepares it, reads it back in blocks, and prints the seconds, the tokens and the peak resident memory in MB.
 """
 
 import resource
@@ -17,11 +17,11 @@ from fradique.data import build, dataset, text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-LINE = "amor\0luz\U0001f984éç日本"  # no space: no place to cut it
+LINE = "amor\0luz\U0001f984éç日本"  # without a space, at which it could be cut
 
 
-def resident() -> int:
-    """The most memory that this process has had so far, in MB (Linux counts it in KB)."""
+def peak_memory() -> int:
+    """Peak resident memory of this process in MB (Linux reports KB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
@@ -32,17 +32,19 @@ def main(size: int, tokenizer: str, folder: Path) -> None:
     with source.open("wb") as file:
         for _ in range(size // len(block)):
             file.write(block)
-    began, at_first = time.monotonic(), resident()
+    start, before = time.monotonic(), peak_memory()
     meta = build.prepare_text(text.files_text([source], "a line"), folder / "made", tokenizer, 0.1)
-    made = dataset.open_corpus(folder / "made", 256)
-    there = made.train.count_text_bytes(made.tokenizer) + made.val.count_text_bytes(made.tokenizer)
-    assert there == source.stat().st_size == sum(split["bytes"] for split in meta["splits"].values())
-    head = made.tokenizer.decode(made.train.token_files[0][: 1 << 16])
+    corpus = dataset.open_corpus(folder / "made", 256)
+    text_bytes = corpus.train.count_text_bytes(corpus.tokenizer) + corpus.val.count_text_bytes(
+        corpus.tokenizer
+    )
+    assert text_bytes == source.stat().st_size == sum(split["bytes"] for split in meta["splits"].values())
+    head = corpus.tokenizer.decode(corpus.train.token_files[0][: 1 << 16])
     assert (LINE * (len(head) // len(LINE) + 1)).startswith(head.rstrip("\ufffd"))
-    seconds, tokens = time.monotonic() - began, made.train.tokens + made.val.tokens
+    seconds, tokens = time.monotonic() - start, corpus.train.tokens + corpus.val.tokens
     shutil.rmtree(folder)
-    print(f"{there:,} bytes, {tokens:,} tokens, {seconds:.1f} s")
-    print(f"MB resident: {at_first} before, {resident()} at most")
+    print(f"{text_bytes:,} bytes, {tokens:,} tokens, {seconds:.1f} s")
+    print(f"peak MB resident: {before} before, {peak_memory()} after")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Damage done to valid input, by its structure: what plain random bytes cannot do past the first check.
+"""Damage valid input according to its structure, to get past the first checks, which random bytes do not.
 
-Every function is a function of the `random.Random` it is given, so a seed names an input for good.
+The result depends only on the input and on the `random.Random`, so a seed reproduces it.
 """
 
 import json
@@ -8,7 +8,7 @@ import random
 import struct
 from typing import Any
 
-PLACES = ("../x", "..", "/etc/passwd", "a/../../b", "train.bin\0", "", ".", "C:\\x", "\ud800", "\x1b[2J")
+PATHS = ("../x", "..", "/etc/passwd", "a/../../b", "train.bin\0", "", ".", "C:\\x", "\ud800", "\x1b[2J")
 ODD = (None, True, False, 0, -1, 1, 2**31, 2**63, 2**64 - 1, 10**9, 10**30, 10**400, 0.5, -0.0, 1e30, 1e308)
 ODD += (
     float("nan"),
@@ -21,7 +21,7 @@ ODD += (
     {},
     [[]],
     [None],
-    *PLACES,
+    *PATHS,
 )
 TOKENS = (
     b"\0",
@@ -47,7 +47,7 @@ TOKENS += (
 
 
 def odd_value(rng: random.Random) -> Any:
-    """Something that stands in no valid file, or not there."""
+    """An unusual value, or a deeply nested one."""
     if rng.random() < 0.05:
         deep: Any = 0
         for _ in range(rng.choice((50, 900))):
@@ -57,34 +57,34 @@ def odd_value(rng: random.Random) -> Any:
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every value below `value`, the first 2,000 met."""
-    found, waiting = [], [value]
-    while waiting and len(found) < 2000:
-        one = waiting.pop()
-        keys = list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
+    """(container, key) of the values inside `value`; at most 2,000."""
+    found, queue = [], [value]
+    while queue and len(found) < 2000:
+        item = queue.pop()
+        keys = list(item) if isinstance(item, dict) else range(len(item)) if isinstance(item, list) else ()
         for key in keys:
-            found.append((one, key))
-            waiting.append(one[key])
+            found.append((item, key))
+            queue.append(item[key])
     return found
 
 
 def damaged(value: Any, rng: random.Random) -> Any:
-    """JSON `value` with one to three values replaced, left out, doubled or moved."""
+    """A JSON value with one to three values replaced, removed, duplicated or moved."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.randint(1, 3)):
-        places = nodes(value)
-        if not places:
+        children = nodes(value)
+        if not children:
             return odd_value(rng)
-        container, key = rng.choice(places)
+        container, key = rng.choice(children)
         kind = rng.random()
         if kind < 0.55:
             container[key] = odd_value(rng)
         elif kind < 0.7:
             del container[key]
         elif kind < 0.85:
-            other, name = rng.choice(places)
-            taken = other[name] if (name in other if isinstance(other, dict) else name < len(other)) else None
-            container[key] = json.loads(json.dumps(taken))
+            other, name = rng.choice(children)
+            moved = other[name] if (name in other if isinstance(other, dict) else name < len(other)) else None
+            container[key] = json.loads(json.dumps(moved))
         elif isinstance(container, dict):
             container[str(odd_value(rng))[:99]] = odd_value(rng)
         else:
@@ -93,7 +93,7 @@ def damaged(value: Any, rng: random.Random) -> Any:
 
 
 def damaged_json(data: bytes, rng: random.Random) -> bytes:
-    """The text of a JSON file, damaged as a value; as text where it is no JSON any more."""
+    """A JSON file, damaged as a value; as bytes if it is not JSON."""
     try:
         value = damaged(json.loads(data), rng)
         return json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
@@ -102,7 +102,7 @@ def damaged_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
-    """A safetensors file whose header lies: of its own length, or of names, types, shapes and offsets."""
+    """A safetensors file with a wrong header: length, names, dtypes, shapes or offsets."""
     if len(data) < 10 or rng.random() < 0.1:
         return damaged_bytes(data, rng)
     size = struct.unpack("<Q", data[:8])[0]
@@ -129,7 +129,7 @@ def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
-    """`data` with bytes changed, cut, doubled, or a telling sequence put in."""
+    """`data` with bytes changed, removed, duplicated, or a special sequence inserted."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at, kind = rng.randint(0, len(out)), rng.random()

@@ -1,4 +1,4 @@
-"""All faults, one after another: what `make faults` runs. Prints the last line of each and a verdict.
+"""Run all fault tests one after another (make faults). Prints the last line of each and a verdict.
 
 python tests/faults/run.py [NAME ...]
 """
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 FAULTS = {
     "kill_run": ["kill_run.py", "--kills", "200"],
     "kill_prepare": ["kill_prepare.py"],
@@ -24,15 +24,15 @@ FAULTS = {
 
 
 def main() -> int:
-    asked = sys.argv[1:] or list(FAULTS)
-    if unknown := [name for name in asked if name not in FAULTS]:
+    chosen = sys.argv[1:] or list(FAULTS)
+    if unknown := [name for name in chosen if name not in FAULTS]:
         print(f"error: {', '.join(unknown)}: there are {', '.join(FAULTS)}", file=sys.stderr)
         return 2
     failed = []
-    for name in asked:
-        began, last = time.monotonic(), ""
-        script, *words = FAULTS[name]
-        command = [sys.executable, str(HERE / script), *words]
+    for name in chosen:
+        start, last = time.monotonic(), ""
+        script, *arguments = FAULTS[name]
+        command = [sys.executable, str(FOLDER / script), *arguments]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
@@ -42,11 +42,8 @@ def main() -> int:
         if process.returncode:
             failed.append(name)
         verdict = "FAILED" if process.returncode else "ok"
-        print(f"{verdict}: {name} ({time.monotonic() - began:.0f} s): {last}", flush=True)
-    print(
-        f"{len(asked) - len(failed)} of {len(asked)} as they should be"
-        + (f"; not: {failed}" if failed else "")
-    )
+        print(f"{verdict}: {name} ({time.monotonic() - start:.0f} s): {last}", flush=True)
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} passed" + (f"; failed: {failed}" if failed else ""))
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Valid files, made in code: what the fuzzers and the tests of hostile input begin with."""
+"""Valid files, from which the fuzzers and the tests of hostile input start."""
 
 import gzip
 import io
@@ -38,19 +38,19 @@ def floats(*shape: int) -> np.ndarray:
 
 
 def in_safetensors(tensors: dict[str, np.ndarray]) -> bytes:
-    """The format, written out: the header's length, names with type, shape and offsets, then the numbers."""
+    """A safetensors file: header length, header (name, dtype, shape, offsets), data."""
     header, body = {}, b""
     for name, array in tensors.items():
         kind = {"float32": "F32", "float16": "F16"}[str(array.dtype)]
-        places = [len(body), len(body) + array.nbytes]
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": places}
+        offsets = [len(body), len(body) + array.nbytes]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": offsets}
         body += array.tobytes()
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
 def gpt_weights(vocab: int, linear_as_in_out: bool) -> dict[str, np.ndarray]:
-    """A GPT-2 of one layer of width 8 under Hugging Face's names; nanoGPT keeps (out, in)."""
+    """GPT-2 with one layer of width 8, under Hugging Face's names; nanoGPT stores (out, in)."""
     C = SIZES["n_embd"]
     layer = {
         "ln_1.weight": (C,),
@@ -64,8 +64,10 @@ def gpt_weights(vocab: int, linear_as_in_out: bool) -> dict[str, np.ndarray]:
     shapes = {"wte.weight": (vocab, C), "wpe.weight": (8, C)}
     shapes |= {f"h.0.{name}": shape for name, shape in layer.items()}
     shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-    turned = () if linear_as_in_out else ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return {name: floats(*(s[::-1] if name.endswith(turned or ("?",)) else s)) for name, s in shapes.items()}
+    transposed = () if linear_as_in_out else ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {
+        name: floats(*(s[::-1] if name.endswith(transposed or ("?",)) else s)) for name, s in shapes.items()
+    }
 
 
 HF_WEIGHTS = in_safetensors(gpt_weights(len(CHARS), linear_as_in_out=True))
@@ -123,7 +125,7 @@ def token_file() -> list[bytes]:
 
 
 def meta_pkl() -> list[bytes]:
-    """What nanoGPT's prepare.py writes, by each protocol."""
+    """The meta.pkl of nanoGPT's prepare.py, in each pickle protocol."""
     stoi = {char: i for i, char in enumerate(CHARS)}
     meta = {"vocab_size": len(CHARS), "itos": {i: char for char, i in stoi.items()}, "stoi": stoi}
     return [pickle.dumps(meta, protocol=n) for n in range(6)]
@@ -169,10 +171,10 @@ def hf_json() -> list[bytes]:
 
 
 def _pickled(content: Any) -> tuple[bytes, dict[str, bytes]]:
-    """data.pkl of a torch archive, and the names and bytes of the storages beside it."""
-    held = io.BytesIO()
-    torch.save(content, held)
-    with zipfile.ZipFile(held) as archive:
+    """data.pkl of a torch archive, and {name: bytes} of its other files."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with zipfile.ZipFile(buffer) as archive:
         names = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     return names.pop("data.pkl"), names
 
@@ -197,7 +199,7 @@ def ckpt_pt() -> list[bytes]:
 
 
 def write_archive(path: Path, pickled: bytes, deflated: bool) -> None:
-    """A torch archive around any pickle, with the storages of the valid one."""
+    """Write a torch archive with any pickle, and the storages of the valid one."""
     kind = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
     with zipfile.ZipFile(path, "w", kind) as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -227,7 +229,7 @@ del SETTINGS["settings"]["vocab_size"]
 
 
 def write_run(here: Path) -> Path:
-    """A run of one checkpoint, step-00000005, whose folder is given back."""
+    """Write a run with one checkpoint, step-00000005. Returns the checkpoint folder."""
     step = here / "step-00000005"
     step.mkdir()
     (here / "settings.json").write_bytes(json.dumps(SETTINGS).encode())
@@ -252,7 +254,7 @@ def _optimizer_tensors() -> bytes:
 
 
 def write_manifest(step: Path, other: Any = None) -> None:
-    """manifest.json with the sums as they are now, as who plants a file would write it; or `other`."""
+    """Write manifest.json with the actual checksums, as an attacker would; or `other`."""
     sums = {path.name: sha256(path.read_bytes()).hexdigest() for path in step.iterdir()}
     sums.pop("manifest.json", None)
     manifest = {"format": 1, "sha256": sums} if other is None else other

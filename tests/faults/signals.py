@@ -1,9 +1,11 @@
-"""Stop a run by every signal, by closing its terminal and by closing its output: a checkpoint, the right exit
-status, nothing left behind, and the run goes on to the weights of one that was never stopped.
+"""Stop a run with each signal, by closing its terminal, and by closing its output.
+
+It must save a checkpoint, return the right exit status and leave no process behind; the resumed run must end
+with the weights of one that was never stopped.
 
     python tests/faults/signals.py
 
-Prints a line for each case, and ends with 1 where one failed.
+Prints a line per case; the exit status is 1 if one failed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import checkpoint, children, losses, prepare, run, start, step, stop, sums, wait_for, words
+from harness import (
+    checkpoint,
+    descendants,
+    kill_all,
+    last_step,
+    losses,
+    run_train,
+    start_train,
+    tensor_checksums,
+    train_flags,
+    wait_for,
+    write_tiny_corpus,
+)
 
 STEPS = {"max_iters": 60, "dropout": 0.1, "eval_interval": 20, "n_embd": 128}
 
@@ -26,63 +40,73 @@ STEPS = {"max_iters": 60, "dropout": 0.1, "eval_interval": 20, "n_embd": 128}
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = prepare(folder)
-        truth = {}
+        data = write_tiny_corpus(folder)
+        expected = {}
         for ranks in (1, 2):
-            whole = folder / f"whole-{ranks}"
-            run(words(data, whole, **STEPS), ranks)
-            truth[ranks] = (sums(whole), losses(whole))
+            reference = folder / f"uninterrupted-{ranks}"
+            run_train(train_flags(data, reference, **STEPS), ranks)
+            expected[ranks] = (tensor_checksums(reference), losses(reference))
         failed = 0
-        for number, (label, ranks, status, end) in enumerate(CASES):
+        for number, (label, ranks, status, send) in enumerate(CASES):
             out = folder / f"run {number}"
-            problems = case(words(data, out, **STEPS), out, ranks, status, end, truth[ranks])
+            problems = run_case(train_flags(data, out, **STEPS), out, ranks, status, send, expected[ranks])
             failed += bool(problems)
-            print(f"{label}: {'; '.join(problems) or 'as it should be'}", flush=True)
-    print(f"signals: {len(CASES) - failed} of {len(CASES)} cases as they should be")
+            print(f"{label}: {'; '.join(problems) or 'ok'}", flush=True)
+    print(f"signals: {len(CASES) - failed} of {len(CASES)} cases ok")
     return 1 if failed else 0
 
 
-End = Callable[[subprocess.Popen], None]
+Send = Callable[[subprocess.Popen], None]
 
 
-def case(flags: list[str], out: Path, ranks: int, status: int | None, end: End, truth: tuple) -> list[str]:
-    """Start, stop by `end` after some steps, look at what is left, go on. What was not as it should be."""
+def run_case(
+    flags: list[str], out: Path, ranks: int, status: int | None, send: Send, expected: tuple
+) -> list[str]:
+    """Start a run, stop it with `send` after 25 steps, check what is left, and resume it.
+
+    `status`: the expected exit status; None: any. Returns the problems.
+    """
     terminal = None
-    if end is close_terminal:
-        terminal, other = pty.openpty()
-        options = {"stdin": other, "stdout": other, "stderr": other, "preexec_fn": own_terminal}
-        process = start(flags, ranks, **options)
-        os.close(other)
+    if send is close_terminal:
+        terminal, child_side = pty.openpty()
+        options = {
+            "stdin": child_side,
+            "stdout": child_side,
+            "stderr": child_side,
+            "preexec_fn": own_terminal,
+        }
+        process = start_train(flags, ranks, **options)
+        os.close(child_side)
         process.terminal = terminal  # type: ignore[attr-defined]
     else:
-        process = start(flags, ranks)
-    assert wait_for(lambda: step(out) >= 25, process), process.communicate()
-    below = children(process.pid)
-    end(process)
+        process = start_train(flags, ranks)
+    assert wait_for(lambda: last_step(out) >= 25, process), process.communicate()
+    pids = descendants(process.pid)
+    send(process)
     try:
-        said = process.communicate(timeout=60)[0] or ""
+        output = process.communicate(timeout=60)[0] or ""
     except subprocess.TimeoutExpired:
-        stop(process)
-        return ["it did not end within a minute"]
+        kill_all(process)
+        return ["it did not exit within a minute"]
     problems = []
     if status is not None and process.returncode != status:
         problems.append(f"exit status {process.returncode}, not {status}")
-    if "Traceback" in said and ranks == 1:
-        problems.append(f"a traceback: {said[-300:]}")
+    if "Traceback" in output and ranks == 1:
+        problems.append(f"a traceback: {output[-300:]}")
     time.sleep(0.5)
-    if alive := [pid for pid in below if Path(f"/proc/{pid}").exists()]:
+    if alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         problems.append(f"processes left: {alive}")
-    last = checkpoint.newest(out, warn=problems.append)
+    last = checkpoint.newest_checkpoint(out, warn=problems.append)
     if status != 130 and int(last.name[5:]) < 25:
         problems.append(f"the last checkpoint is {last.name}")
-    run(["--init_from=resume", f"--out_dir={out}"], ranks)
-    if (sums(out), losses(out)) != truth:
-        problems.append("the resumed run came to other weights or losses")
+    run_train(["--init_from=resume", f"--out_dir={out}"], ranks)
+    if (tensor_checksums(out), losses(out)) != expected:
+        problems.append("the resumed run ended with other weights or losses")
     return problems
 
 
 def own_terminal() -> None:
-    """In the new process: its input becomes its controlling terminal, whose end it is told."""
+    """In the new process: make its standard input its controlling terminal, so that it gets SIGHUP."""
     import fcntl
     import termios
 
@@ -98,21 +122,21 @@ def close_output(process: subprocess.Popen) -> None:
     process.stdout = open(os.devnull)  # noqa: PTH123, SIM115
 
 
-def once(number: int) -> End:
+def once(number: int) -> Send:
     return lambda process: process.send_signal(number)
 
 
-def twice(number: int, pause: float) -> End:
-    def end(process: subprocess.Popen) -> None:
+def twice(number: int, pause: float) -> Send:
+    def send(process: subprocess.Popen) -> None:
         process.send_signal(number)
         time.sleep(pause)
         process.send_signal(number)
 
-    return end
+    return send
 
 
-def whole_group(number: int) -> End:
-    """As Ctrl-C in a terminal does it: torchrun and all ranks hear it."""
+def to_process_group(number: int) -> Send:
+    """As Ctrl-C in a terminal: torchrun and all ranks receive the signal."""
     return lambda process: os.killpg(process.pid, number)
 
 
@@ -120,12 +144,12 @@ CASES = [
     ("SIGTERM", 1, 143, once(signal.SIGTERM)),
     ("SIGTERM twice", 1, 143, twice(signal.SIGTERM, 0.001)),
     ("SIGINT (Ctrl-C)", 1, 130, once(signal.SIGINT)),
-    ("SIGINT twice at once: ends with the last checkpoint", 1, 130, twice(signal.SIGINT, 0.0005)),
+    ("SIGINT twice: exits at once", 1, 130, twice(signal.SIGINT, 0.0005)),
     ("SIGHUP", 1, 129, once(signal.SIGHUP)),
     ("a closed terminal", 1, 129, close_terminal),
     ("closed output (| head)", 1, 141, close_output),
     ("SIGTERM to torchrun with 2 ranks", 2, None, once(signal.SIGTERM)),
-    ("Ctrl-C in the terminal of torchrun with 2 ranks", 2, None, whole_group(signal.SIGINT)),
+    ("Ctrl-C in the terminal of torchrun with 2 ranks", 2, None, to_process_group(signal.SIGINT)),
     ("SIGHUP to torchrun with 2 ranks", 2, None, once(signal.SIGHUP)),
 ]
 

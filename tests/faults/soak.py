@@ -1,9 +1,9 @@
-"""A long run of small steps: memory and file handles stay as they were.
+"""A long run of small steps: memory and open files must not grow.
 
     python tests/faults/soak.py [--steps 100000] [--to docs/soak.png]
 
-Trains a tiny model, with evaluations, checkpoints, samples and snapshots on the way, and looks at the process
-from outside, every second: resident memory and open files. Ends with 1 where either grew.
+Trains a tiny model with evaluations, checkpoints, samples and snapshots, and records the resident memory and
+open files of the process every second. The exit status is 1 if either grew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import prepare, start, step, words
+from harness import last_step, start_train, train_flags, write_tiny_corpus
 
 SIZE = {
     "eval_interval": 500,
@@ -37,39 +37,39 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--to", default="", help="a picture of both")
+    parser.add_argument("--to", default="", help="plot both to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        out, said = folder / "run", (folder / "said.txt").open("w")
-        began = time.monotonic()
-        flags = words(prepare(folder), out, max_iters=args.steps, **SIZE)
-        process = start(flags, stdout=said)
+        out, output = folder / "run", (folder / "output.txt").open("w")
+        start = time.monotonic()
+        flags = train_flags(write_tiny_corpus(folder), out, max_iters=args.steps, **SIZE)
+        process = start_train(flags, stdout=output)
         rows = []  # seconds, MB, files
         while process.poll() is None:
-            row = look(process.pid)
+            row = measure(process.pid)
             if row:
-                rows.append((time.monotonic() - began, *row))
+                rows.append((time.monotonic() - start, *row))
             time.sleep(1)
-        said.close()
-        assert process.returncode == 0, (folder / "said.txt").read_text()[-3000:]
-        assert step(out) == args.steps
+        output.close()
+        assert process.returncode == 0, (folder / "output.txt").read_text()[-3000:]
+        assert last_step(out) == args.steps
     tenth = max(1, len(rows) // 10)
     early, late = rows[tenth : 2 * tenth], rows[-tenth - 1 : -1]
     memory = [statistics.median(row[1] for row in part) for part in (early, late)]
     files = [statistics.median(row[2] for row in part) for part in (early, late)]
     if args.to:
-        draw(rows, args.steps, Path(args.to))
-    bad = memory[1] - memory[0] > ALLOWED_MB or files[1] - files[0] > ALLOWED_FILES
+        plot(rows, args.steps, Path(args.to))
+    grew = memory[1] - memory[0] > ALLOWED_MB or files[1] - files[0] > ALLOWED_FILES
     print(
         f"soak: {args.steps:,} steps in {rows[-1][0]:.0f} s; resident memory {memory[0]:.1f} MB in the "
         f"second tenth, {memory[1]:.1f} MB in the last; open files {files[0]:g} and {files[1]:g}"
     )
-    return 1 if bad else 0
+    return 1 if grew else 0
 
 
-def look(pid: int) -> tuple[float, int] | None:
-    """Resident MB and open files of a process; None where it has just ended."""
+def measure(pid: int) -> tuple[float, int] | None:
+    """Resident MB and open files of a process; None if it has just exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
@@ -79,21 +79,21 @@ def look(pid: int) -> tuple[float, int] | None:
     return (int(resident.split()[1]) / 1024, files) if resident else None
 
 
-def draw(rows: list[tuple[float, float, int]], steps: int, path: Path) -> None:
+def plot(rows: list[tuple[float, float, int]], steps: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    top, bottom = figure.subplots(2, 1, sharex=True)
     seconds = [row[0] for row in rows]
-    above.plot(seconds, [row[1] for row in rows], color="#0072B2")
-    above.set_ylabel("resident memory, MB")
-    above.set_ylim(bottom=0)
-    below.plot(seconds, [row[2] for row in rows], color="#D55E00")
-    below.set_ylabel("open files")
-    below.set_ylim(bottom=0)
-    below.set_xlabel("seconds")
-    above.set_title(f"{steps:,} steps of training")
-    for axes in (above, below):
+    top.plot(seconds, [row[1] for row in rows], color="#0072B2")
+    top.set_ylabel("resident memory, MB")
+    top.set_ylim(bottom=0)
+    bottom.plot(seconds, [row[2] for row in rows], color="#D55E00")
+    bottom.set_ylabel("open files")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("seconds")
+    top.set_title(f"{steps:,} steps of training")
+    for axes in (top, bottom):
         axes.grid(alpha=0.25)
     figure.savefig(path)
 

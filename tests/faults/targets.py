@@ -1,8 +1,8 @@
-"""What is read from outside, as functions of bytes: each gives them to the real entry, from a file or a flag.
+"""Fuzz targets: functions of bytes that pass them to a real entry point, as a file or a flag.
 
-A target passes where the entry works, or refuses with a message: an OSError, or a ValueError that is not
-endless (and none of Python's own, such as UnicodeDecodeError, which tell a user nothing). Anything else that
-comes out is a finding. `fuzz.py` drives the targets with atheris, tests/hostile/test_targets.py with hypothesis.
+A target passes if the entry point works, or raises an OSError or a ValueError with a message of limited
+length (but not a subclass such as UnicodeDecodeError, whose messages do not help a user). Anything else is a
+finding. `fuzz.py` runs the targets with atheris, tests/hostile/test_targets.py with hypothesis.
 """
 
 import ast
@@ -44,18 +44,18 @@ from lab import common, report  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
-LONGEST_MESSAGE = 20_000  # characters: what somebody may still scroll through
+MAX_MESSAGE = 20_000  # characters of an error message
 PROSE = "Era uma vez, n'uma ilha,\r\n um gato:\t42 luas \U0001f984 日本 \0 é."
 GPT2, OWN = tokenizers.GPT2Tokenizer(), tokenizers.train_bpe(["aa ab aab"], 259)
 
 
 class Finding(Exception):
-    """What a target may not do."""
+    """Behaviour that a target must not show."""
 
 
 @contextlib.contextmanager
-def told():
-    """Let a refusal pass that tells the user something; turn any other way out into a Finding."""
+def only_useful_errors():
+    """Allow errors with a useful message; turn all others into a Finding."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -63,13 +63,13 @@ def told():
     except (ValueError, OSError) as error:
         if type(error) is not ValueError and not isinstance(error, OSError):
             raise Finding(f"a bare {type(error).__name__}: {error}"[:500]) from error
-        if not str(error) or len(str(error)) > LONGEST_MESSAGE:
+        if not str(error) or len(str(error)) > MAX_MESSAGE:
             raise Finding(f"a message of {len(str(error))} characters") from error
 
 
 @contextlib.contextmanager
 def folder():
-    """A folder for one input, in memory where there is such a place."""
+    """A temporary folder for one input, in memory if the system has /dev/shm."""
     memory = Path("/dev/shm")
     made = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
     try:
@@ -78,9 +78,10 @@ def folder():
         shutil.rmtree(made, ignore_errors=True)
 
 
-def expect(sound: bool, what: str) -> None:
-    if not sound:
-        raise Finding(what)
+def expect(condition: bool, message: str) -> None:
+    """Raise a Finding if a condition does not hold."""
+    if not condition:
+        raise Finding(message)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -88,7 +89,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parts_of(data: bytes) -> dict[str, Any] | None:
-    """{file name: content} of an input that stands for several files; None where it is none."""
+    """{file name: content} of an input that stands for several files; None if it is not a JSON object."""
     try:
         parts = json.loads(data)
     except (ValueError, RecursionError):
@@ -100,22 +101,22 @@ def parts_of(data: bytes) -> dict[str, Any] | None:
 
 
 def settings(data: bytes) -> None:
-    """A command line, a word a line; or, after a NUL, the settings of an earlier run as JSON."""
+    """A command line, one argument per line; or the settings of an earlier run as JSON."""
     words = data.decode("utf-8", "surrogateescape").split("\n")[:40]
-    words = [word for word in words if word.startswith("--")]  # no word may name a config file: that is code
+    words = [word for word in words if word.startswith("--")]  # no config files: they are code
     for cls in (TrainSettings, sample.SampleSettings):
-        with told():
+        with only_useful_errors():
             resolved = configurator.resolve(cls, [f"{w}=1" if "=" not in w else w for w in words])
             json.dumps(asdict(resolved.settings), allow_nan=False).encode()
             time_budget.parse_duration(getattr(resolved.settings, "time_budget", ""))
     saved = parts_of(data)
     if saved is not None:
-        with told():
+        with only_useful_errors():
             configurator.resolve(TrainSettings, [], saved, "settings.json")
 
 
 def config_text(data: bytes) -> None:
-    """A config file. It is code, so it is only run where it assigns plain values to names."""
+    """A config file. As it is code, it is only run if it assigns literals to names."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -127,56 +128,56 @@ def config_text(data: bytes) -> None:
     except SyntaxError:
         pass
     except Exception:
-        if b"import" in data or b"(" in data:  # what would run is no input but a program
+        if b"import" in data or b"(" in data:  # it might run code
             return
         tree = None
-    with folder() as here, told():
-        (here / "config.py").write_bytes(data)
-        configurator.resolve(TrainSettings, [str(here / "config.py")])
+    with folder() as work, only_useful_errors():
+        (work / "config.py").write_bytes(data)
+        configurator.resolve(TrainSettings, [str(work / "config.py")])
 
 
 # A corpus
 
 
 def meta_json(data: bytes) -> None:
-    with folder() as here:
-        seeds.write_corpus(here)
-        (here / "meta.json").write_bytes(data)
-        open_and_read(here)
+    with folder() as work:
+        seeds.write_corpus(work)
+        (work / "meta.json").write_bytes(data)
+        open_and_read(work)
 
 
 def token_file(data: bytes) -> None:
-    """train.bin of a corpus that has no meta.json, as nanoGPT's have none; the first byte is the block."""
-    with folder() as here:
-        seeds.write_corpus(here)
-        (here / "meta.json").unlink()
-        (here / "train.bin").write_bytes(data[1:])
-        open_and_read(here, data[0] if data else 1)
+    """train.bin of a corpus without meta.json, like nanoGPT's; the first byte is the block size."""
+    with folder() as work:
+        seeds.write_corpus(work)
+        (work / "meta.json").unlink()
+        (work / "train.bin").write_bytes(data[1:])
+        open_and_read(work, data[0] if data else 1)
 
 
-def open_and_read(here: Path, block_size: int = 8) -> None:
-    with told():
-        opened = dataset.open_corpus(here, max(1, block_size))
+def open_and_read(work: Path, block_size: int = 8) -> None:
+    with only_useful_errors():
+        opened = dataset.open_corpus(work, max(1, block_size))
         sampler = samplers.Sampler(opened.train, max(1, block_size), 2, 1, seed=1)
         x, _ = next(sampler.micro_batches(3))
         expect(int(x.max()) < opened.tokenizer.vocab_size, "a token beyond the vocabulary")
         expect(
-            all(p.resolve().parent == here.resolve() for p in opened.train.paths + opened.val.paths),
+            all(p.resolve().parent == work.resolve() for p in opened.train.paths + opened.val.paths),
             "outside",
         )
         opened.val.count_text_bytes(opened.tokenizer)
 
 
 def meta_pkl(data: bytes) -> None:
-    with folder() as here, told():
-        (here / "meta.pkl").write_bytes(data)
-        use(tokenizers.read_meta_pkl(here / "meta.pkl"))
+    with folder() as work, only_useful_errors():
+        (work / "meta.pkl").write_bytes(data)
+        use(tokenizers.read_meta_pkl(work / "meta.pkl"))
 
 
 def tokenizer_json(data: bytes) -> None:
-    with folder() as here, told():
-        (here / "tokenizer.json").write_bytes(data)
-        use(tokenizers.load_tokenizer(here / "tokenizer.json"))
+    with folder() as work, only_useful_errors():
+        (work / "tokenizer.json").write_bytes(data)
+        use(tokenizers.load_tokenizer(work / "tokenizer.json"))
 
 
 def use(tokenizer: tokenizers.Tokenizer) -> None:
@@ -191,97 +192,97 @@ def use(tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def safetensors_file(data: bytes) -> None:
-    """Weights of others, with their config.json and without, and snapshots of a run."""
-    with folder() as here:
-        (here / "model.safetensors").write_bytes(data)
-        (here / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
-        load_weights(here)
-        write_json(here / "config.json", seeds.HF_CONFIG)
-        load_weights(here)
-        (here / embedding_snapshots.SNAPSHOT_FOLDER).mkdir()
+    """Hugging Face weights with and without config.json, and embedding snapshots of a run."""
+    with folder() as work:
+        (work / "model.safetensors").write_bytes(data)
+        (work / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
+        load_weights(work)
+        write_json(work / "config.json", seeds.HF_CONFIG)
+        load_weights(work)
+        (work / embedding_snapshots.SNAPSHOT_FOLDER).mkdir()
         shutil.copyfile(
-            here / "model.safetensors", here / embedding_snapshots.SNAPSHOT_FOLDER / "step-1.safetensors"
+            work / "model.safetensors", work / embedding_snapshots.SNAPSHOT_FOLDER / "step-1.safetensors"
         )
-        with told():
-            for one in embedding_snapshots.read_snapshots(here):
+        with only_useful_errors():
+            for one in embedding_snapshots.read_snapshots(work):
                 expect(one.tokens.ndim == 2 and bool(np.isfinite(one.tokens).all()), "no table of embeddings")
 
 
 def hf_json(data: bytes) -> None:
-    """The JSON beside weights of others: {"config.json": …, "model.safetensors.index.json": …, …}."""
-    with folder() as here:
+    """JSON files of a Hugging Face folder: {"config.json": …, "model.safetensors.index.json": …, …}."""
+    with folder() as work:
         parts = parts_of(data)
         if parts is None:
-            (here / "config.json").write_bytes(data)
+            (work / "config.json").write_bytes(data)
             parts = {}
-        (here / seeds.SHARD).write_bytes(seeds.HF_WEIGHTS)
-        (here / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
+        (work / seeds.SHARD).write_bytes(seeds.HF_WEIGHTS)
+        (work / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
         for name in {"config.json", "model.safetensors.index.json", "tokenizer.json"} & parts.keys():
-            write_json(here / name, parts[name])
-        if not (here / "model.safetensors.index.json").exists():
-            shutil.move(here / seeds.SHARD, here / "model.safetensors")
-        load_weights(here)
+            write_json(work / name, parts[name])
+        if not (work / "model.safetensors.index.json").exists():
+            shutil.move(work / seeds.SHARD, work / "model.safetensors")
+        load_weights(work)
 
 
 def ckpt_pt(data: bytes) -> None:
-    """The first byte: 0 the pickle in a torch archive, 1 the same deflated, else a file as it is."""
+    """First byte: 0: a pickle in a torch archive; 1: the same, compressed; otherwise the whole file."""
     kind, data = (data[0], data[1:]) if data else (9, b"")
-    with folder() as here:
-        canary = here / "canary"
+    with folder() as work:
+        canary = work / "canary"
         os.environ["FRADIQUE_CANARY"] = str(canary)
-        (here / "tokenizer.json").write_bytes(seeds.tokenizer_json()[0])
+        (work / "tokenizer.json").write_bytes(seeds.tokenizer_json()[0])
         for name in ("ckpt.pt", "pytorch_model.bin"):
             if kind > 1:
-                (here / name).write_bytes(data)
+                (work / name).write_bytes(data)
             else:
-                seeds.write_archive(here / name, data, deflated=bool(kind))
-        load_weights(here / "ckpt.pt")
-        (here / "ckpt.pt").unlink()
-        write_json(here / "config.json", seeds.HF_CONFIG)
-        (here / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
-        load_weights(here)
-        expect(not canary.exists(), "a pickle was run")
+                seeds.write_archive(work / name, data, deflated=bool(kind))
+        load_weights(work / "ckpt.pt")
+        (work / "ckpt.pt").unlink()
+        write_json(work / "config.json", seeds.HF_CONFIG)
+        (work / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
+        load_weights(work)
+        expect(not canary.exists(), "a pickle was executed")
 
 
 def load_weights(source: Path) -> None:
-    with told():
-        writer = sample.load_model(str(source), device="cpu", dtype="float32")
+    with only_useful_errors():
+        loaded = sample.load_model(str(source), device="cpu", dtype="float32")
         expect(
-            all(bool(p.isfinite().all()) for p in writer.model.parameters()), "weights that are not finite"
+            all(bool(p.isfinite().all()) for p in loaded.model.parameters()), "weights that are not finite"
         )
-        writer.model(torch.zeros(1, 1, dtype=torch.int64))
+        loaded.model(torch.zeros(1, 1, dtype=torch.int64))
 
 
 # A run folder
 
 
 def checkpoint_json(data: bytes) -> None:
-    """The JSON of a checkpoint: {"state.json": …, "model.json": …, "manifest.json": …}, sums made to fit."""
+    """JSON files of a checkpoint: {"state.json": …, "model.json": …, "manifest.json": …}; checksums match."""
     parts = parts_of(data)
-    with folder() as here:
-        step = seeds.write_run(here)
+    with folder() as work:
+        step = seeds.write_run(work)
         if parts is None:
             (step / "state.json").write_bytes(data)
         for name in {"state.json", "model.json"} & (parts or {}).keys():
             write_json(step / name, parts[name])
         seeds.write_manifest(step, (parts or {}).get("manifest.json"))
-        with told():
-            held = checkpoint.read_checkpoint(checkpoint.newest_checkpoint(here, warn=lambda _: None))
-            state = TrainState.read(held.state)
+        with only_useful_errors():
+            saved = checkpoint.read_checkpoint(checkpoint.newest_checkpoint(work, warn=lambda _: None))
+            state = TrainState.read(saved.state)
             json.dumps(asdict(state), allow_nan=False)
-            expect(type(state.step) is int and 0 <= state.step < 2**63, "a step that is none")
-        load_weights(here)
-        with told():
-            continue_run(here)
+            expect(type(state.step) is int and 0 <= state.step < 2**63, "an invalid step")
+        load_weights(work)
+        with only_useful_errors():
+            continue_run(work)
 
 
-def continue_run(here: Path) -> None:
-    """What resuming does before it trains: the settings, the model, its weights, the optimizer's state."""
-    saved = run_folder.saved_settings(here)
+def continue_run(work: Path) -> None:
+    """Resume up to the first step: settings, model, weights and optimizer state."""
+    saved = run_folder.saved_settings(work)
     resolved = configurator.resolve(TrainSettings, ["--device=cpu"], saved, "settings.json")
 
-    opened = dataset.Corpus(here, None, None, tokenizers.CharTokenizer(seeds.CHARS))
-    settings = replace(resolved.settings, out_dir=str(here), init_from="resume")
+    opened = dataset.Corpus(work, None, None, tokenizers.CharTokenizer(seeds.CHARS))
+    settings = replace(resolved.settings, out_dir=str(work), init_from="resume")
     source = model_setup.find_model(settings, opened)
     runtime = setup.choose_runtime(settings, source, (), average_gradients=True)
     model = model_setup.build_model(settings, source, runtime, OomReport())
@@ -298,64 +299,64 @@ def continue_run(here: Path) -> None:
 
 
 def checkpoint_tensors(data: bytes) -> None:
-    """The safetensors of a checkpoint of ours; the first byte: 0 the model's, else the optimizer's."""
-    with folder() as here:
-        step = seeds.write_run(here)
+    """A safetensors file of a checkpoint; first byte: 0: the model's, otherwise the optimizer's."""
+    with folder() as work:
+        step = seeds.write_run(work)
         name = "model.safetensors" if not data or data[0] == 0 else "optimizer.safetensors"
         (step / name).write_bytes(data[1:])
         seeds.write_manifest(step)
-        load_weights(here)
-        with told():
-            continue_run(here)
+        load_weights(work)
+        with only_useful_errors():
+            continue_run(work)
 
 
 def run_json(data: bytes) -> None:
-    """What else a run folder says: {"settings.json": …, "metrics.jsonl": […], "samples.txt": text}."""
+    """Other files of a run folder: {"settings.json": …, "metrics.jsonl": […], "samples.txt": text}."""
     parts = parts_of(data)
-    with folder() as here:
+    with folder() as work:
         if parts is None:
             for name in (run_folder.SETTINGS_FILE, metrics_file.METRICS_FILE, metrics_file.SAMPLES_FILE):
-                (here / name).write_bytes(data)
+                (work / name).write_bytes(data)
             parts = {}
         if run_folder.SETTINGS_FILE in parts:
-            write_json(here / run_folder.SETTINGS_FILE, parts[run_folder.SETTINGS_FILE])
+            write_json(work / run_folder.SETTINGS_FILE, parts[run_folder.SETTINGS_FILE])
         records = parts.get(metrics_file.METRICS_FILE)
         if isinstance(records, list):
-            (here / metrics_file.METRICS_FILE).write_text("".join(json.dumps(one) + "\n" for one in records))
+            (work / metrics_file.METRICS_FILE).write_text("".join(json.dumps(one) + "\n" for one in records))
         if isinstance(parts.get(metrics_file.SAMPLES_FILE), str):
-            (here / metrics_file.SAMPLES_FILE).write_bytes(
+            (work / metrics_file.SAMPLES_FILE).write_bytes(
                 parts[metrics_file.SAMPLES_FILE].encode("utf-8", "surrogatepass")
             )
-        with told():
-            configurator.resolve(TrainSettings, [], run_folder.saved_settings(here), "settings.json")
-        with told():
-            loss_plot.plot_losses([loss_plot.read_curves(here)])
-        with told():
-            report.settings_section(run_folder.saved_settings(here))
-            found = metrics_file.read_metrics(here)
-            report.speed_section(found, run_folder.run_metadata(here))
+        with only_useful_errors():
+            configurator.resolve(TrainSettings, [], run_folder.saved_settings(work), "settings.json")
+        with only_useful_errors():
+            loss_plot.plot_losses([loss_plot.read_curves(work)])
+        with only_useful_errors():
+            report.settings_section(run_folder.saved_settings(work))
+            found = metrics_file.read_metrics(work)
+            report.speed_section(found, run_folder.run_metadata(work))
             report.summary(found, GPTConfig(n_layer=1, n_head=1, n_embd=8), 1)
-            report.samples_section(metrics_file.read_samples(here))
-        with told():
-            metrics_file.rewind_metrics(here, 3)
-            expect(all(one["step"] <= 3 for one in metrics_file.read_metrics(here)), "not forgotten")
+            report.samples_section(metrics_file.read_samples(work))
+        with only_useful_errors():
+            metrics_file.rewind_metrics(work, 3)
+            expect(all(one["step"] <= 3 for one in metrics_file.read_metrics(work)), "records after the step")
 
 
 # Text
 
 
 def prompt(data: bytes) -> None:
-    """The first byte chooses the tokenizer and the way: a flag, a file, standard input."""
+    """A prompt as a flag and as a file; the first byte selects the tokenizer."""
     kind, data = (data[0], data[1:]) if data else (0, b"")
     tokenizer = (GPT2, OWN, tokenizers.CharTokenizer("\nabc é"))[kind % 3]
     words = data.decode("utf-8", "surrogateescape")
     stop, _, start = words.partition("\n\n")
-    with told():
+    with only_useful_errors():
         prompt_of(tokenizer, start, stop)
-    with folder() as here, told():
-        (here / "prompt").write_bytes(data)
-        prompt_of(tokenizer, sample.read_prompt(f"FILE:{here / 'prompt'}"), stop)
-    with told():
+    with folder() as work, only_useful_errors():
+        (work / "prompt").write_bytes(data)
+        prompt_of(tokenizer, sample.read_prompt(f"FILE:{work / 'prompt'}"), stop)
+    with only_useful_errors():
         sample.read_prompt(f"FILE:{stop}") if not stop.startswith("/") else None
         time_budget.parse_duration(words)
         tokenizers.parse_spec(words)
@@ -376,35 +377,37 @@ def prompt_of(tokenizer: tokenizers.Tokenizer, start: str, stop: str) -> None:
 
 
 def corpus_text(data: bytes) -> None:
-    """A text file; the first two bytes are the sizes of blocks and pieces, the third the tokenizer."""
+    """A text file; the first three bytes are block size, piece size and tokenizer."""
     if len(data) < 3:
         return
     block, piece, kind, data = 1 + data[0], 1 + data[1], data[2], data[3:]
-    with folder() as here:
-        path = here / "input.txt"
+    with folder() as work:
+        path = work / "input.txt"
         path.write_bytes(data)
-        with told():
+        with only_useful_errors():
             pieces = list(text.cut_pieces(text.read_file(path, block), piece, 4 * piece))
-            whole = data.decode("utf-8").removeprefix("\ufeff")  # sound, or reading it had raised
+            whole = data.decode("utf-8").removeprefix(
+                "\ufeff"
+            )  # valid UTF-8, or reading it would have raised
             expect("".join(pieces) == whole, "pieces that are not the text")
             expect(all(0 < len(one) <= 4 * piece for one in pieces), "a piece too long, or empty")
-        with told():
+        with only_useful_errors():
             files = text.find_files([path])
             name = ("char", "bpe:260", "gpt2")[kind % 3]
-            made = build.prepare_text(text.files_text(files, "a text"), here / "made", name, 0.1)
-            opened = dataset.open_corpus(here / "made", 1)
+            made = build.prepare_text(text.files_text(files, "a text"), work / "made", name, 0.1)
+            opened = dataset.open_corpus(work / "made", 1)
             ids = np.concatenate([*opened.train.token_files, *opened.val.token_files])
             expect(opened.tokenizer.decode(ids) == whole, "a corpus that is not the text")
             expect(sum(split["bytes"] for split in made["splits"].values()) == len(whole.encode()), "bytes")
 
 
 def document_files(data: bytes) -> None:
-    """The first byte: JSON Lines, the same packed, packed by the input itself, Parquet."""
+    """First byte: JSON Lines, gzipped JSON Lines, raw gzip data, Parquet."""
     kind, data = (data[0] % 4, data[1:]) if data else (0, b"")
     name = ("d.jsonl", "d.jsonl.gz", "d.jsonl.gz", "d.parquet")[kind]
-    with folder() as here, told():
-        (here / name).write_bytes(gzip.compress(data, 1) if kind == 1 else data)
-        for document in documents.local_documents([here / name]):
+    with folder() as work, only_useful_errors():
+        (work / name).write_bytes(gzip.compress(data, 1) if kind == 1 else data)
+        for document in documents.local_documents([work / name]):
             "".join(document).encode("utf-8")
 
 

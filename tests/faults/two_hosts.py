@@ -1,10 +1,13 @@
-"""Two hosts, and the cable between them cut in mid-run: two network namespaces with a pair of veth, torchrun
-in each, the link taken down for a while. The run ends with the losses of an undisturbed one.
+"""Two hosts whose network connection is cut during a run.
+
+The hosts are two network namespaces connected by a veth pair, with torchrun in each; the link goes down for a
+while. The run must end with the losses of an undisturbed one.
 
     sudo python tests/faults/two_hosts.py [--cut 5,40] [--steps 400]
 
-`--cut`: for how many seconds. A short cut is waited out; a long one is ended by `dist_timeout`, after which
-both torchruns meet again and go on from the last checkpoint. Needs root, Linux and `ip` (iproute2).
+`--cut`: seconds without connection. After a short cut the ranks continue; after a long one, which exceeds
+`dist_timeout`, both torchruns rendezvous again and resume from the last checkpoint. Needs root, Linux and
+iproute2.
 """
 
 from __future__ import annotations
@@ -22,11 +25,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import ROOT, losses, prepare, run, step, stop, sums, wait_for, words
+from harness import (
+    ROOT,
+    kill_all,
+    last_step,
+    losses,
+    run_train,
+    tensor_checksums,
+    train_flags,
+    wait_for,
+    write_tiny_corpus,
+)
 
 A, B = (f"fradique-{os.getpid()}-{name}" for name in "ab")
-HOSTS = {A: "10.203.77.1", B: "10.203.77.2"}  # addresses of these two alone
-PATIENCE = 12  # seconds for which a rank waits for another
+HOSTS = {A: "10.203.77.1", B: "10.203.77.2"}  # in a network of these two only
+PATIENCE = 12  # seconds that ranks wait for each other
 STEPS = {
     "eval_interval": 25,
     "dropout": 0.0,
@@ -36,7 +49,7 @@ STEPS = {
 
 
 def why_not() -> str | None:
-    """Why this machine cannot play two hosts; None where it can."""
+    """Why this machine cannot run the test; None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need root on Linux"
     if not shutil.which("ip"):
@@ -50,54 +63,54 @@ def why_not() -> str | None:
 
 @contextmanager
 def cable() -> Iterator[None]:
-    """The two hosts, with a cable between them."""
+    """Create the two hosts and the connection between them; delete them afterwards."""
     (a, address_a), (b, address_b) = HOSTS.items()
-    ends = ("fradique0", "fradique1")
-    sweep()
+    interfaces = ("fradique0", "fradique1")
+    delete_stale_hosts()
     try:
-        for words_ in (
+        for arguments in (
             f"netns add {a}",
             f"netns add {b}",
-            f"link add {ends[0]} netns {a} type veth peer name {ends[1]} netns {b}",
-            f"-n {a} addr add {address_a}/24 dev {ends[0]}",
-            f"-n {b} addr add {address_b}/24 dev {ends[1]}",
+            f"link add {interfaces[0]} netns {a} type veth peer name {interfaces[1]} netns {b}",
+            f"-n {a} addr add {address_a}/24 dev {interfaces[0]}",
+            f"-n {b} addr add {address_b}/24 dev {interfaces[1]}",
             f"-n {a} link set lo up",
             f"-n {b} link set lo up",
-            f"-n {a} link set {ends[0]} up",
-            f"-n {b} link set {ends[1]} up",
+            f"-n {a} link set {interfaces[0]} up",
+            f"-n {b} link set {interfaces[1]} up",
         ):
-            ip(words_)
+            ip(arguments)
         yield
     finally:
         for name in HOSTS:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def sweep() -> None:
-    """Remove the hosts of processes that were killed."""
+def delete_stale_hosts() -> None:
+    """Delete the namespaces of processes that were killed."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
     for name in re.findall(r"^fradique-\d+-[ab]\b", listed, re.M):
         if not Path(f"/proc/{name.split('-')[1]}").exists():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def ip(words_: str) -> None:
-    subprocess.run(["ip", *words_.split()], check=True, capture_output=True, text=True)
+def ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True, text=True)
 
 
 def link(state: str) -> None:
-    """up | down."""
+    """Set the link up or down."""
     ip(f"-n {A} link set fradique0 {state}")
 
 
-def host(name: str, number: int, flags: list[str], said: Path) -> subprocess.Popen:
-    """torchrun on one of the hosts, with one rank. The first keeps the store where they meet."""
-    end = "fradique0" if name == A else "fradique1"
+def host(name: str, number: int, flags: list[str], output: Path) -> subprocess.Popen:
+    """Start torchrun on a host, with one rank. The first host has the rendezvous store."""
+    interface = "fradique0" if name == A else "fradique1"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint={HOSTS[A]}:29500", "--rdzv_id=cut"]
     torchrun += ["--max_restarts=5", f"--local_addr={HOSTS[name]}", f"--rdzv_conf=is_host={1 - number}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": end}
-    with said.open("w") as file:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
+    with output.open("w") as file:
         return subprocess.Popen(
             ["ip", "netns", "exec", name, *torchrun, str(ROOT / "train.py"), *flags],
             env=environment,
@@ -107,38 +120,38 @@ def host(name: str, number: int, flags: list[str], said: Path) -> subprocess.Pop
         )
 
 
-def cut(folder: Path, data: Path, seconds: float, steps: int, truth: dict[int, float]) -> list[str]:
-    """A run whose cable is cut for so long after some steps: what was not as it should be."""
+def cut(folder: Path, data: Path, seconds: float, steps: int, expected: dict[int, float]) -> list[str]:
+    """Cut the connection of a run for some seconds. Returns the problems."""
     out = folder / f"cut-{seconds:g}"
-    flags = words(data, out, max_iters=steps, **STEPS)
-    said = [folder / f"{name}-{seconds:g}.txt" for name in HOSTS]
-    processes = [host(name, i, flags, said[i]) for i, name in enumerate(HOSTS)]
+    flags = train_flags(data, out, max_iters=steps, **STEPS)
+    outputs = [folder / f"{name}-{seconds:g}.txt" for name in HOSTS]
+    processes = [host(name, i, flags, outputs[i]) for i, name in enumerate(HOSTS)]
     try:
-        if not wait_for(lambda: step(out) >= steps // 6, processes[0], 240):
-            return [f"it did not begin: {said[0].read_text()[-2000:]}"]
+        if not wait_for(lambda: last_step(out) >= steps // 6, processes[0], 240):
+            return [f"it did not start: {outputs[0].read_text()[-2000:]}"]
         link("down")
         time.sleep(seconds)
-        reached = step(out)
+        reached = last_step(out)
         link("up")
         if reached >= steps:
-            return ["the run had ended before its cable was cut"]
+            return ["the run ended before the connection was cut"]
         for process in processes:
             process.wait(timeout=300)
     except subprocess.TimeoutExpired:
-        return [f"it does not end: {said[0].read_text()[-1500:]}\n{said[1].read_text()[-1500:]}"]
+        return [f"it does not end: {outputs[0].read_text()[-1500:]}\n{outputs[1].read_text()[-1500:]}"]
     finally:
         for process in processes:
-            stop(process)
+            kill_all(process)
     problems = [
         f"{name} ended with {process.returncode}: {text.read_text()[-1500:]}"
-        for name, process, text in zip(HOSTS, processes, said, strict=True)
+        for name, process, text in zip(HOSTS, processes, outputs, strict=True)
         if process.returncode
     ]
-    mine = losses(out)
-    if mine.keys() != truth.keys() or any(abs(mine[n] - truth[n]) > 1e-5 for n in truth):
+    got = losses(out)
+    if got.keys() != expected.keys() or any(abs(got[n] - expected[n]) > 1e-5 for n in expected):
         problems.append("other losses than those of an undisturbed run")
-    again = "resuming at step" in said[0].read_text() + said[1].read_text()
-    how = "met again and went on" if again else "waited"
+    resumed = "resuming at step" in outputs[0].read_text() + outputs[1].read_text()
+    how = "resumed" if resumed else "waited"
     result = "; ".join(problems) or "the losses are those of an undisturbed run"
     print(f"a cut of {seconds:g} s at step {reached}: the ranks {how}; {result}", flush=True)
     return problems
@@ -148,21 +161,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cut", default="5,40", help="seconds, parted by commas")
+    parser.add_argument("--cut", default="5,40", help="seconds, separated by commas")
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts go in any case
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are deleted
     if reason := why_not():
         print(f"two hosts: skipped, {reason}")
         return 0
     with tempfile.TemporaryDirectory() as name, cable():
         folder = Path(name)
-        data, whole = prepare(folder), folder / "whole"
-        run(words(data, whole, max_iters=args.steps, **STEPS))
-        sums(whole)
-        truth, lengths = losses(whole), args.cut.split(",")
-        problems = [problem for n in lengths for problem in cut(folder, data, float(n), args.steps, truth)]
-    print(f"two hosts: {'not ' if problems else ''}as it should be")
+        data, reference = write_tiny_corpus(folder), folder / "undisturbed"
+        run_train(train_flags(data, reference, max_iters=args.steps, **STEPS))
+        tensor_checksums(reference)  # fails if there is no complete checkpoint
+        expected, cuts = losses(reference), args.cut.split(",")
+        problems = [problem for n in cuts for problem in cut(folder, data, float(n), args.steps, expected)]
+    print(f"two hosts: {'failed' if problems else 'ok'}")
     return 1 if problems else 0
 
 

@@ -43,5 +43,8 @@ def test_an_error_without_a_useful_message_is_a_finding():
         ValueError(),
         ValueError("x" * 30000),
     ):
-        with pytest.raises(targets.Finding if isinstance(error, ValueError) else TypeError), targets.told():
+        with (
+            pytest.raises(targets.Finding if isinstance(error, ValueError) else TypeError),
+            targets.only_useful_errors(),
+        ):
             raise error

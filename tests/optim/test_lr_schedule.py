@@ -22,44 +22,44 @@ def test_cosine_equals_nanogpts_formula_at_every_step():
         assert rate(step) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("shape", lr_schedule.SCHEDULES)
-def test_every_schedule_warms_up_starts_at_the_peak_and_stays_within_bounds(shape):
-    rates = [rate(step, schedule=shape) for step in range(300)]
+@pytest.mark.parametrize("schedule", lr_schedule.SCHEDULES)
+def test_every_schedule_warms_up_and_falls_from_the_peak(schedule):
+    rates = [rate(step, schedule=schedule) for step in range(300)]
     assert rates[:10] == [pytest.approx((step + 1) / 11) for step in range(10)]
     assert rates[10] == 1.0
     assert all(0.1 - 1e-12 <= r <= 1.0 for r in rates[10:])
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])
-def test_decaying_schedules_end_at_the_floor(shape):
-    assert rate(110, schedule=shape) == pytest.approx(0.1)
-    assert rate(10_000, schedule=shape) == pytest.approx(0.1)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_decaying_schedules_end_at_the_floor(schedule):
+    assert rate(110, schedule=schedule) == pytest.approx(0.1)
+    assert rate(10_000, schedule=schedule) == pytest.approx(0.1)
 
 
 def test_constant_stays_at_the_peak():
     assert rate(10_000, schedule="constant") == 1.0
 
 
-def test_linear_is_halfway_in_the_middle():
+def test_linear_is_half_way_down_in_the_middle():
     assert rate(60, schedule="linear") == pytest.approx(0.55)
 
 
-def test_wsd_is_flat_until_its_decay_and_linear_in_it():
+def test_wsd_is_constant_and_then_decays_linearly():
     assert rate(59, schedule="wsd") == 1.0
     assert rate(85, schedule="wsd") == pytest.approx(0.55)
     assert rate(105, schedule="wsd", decay_frac=0.0) == 1.0
 
 
-def test_without_warmup_the_first_step_has_the_peak():
+def test_without_warmup_the_first_step_uses_the_peak():
     assert rate(0, warmup=0) == 1.0
 
 
-def test_a_run_shorter_than_its_warmup_only_warms_up():
+def test_a_run_shorter_than_its_warmup_only_rises():
     assert [rate(step, warmup=10, total=5) for step in range(5)] == [(s + 1) / 11 for s in range(5)]
 
 
-def test_by_the_clock_progress_is_the_part_of_the_budget_that_is_spent():
+def test_with_a_budget_progress_is_the_elapsed_fraction():
     total = lr_schedule.estimate_total_steps(step=30, elapsed=15.0, budget=60.0)
     assert 30 / total == pytest.approx(15 / 60)
     assert lr_schedule.estimate_total_steps(0, 0.0, 60.0) == math.inf

@@ -1,3 +1,5 @@
+"""AdamW and Muon against their formulas, gradient clipping, and saved state."""
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from fradique.optim import optimizer
 from model import GPT, GPTConfig
 
 
-def tiny(seed=0):
+def tiny_model(seed=0):
     torch.manual_seed(seed)
     return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
 
@@ -29,41 +31,41 @@ def muon(model, weight_decay=0.1):
     )
 
 
-def step(model, opt, seed):
+def step(model, optimizers, seed):
     torch.manual_seed(seed)
     idx = torch.randint(11, (3, 8))
     model(idx, idx)[1].backward()
-    optimizer.assign_gradients(opt)
-    for one in opt:
-        one.step()
+    optimizer.assign_gradients(optimizers)
+    for opt in optimizers:
+        opt.step()
     model.zero_grad()
 
 
-def test_matrices_and_embeddings_decay_and_vectors_do_not():
-    model = tiny()
+def test_weight_decay_applies_to_matrices_but_not_to_vectors():
+    model = tiny_model()
     (opt,) = adamw(model)
     assert [g["weight_decay"] for g in opt.param_groups] == [0.1, 0.0]
-    decayed, free = (g["params"] for g in opt.param_groups)
-    assert {id(p) for p in decayed} | {id(p) for p in free} == {id(p) for p in model.parameters()}
-    assert all(p.dim() >= 2 for p in decayed) and all(p.dim() < 2 for p in free)
-    assert len(decayed) == 2 + 4 * 2  # wte (tied), wpe, and four matrices a block
+    decayed, not_decayed = (g["params"] for g in opt.param_groups)
+    assert {id(p) for p in decayed} | {id(p) for p in not_decayed} == {id(p) for p in model.parameters()}
+    assert all(p.dim() >= 2 for p in decayed) and all(p.dim() < 2 for p in not_decayed)
+    assert len(decayed) == 2 + 4 * 2  # wte (tied), wpe, and four matrices per block
 
 
 def test_frozen_parameters_are_left_out():
-    model = tiny()
+    model = tiny_model()
     model.transformer["wpe"].weight.requires_grad_(False)
     for build in (adamw, muon):
-        groups = [g for one in build(model) for g in one.param_groups]
+        groups = [g for opt in build(model) for g in opt.param_groups]
         assert not any(p is model.transformer["wpe"].weight for g in groups for p in g["params"])
 
 
-def test_a_model_that_is_frozen_altogether_is_refused():
+def test_a_completely_frozen_model_is_an_error():
     with pytest.raises(ValueError, match="every parameter is frozen"):
-        adamw(tiny().requires_grad_(False))
+        adamw(tiny_model().requires_grad_(False))
 
 
-def test_a_step_equals_adamw_written_out():
-    model = tiny()
+def test_a_step_of_adamw_equals_its_formula():
+    model = tiny_model()
     before = {n: p.detach().double().clone() for n, p in model.named_parameters()}
     opt = adamw(model)
     torch.manual_seed(1)
@@ -79,12 +81,12 @@ def test_a_step_equals_adamw_written_out():
         torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
-    model = tiny()
+def test_muon_updates_the_matrices_in_blocks_and_adamw_the_rest():
+    model = tiny_model()
     first, second = muon(model)
     assert isinstance(first, torch.optim.Muon) and isinstance(second, torch.optim.AdamW)
     name_of = {id(p): n for n, p in model.named_parameters()}
-    inside = {f"transformer.h.{n}.{part}.weight" for n in (0, 1) for part in
+    inside = {f"transformer.h.{n}.{layer}.weight" for n in (0, 1) for layer in
               ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}  # fmt: skip
     assert {name.partition("[")[0] for g in first.param_groups for name in g["param_names"]} == inside
     outside = {name_of[id(p)] for g in second.param_groups for p in g["params"]}
@@ -93,7 +95,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 
 def newton_schulz(matrix):
-    """Muon's quintic iteration (Jordan et al. 2024) in float64: near the nearest orthogonal matrix."""
+    """Muon's quintic iteration (Jordan et al. 2024) in float64."""
     x = matrix / np.linalg.norm(matrix)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -103,58 +105,58 @@ def newton_schulz(matrix):
     return x.T if tall else x
 
 
-def test_a_step_equals_muon_written_out():
-    model = tiny()
+def test_steps_of_muon_equal_its_formula():
+    model = tiny_model()
     before = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
     start, momentum, opt = dict(before), {}, muon(model)
     for seed in range(2):
         torch.manual_seed(seed)
         for name, p in model.named_parameters():
-            p.grad = torch.randn_like(p)  # well conditioned: torch's iteration runs in bfloat16
+            p.grad = torch.randn_like(p)  # well conditioned, because the iteration runs in bfloat16
             if optimizer.is_block_parameter(name) and p.dim() == 2:
                 g = p.grad.double().numpy()
-                momentum[name] = 0.9 * momentum.get(name, 0.0) + 0.1 * g  # as torch has it: a mean
-                matrices = 3 if "c_attn" in name else 1  # q, k and v, each by itself
-                parts = np.split(0.1 * g + 0.9 * momentum[name], matrices)  # Nesterov's
-                update = np.concatenate([newton_schulz(part) for part in parts])
+                momentum[name] = 0.9 * momentum.get(name, 0.0) + 0.1 * g  # torch uses an average
+                matrices = 3 if "c_attn" in name else 1  # q, k and v are separate
+                splits = np.split(0.1 * g + 0.9 * momentum[name], matrices)  # Nesterov's
+                update = np.concatenate([newton_schulz(split) for split in splits])
                 scale = 0.02 * max(1.0, p.shape[0] / matrices / p.shape[1]) ** 0.5
                 before[name] = before[name] * (1 - 0.02 * 0.1) - scale * update
         optimizer.assign_gradients(opt)
-        for one in opt:
-            one.step()
+        for muon_or_adamw in opt:
+            muon_or_adamw.step()
     for name in momentum:
-        found = model.get_parameter(name).detach().double().numpy()
-        wrong = np.linalg.norm(found - before[name]) / np.linalg.norm(before[name] - start[name])
-        assert wrong < 0.05, (name, wrong)
+        actual = model.get_parameter(name).detach().double().numpy()
+        error = np.linalg.norm(actual - before[name]) / np.linalg.norm(before[name] - start[name])
+        assert error < 0.05, (name, error)
 
 
-@pytest.mark.parametrize("together", [1 << 24, 300])
-def test_matrices_of_one_shape_together_get_the_updates_that_torch_gives_each(together, monkeypatch):
-    monkeypatch.setattr(muon_module, "MAX_BATCH_ELEMENTS", together)
-    model = tiny()
-    (opt, _), truth = muon(model), {}
-    for name, part in zip(opt.param_groups[0]["param_names"], opt.param_groups[0]["params"], strict=True):
-        truth[name] = torch.nn.Parameter(part.detach().clone())
-    theirs = torch.optim.Muon(truth.values(), lr=0.02, momentum=0.9, weight_decay=0.1)
+@pytest.mark.parametrize("batch_elements", [1 << 24, 300])
+def test_batched_updates_equal_those_of_torchs_muon(batch_elements, monkeypatch):
+    monkeypatch.setattr(muon_module, "MAX_BATCH_ELEMENTS", batch_elements)
+    model = tiny_model()
+    (opt, _), copies = muon(model), {}
+    for name, matrix in zip(opt.param_groups[0]["param_names"], opt.param_groups[0]["params"], strict=True):
+        copies[name] = torch.nn.Parameter(matrix.detach().clone())
+    torch_muon = torch.optim.Muon(copies.values(), lr=0.02, momentum=0.9, weight_decay=0.1)
     for seed in range(3):
         torch.manual_seed(seed)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         optimizer.assign_gradients([opt])
-        for part, copy in zip(opt.param_groups[0]["params"], truth.values(), strict=True):
-            copy.grad = part.grad.clone()
+        for matrix, copy in zip(opt.param_groups[0]["params"], copies.values(), strict=True):
+            copy.grad = matrix.grad.clone()
         opt.step()
-        theirs.step()
-    for part, copy in zip(opt.param_groups[0]["params"], truth.values(), strict=True):
-        torch.testing.assert_close(part, copy, rtol=0, atol=1e-4)  # rounding in bfloat16 may fall otherwise
-        assert not torch.equal(part.detach(), torch.zeros_like(part))
+        torch_muon.step()
+    for matrix, copy in zip(opt.param_groups[0]["params"], copies.values(), strict=True):
+        torch.testing.assert_close(matrix, copy, rtol=0, atol=1e-4)  # bfloat16 rounds differently
+        assert not torch.equal(matrix.detach(), torch.zeros_like(matrix))
     for p in model.parameters():
         p.grad = None
     optimizer.assign_gradients([opt])
-    opt.step()  # nothing to do
+    opt.step()  # does nothing
 
 
-def test_gate_and_value_are_two_matrices_for_muon_and_lora_s_are_whole():
+def test_muon_splits_gate_and_value_but_not_lora_matrices():
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(
@@ -177,28 +179,28 @@ def test_gate_and_value_are_two_matrices_for_muon_and_lora_s_are_whole():
 
 
 @pytest.mark.parametrize("build", [adamw, muon])
-def test_state_by_name_survives_a_round_trip_and_training_goes_on_bit_for_bit(build):
-    one = tiny()
-    opt_one = build(one)
+def test_training_continues_identically_with_loaded_state(build):
+    first = tiny_model()
+    first_opt = build(first)
     for seed in range(3):
-        step(one, opt_one, seed)
-    two = tiny(seed=5)
-    two.load_state_dict(one.state_dict())
-    opt_two = build(two)
-    state = {k: v.clone() for k, v in optimizer.state_by_name(opt_one).items()}
+        step(first, first_opt, seed)
+    second = tiny_model(seed=5)
+    second.load_state_dict(first.state_dict())
+    second_opt = build(second)
+    state = {k: v.clone() for k, v in optimizer.state_by_name(first_opt).items()}
     assert "exp_avg/transformer.wte.weight" in state
-    kept = "momentum_buffer" if build is muon else "exp_avg"
-    assert f"{kept}/transformer.h.0.attn.c_attn.weight{'[2]' if build is muon else ''}" in state
-    optimizer.load_state_by_name(opt_two, state)
+    field = "momentum_buffer" if build is muon else "exp_avg"
+    assert f"{field}/transformer.h.0.attn.c_attn.weight{'[2]' if build is muon else ''}" in state
+    optimizer.load_state_by_name(second_opt, state)
     for seed in range(3, 6):
-        step(one, opt_one, seed)
-        step(two, opt_two, seed)
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        step(first, first_opt, seed)
+        step(second, second_opt, seed)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_state_of_another_model_is_refused_by_name():
-    model = tiny()
+def test_the_state_of_another_model_is_an_error():
+    model = tiny_model()
     opt = adamw(model)
     step(model, opt, 0)
     state = optimizer.state_by_name(opt)
@@ -211,40 +213,40 @@ def test_state_of_another_model_is_refused_by_name():
         optimizer.load_state_by_name(opt, state)
 
 
-def test_the_learning_rate_is_set_in_every_group_and_muon_s_in_proportion():
-    (opt,) = adamw(tiny())
+def test_setting_the_learning_rate_scales_muons_in_proportion():
+    (opt,) = adamw(tiny_model())
     optimizer.set_learning_rate([opt], 0.25)
     assert [g["lr"] for g in opt.param_groups] == [0.25, 0.25]
-    both = muon(tiny())
+    both = muon(tiny_model())
     optimizer.set_learning_rate(both, 0.005)  # half of the peak
-    assert [g["lr"] for one in both for g in one.param_groups] == [0.01, 0.005, 0.005]
+    assert [g["lr"] for opt in both for g in opt.param_groups] == [0.01, 0.005, 0.005]
 
 
-@pytest.mark.parametrize("largest", [0.0, 1e-3, 1e3])
-def test_gradients_are_clipped_as_torch_does(largest):
-    """To the last bit, also where there is nothing to scale."""
-    ours, theirs = tiny(), tiny()
+@pytest.mark.parametrize("max_norm", [0.0, 1e-3, 1e3])
+def test_clipping_equals_torchs(max_norm):
+    """Bit for bit, also if nothing is scaled."""
+    ours, theirs = tiny_model(), tiny_model()
     for model in (ours, theirs):
         torch.manual_seed(1)
         idx = torch.randint(11, (3, 8))
         model(idx, idx)[1].backward()
-    norm = optimizer.clip_gradients(ours, largest)
-    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), largest or float("inf")))
+    norm = optimizer.clip_gradients(ours, max_norm)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or float("inf")))
     assert all(
         torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
     )
 
 
-def test_gradients_that_are_not_finite_are_not_hidden():
-    model = tiny()
+def test_the_norm_of_nan_gradients_is_nan():
+    model = tiny_model()
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
     assert optimizer.clip_gradients(model, 1.0).isnan()
 
 
-def test_the_norm_of_large_gradients_is_that_of_all_their_numbers(monkeypatch):
+def test_the_norm_of_large_gradients_is_over_all_elements(monkeypatch):
     monkeypatch.setattr(optimizer, "LARGE_TENSOR", 64)
-    shapes = (16, 8), (13, 7), (3,)  # in rows, no rows of one length, small
+    shapes = (16, 8), (13, 7), (3,)  # split into rows, not divisible, small
     model = torch.nn.ParameterList(torch.zeros(shape) for shape in shapes)
     for seed, p in enumerate(model):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
