@@ -905,7 +905,7 @@ def test_a_combination_either_works_in_every_way_or_is_refused(seed):
     [
         (
             {"n_kv_head": 3},
-            "n_head = 4 is not a multiple of n_kv_head = 3: .* (n_kv_head = 1, 2, 4 would do)",
+            "n_head = 4 is not a multiple of n_kv_head = 3: .* (use one of n_kv_head = 1, 2, 4)",
         ),
         ({"n_kv_head": 8}, "n_head = 4 is not a multiple of n_kv_head = 8"),
         ({"n_embd": 12, "position": "rope"}, "n_embd / n_head = 3 is odd"),
@@ -919,15 +919,15 @@ def test_a_combination_either_works_in_every_way_or_is_refused(seed):
         ({"logit_softcap": -1.0}, "logit_softcap = -1.0 must be at least 0"),
         ({"rope_theta": 0.0}, "rope_theta = 0.0 must be above 0"),
         ({"rope_theta": float("nan")}, "rope_theta = nan must be above 0"),
-        ({"norm": "batchnorm"}, "norm = 'batchnorm' is none of layernorm, rmsnorm"),
-        ({"norm_place": "sandwich"}, "norm_place = 'sandwich' is none of pre, post, deepnorm"),
+        ({"norm": "batchnorm"}, "norm = 'batchnorm' must be one of layernorm, rmsnorm"),
+        ({"norm_place": "sandwich"}, "norm_place = 'sandwich' must be one of pre, post, deepnorm"),
         (
             {"position": "xpos"},
-            "position = 'xpos' is none of learned, sinusoidal, rope, alibi, relative, none",
+            "position = 'xpos' must be one of learned, sinusoidal, rope, alibi, relative, none",
         ),
         (
             {"activation": "mish"},
-            "activation = 'mish' is none of gelu, gelu_tanh, relu, relu2, swiglu, geglu",
+            "activation = 'mish' must be one of gelu, gelu_tanh, relu, relu2, swiglu, geglu",
         ),
     ],
 )
@@ -1030,7 +1030,7 @@ def test_a_block_without_a_table_of_positions_can_be_cropped_too(position):
     assert all(p is before[name] for name, p in model.named_parameters())
     assert torch.equal(model(idx, idx)[0], expected)
     assert model.generate(idx, 12, temperature=0).shape == (2, 20)
-    with pytest.raises(ValueError, match="9 tokens do not fit the block of 8"):
+    with pytest.raises(ValueError, match="9 tokens do not fit block_size = 8"):
         model(ids(2, 9))
 
 
@@ -1059,7 +1059,7 @@ def spreads(**changes: object) -> dict[str, float]:
     found = {"wte": model.transformer["wte"].weight, "lm_head": model.lm_head.weight}
     for part in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
         found[part] = torch.cat([block.get_submodule(part).weight for block in model.transformer["h"]])
-    attention = [block.attn.c_attn.weight.split(block.attn.widths) for block in model.transformer["h"]]
+    attention = [block.attn.c_attn.weight.split(block.attn.c_attn.row_splits) for block in model.transformer["h"]]
     found |= {
         part: torch.cat(layers) for part, layers in zip("qkv", zip(*attention, strict=True), strict=True)
     }
