@@ -1,6 +1,7 @@
-"""The configs of config/arch as small models, for the tests that go through all of them."""
+"""Small models with random parameters: of every file in config/arch, and of any config."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from train import TrainSettings
 ARCH = ROOT / "config" / "arch"
 NAMES = sorted(path.stem for path in ARCH.glob("*.py"))
 SMALL = {"block_size": 16, "vocab_size": 31, "n_layer": 2, "n_head": 4, "n_embd": 32}
+TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 
 
 @pytest.fixture(scope="session")
 def architecture(tmp_path_factory) -> Callable[..., GPTConfig]:
-    """name, flags -> the model of config/arch/<name>.py behind a training config with a block of 16."""
+    """A function: name, flags -> the config of config/arch/<name>.py, small and with block_size 16."""
     training = tmp_path_factory.mktemp("config") / "train_small.py"
     training.write_text("block_size = 16\n")
 
@@ -36,24 +38,52 @@ def architecture(tmp_path_factory) -> Callable[..., GPTConfig]:
     return read
 
 
-def scatter(model: nn.Module, seed: int = 0, spread: float = 0.3) -> nn.Module:
-    """Make every parameter that learns random, so that no bias is 0 and no gain is 1."""
+def scatter(model: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
+    """Add noise to every trained parameter, so that no bias is 0 and no norm weight is 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * spread)
+                p.add_(torch.randn(p.shape, generator=generator) * std)
     return model.eval()
 
 
-def random_model(config: GPTConfig, seed: int = 0, spread: float = 0.3) -> GPT:
+def random_model(config: GPTConfig, seed: int = 0, std: float = 0.3) -> GPT:
+    """A model of `config` with random parameters, in evaluation mode."""
     torch.manual_seed(seed)
-    return scatter(GPT(config), seed, spread)
+    return scatter(GPT(config), seed, std)
 
 
 def small(**changes: object) -> GPTConfig:
+    """The config SMALL with changes."""
     return GPTConfig(**SMALL | changes)
 
 
-def ids(*shape: int, seed: int = 3) -> Tensor:
-    return torch.randint(31, shape, generator=torch.Generator().manual_seed(seed))
+def tiny(seed: int = 0, std: float = 0.3, **changes: object) -> GPT:
+    """A model of the config TINY with changes and random parameters, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = GPT(replace(TINY, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * std)
+    return model.eval()
+
+
+def ids(*shape: int, vocab_size: int = 31, seed: int = 3) -> Tensor:
+    """Random token ids."""
+    return torch.randint(vocab_size, shape, generator=seeded(seed))
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradients of the trained parameters that the loss depends on, by name."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
+
+
+def max_abs(tensors: dict[str, Tensor]) -> float:
+    return max(tensor.abs().max().item() for tensor in tensors.values())

@@ -1,4 +1,4 @@
-"""Dropout, activation, norm and rotation as a CPU trains with them, against their equations and autograd."""
+"""Dropout, gelu, RMSNorm and RoPE on a CPU, against their equations and autograd."""
 
 import math
 
@@ -13,21 +13,21 @@ pytestmark = COMPILING
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.99])
-def test_dropout_keeps_the_share_that_it_says(dtype, p):
+def test_dropout_keeps_the_expected_fraction(dtype, p):
     torch.manual_seed(0)
     count = 200_003  # no multiple of 8
     x = torch.ones(count, dtype=dtype, requires_grad=True)
     y = functional.dropout(x, p, True)
     share = functional.keep_prob(p)
     assert abs(share - (1 - p)) <= 1 / 256 and share < 1
-    kept = (y != 0).double().mean().item()
-    assert abs(kept - share) < 5 * math.sqrt(share * (1 - share) / count)
+    fraction = (y != 0).double().mean().item()
+    assert abs(fraction - share) < 5 * math.sqrt(share * (1 - share) / count)
     assert set(y.tolist()) == {0.0, torch.tensor(1 / share, dtype=dtype).item()}
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, y)
 
 
-def test_each_byte_is_compared_rightly():
+def test_dropout_mask_compares_each_byte_correctly():
     every = torch.arange(256, dtype=torch.uint8).view(torch.int64)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +37,7 @@ def test_each_byte_is_compared_rightly():
         assert (keep != 0).sum() == 256 - 51
 
 
-def test_dropout_is_drawn_from_torchs_generator():
+def test_dropout_uses_torchs_generator():
     x = torch.ones(1000)
     draws = []
     for seed in (1, 1, 2):
@@ -47,7 +47,7 @@ def test_dropout_is_drawn_from_torchs_generator():
     assert functional.dropout(x, 0.5, False) is x and functional.dropout(x, 0.0, True) is x
 
 
-def test_two_places_of_a_compiled_graph_drop_differently():
+def test_two_compiled_dropouts_have_different_masks():
     def two(x):
         return functional.dropout(x * 1.0, 0.5, True), functional.dropout(x + 0.0, 0.5, True)
 
@@ -59,7 +59,7 @@ def test_two_places_of_a_compiled_graph_drop_differently():
     torch.testing.assert_close(grad, (a + b).detach())
 
 
-def test_gelu_in_a_compiled_graph_is_torchs():
+def test_compiled_gelu_equals_the_formula():
     x = normal(300).double().requires_grad_()
     y = torch.compile(functional.gelu, backend=IN_GRAPH)(x)
     truth = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
@@ -69,7 +69,7 @@ def test_gelu_in_a_compiled_graph_is_torchs():
 
 @pytest.mark.parametrize("form", ["eager", "compiled"])
 @pytest.mark.parametrize("shape", [(5, 12), (3, 4, 7, 6)])
-def test_rms_norm_and_its_gradient_are_the_equation_s(shape, form):
+def test_rms_norm_equals_the_equation(shape, form):
     x, weight = normal(*shape).requires_grad_(), normal(shape[-1], seed=1).requires_grad_()
     norm = functional.rms_norm
     if form == "compiled":
@@ -81,18 +81,18 @@ def test_rms_norm_and_its_gradient_are_the_equation_s(shape, form):
         torch.testing.assert_close(functional.rms_norm(x, weight, 1e-3).double(), expected, rtol=0, atol=2e-6)
 
 
-def test_rms_norm_of_frozen_weights_and_of_gradients_out_of_order():
+def test_rms_norm_with_frozen_weight_and_strided_gradient():
     x, weight = normal(2, 3, 4, 8).transpose(1, 2).requires_grad_(), normal(8, seed=1)
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     same_with_gradients(functional.rms_norm(x, weight, 1e-5), expected, [x], 2e-6)
-    found, expected = (a.transpose(1, 2) for a in (functional.rms_norm(x, weight, 1e-5), expected))
-    same_with_gradients(found, expected, [x], 2e-6)
+    actual, expected = (a.transpose(1, 2) for a in (functional.rms_norm(x, weight, 1e-5), expected))
+    same_with_gradients(actual, expected, [x], 2e-6)
 
 
 @pytest.mark.parametrize("form", ["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_is_multiplication_by_a_complex_number(dtype, form):
+def test_rope_equals_complex_multiplication(dtype, form):
     x = normal(2, 6, 3, 8, dtype=dtype).transpose(1, 2).requires_grad_()  # (B, H, T, D) as the model has it
     angles = normal(6, 4, seed=1)
     turn = (
@@ -100,10 +100,10 @@ def test_rotation_is_multiplication_by_a_complex_number(dtype, form):
         if form == "compiled"
         else functional.apply_rope
     )
-    found = turn(x, angles.cos(), angles.sin())
+    actual = turn(x, angles.cos(), angles.sin())
     turned = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(
         torch.ones(6, 4).double(), angles.double()
     )
-    assert found.dtype == torch.float32
+    assert actual.dtype == torch.float32
     tolerance = 1e-6 if dtype == torch.float32 else 0.02  # its gradient is rounded to bfloat16
-    same_with_gradients(found, torch.cat((turned.real, turned.imag), dim=-1), [x], tolerance)
+    same_with_gradients(actual, torch.cat((turned.real, turned.imag), dim=-1), [x], tolerance)

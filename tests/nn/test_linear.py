@@ -1,4 +1,4 @@
-"""The product with a weight, and its gradient, against float64 and autograd."""
+"""The linear function and its gradients, against torch and float64."""
 
 import pytest
 import torch
@@ -11,48 +11,48 @@ from model import GPT, GPTConfig
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 10), (10, 3), (8, 16), (9, 4)])
-def test_laid_out_is_the_same_matrix(shape, dtype, monkeypatch):
+def test_contiguous_copy_equals_its_input(shape, dtype, monkeypatch):
     monkeypatch.setattr(linear, "TILE", 4)  # 10 = 4 + 4 + 2
     x = normal(*shape[::-1], dtype=torch.bfloat16).t()
-    found = linear.contiguous_copy(x, dtype)
-    assert found.is_contiguous() and found.dtype == (dtype or x.dtype)
-    assert torch.equal(found, x.to(found.dtype))
+    actual = linear.contiguous_copy(x, dtype)
+    assert actual.is_contiguous() and actual.dtype == (dtype or x.dtype)
+    assert torch.equal(actual, x.to(actual.dtype))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("outputs, inputs", [(6, 24), (24, 6), (5, 5)])
-def test_linear_and_its_gradients(outputs, inputs, bias, monkeypatch):
-    """Under autocast, as it is trained: bfloat16 inside, gradients in the parameters' own dtype."""
+def test_linear_and_its_gradients_equal_float64(outputs, inputs, bias, monkeypatch):
+    """Under autocast: bfloat16 products, gradients in the dtype of each parameter."""
     monkeypatch.setattr(linear, "MIN_ROWS", 0)
     monkeypatch.setattr(linear, "MIN_WIDTH", 0)
     x, weight = normal(2, 7, inputs).requires_grad_(), normal(outputs, inputs, seed=1).requires_grad_()
     shift = normal(outputs, seed=2).requires_grad_() if bias else None
     parts = [x, weight] + [shift] * bias
     with torch.autocast("cpu", torch.bfloat16):
-        found, plain = linear.linear(x, weight, shift), F.linear(x, weight, shift)
-    assert "_Linear" in type(found.grad_fn).__name__ and torch.equal(found, plain)
+        actual, plain = linear.linear(x, weight, shift), F.linear(x, weight, shift)
+    assert "_Linear" in type(actual.grad_fn).__name__ and torch.equal(actual, plain)
     grad = normal(2, 7, outputs, seed=3).bfloat16()
-    mine = torch.autograd.grad(found, parts, grad)
-    low = [part.detach().bfloat16().double().requires_grad_() for part in parts]  # what both have rounded to
+    mine = torch.autograd.grad(actual, parts, grad)
+    low = [part.detach().bfloat16().double().requires_grad_() for part in parts]  # the rounded inputs
     truth = torch.autograd.grad(F.linear(*low), low, grad.double())
     for part, a, b in zip(parts, mine, truth, strict=True):
         assert a.dtype == part.dtype
         torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=2**-7)  # bfloat16 has eight digits
 
 
-def test_what_gains_nothing_is_torchs_own():
+def test_small_or_float32_products_use_torch():
     many, few = torch.zeros(linear.MIN_ROWS, 8), torch.zeros(linear.MIN_ROWS - 1, 8)
     wide, narrow = torch.zeros(linear.MIN_WIDTH, 8), torch.zeros(linear.MIN_WIDTH - 1, 8)
     for x, weight, fast in ((many, wide, True), (few, wide, False), (many, narrow, False)):
         with torch.autocast("cpu", torch.bfloat16):
-            found = linear.linear(x, weight.requires_grad_())
-        assert ("_Linear" in type(found.grad_fn).__name__) == fast
+            actual = linear.linear(x, weight.requires_grad_())
+        assert ("_Linear" in type(actual.grad_fn).__name__) == fast
         exact = linear.linear(x, weight)  # float32
         assert "_Linear" not in type(exact.grad_fn).__name__
 
 
-def test_a_model_learns_the_same_with_it(monkeypatch):
-    """All gradients of a model, through both forms."""
+def test_model_gradients_equal_those_of_torch_linear(monkeypatch):
+    """All gradients of a model, with torch's weight gradient and with ours."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=16))
     idx = torch.randint(32, (4, 16))
@@ -66,6 +66,6 @@ def test_a_model_learns_the_same_with_it(monkeypatch):
         loss.backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, plain in grads[0].items():
-        found = grads[1][name]
-        assert (found - plain).norm() <= 1e-2 * plain.norm(), name
-        assert found.is_contiguous() and found.dtype == torch.float32
+        actual = grads[1][name]
+        assert (actual - plain).norm() <= 1e-2 * plain.norm(), name
+        assert actual.is_contiguous() and actual.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Frozen parts and LoRA: what is trained, what stays, and that merging changes nothing."""
+"""Freezing and LoRA: which parameters are trained, and merging LoRA into the weights."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def train(model, steps=5):
 
 
 def plain_model(model):
-    """The model of the merged weights."""
+    """A model without LoRA, with the merged weights."""
     tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = dataclasses.asdict(model.config) | lora.lora_metadata(model)
     config, tensors = lora.merge_lora(config, tensors)
@@ -47,7 +47,7 @@ def plain_model(model):
 
 
 @pytest.mark.parametrize(
-    ("what", "frozen"),
+    ("names", "frozen"),
     [
         ("wte", lambda name: name == "wte.weight"),
         ("wte, wpe,h.0-1", lambda name: name.startswith(("wte.", "wpe.", "h.0.", "h.1."))),
@@ -59,20 +59,20 @@ def plain_model(model):
         ("h", lambda name: name.startswith("h.")),
     ],
 )
-def test_what_is_named_is_frozen_and_nothing_else(what, frozen):
+def test_freeze_freezes_exactly_the_named_parameters(names, frozen):
     model = tiny()
     everything = trained(model)
-    lora.freeze(model, what)
+    lora.freeze(model, names)
     assert everything - trained(model) == {name for name in everything if frozen(name)} != set()
 
 
-def test_layer_one_is_not_layer_ten():
+def test_freezing_layer_1_keeps_layer_10_trainable():
     model = tiny(n_layer=11)
     lora.freeze(model, "h.1")
     assert any(name.startswith("h.10.") for name in trained(model))
 
 
-def test_frozen_parts_stay_as_they_are_and_the_rest_learns():
+def test_only_parameters_that_are_not_frozen_change():
     model = tiny()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     lora.freeze(model, "wte,h.0")
@@ -83,23 +83,23 @@ def test_frozen_parts_stay_as_they_are_and_the_rest_learns():
     }
 
 
-@pytest.mark.parametrize("what", ["wtf", "h.3", "h.7-9", "attn", "h.0.attention,lm_head"])
-def test_a_name_that_stands_for_nothing_is_told_with_what_there_is(what):
+@pytest.mark.parametrize("names", ["wtf", "h.3", "h.7-9", "attn", "h.0.attention,lm_head"])
+def test_unknown_names_are_reported_with_valid_ones(names):
     with pytest.raises(ValueError, match=r"names nothing of this model; it has wte, wpe, ln_f, h\.0-2"):
-        lora.freeze(tiny(), what)
+        lora.freeze(tiny(), names)
 
 
 # LoRA
 
 
-def test_a_model_with_lora_begins_as_it_was():
+def test_adding_lora_does_not_change_the_logits():
     model = tiny().eval()
     expected = model(ids(2, 8), ids(2, 8))[0]
     lora.add_lora(model, 4, 8.0, "c_attn,c_proj,c_fc")
     assert torch.equal(model(ids(2, 8), ids(2, 8))[0], expected)
 
 
-def test_only_lora_s_matrices_are_trained_and_they_learn():
+def test_only_lora_matrices_are_trained():
     model = tiny()
     lora.add_lora(model, 2, 8.0, "c_attn,mlp.c_proj")
     assert trained(model) == {
@@ -117,7 +117,7 @@ def test_only_lora_s_matrices_are_trained_and_they_learn():
         assert torch.equal(p, start[name]) == (not p.requires_grad), name
 
 
-def test_a_layer_with_lora_is_the_formula():
+def test_lora_layer_equals_the_formula():
     torch.manual_seed(0)
     linear = nn.Linear(5, 3).double()
     layer = lora.LoRALinear(linear, rank=2, alpha=6.0)
@@ -132,7 +132,7 @@ def test_a_layer_with_lora_is_the_formula():
     assert layer.weight is linear.weight and layer.bias is linear.bias
 
 
-def test_merged_weights_give_the_logits_of_the_trained_model():
+def test_merged_weights_give_the_same_logits():
     model = tiny()
     lora.add_lora(model, 4, 8.0, "c_attn,c_proj,c_fc")
     train(model)
@@ -145,19 +145,19 @@ def test_merged_weights_give_the_logits_of_the_trained_model():
     assert (plain(ids(2, 8), ids(2, 8))[0] - tiny().eval()(ids(2, 8), ids(2, 8))[0]).abs().max() > 0.01
 
 
-def test_weights_without_lora_are_merged_into_themselves():
+def test_merging_without_lora_changes_nothing():
     config, tensors = {"n_layer": 1}, {"x": torch.ones(2)}
     assert lora.merge_lora(config, tensors) == (config, tensors)
     assert lora.lora_metadata(tiny()) == {}
 
 
 @pytest.mark.parametrize("targets", ["c_attm", "c_attn,wte", "attn", "", ",", "ln_1"])
-def test_targets_that_name_no_layer_are_told_with_those_there_are(targets):
+def test_unknown_targets_are_reported_with_valid_ones(targets):
     with pytest.raises(ValueError, match=r"attn\.c_attn, attn\.c_proj, mlp\.c_fc, mlp\.c_proj"):
         lora.add_lora(tiny(), 2, 4.0, targets)
 
 
-def test_generation_runs_with_lora_and_a_cache():
+def test_generation_with_lora_equals_uncached():
     model = tiny().eval()
     lora.add_lora(model, 2, 4.0, "c_attn")
     with torch.no_grad():

@@ -1,0 +1,112 @@
+"""The attention kernels against the equation in float64 and autograd."""
+
+import math
+
+import pytest
+import torch
+from support import COMPILING, IN_GRAPH, normal, same_with_gradients
+
+from fradique.nn import attention, functional
+from model import plain_attention
+
+pytestmark = COMPILING
+
+
+def random_qkv(B=2, H=3, T=10, D=8, kv_heads=None, dtype=torch.float32):
+    heads = (H, kv_heads or H, kv_heads or H)
+    return [normal(B, h, T, D, seed=i, dtype=dtype).requires_grad_() for i, h in enumerate(heads)]
+
+
+def reference_attention(q, k, v, mask=None, keep=None, keep_prob=1.0):
+    """Attention in float64 with dropout mask `keep`; differentiated by autograd."""
+    q, k, v = (a.double() for a in (q, k, v))
+    k, v = (a.repeat_interleave(q.size(1) // k.size(1), dim=1) for a in (k, v))
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    T = q.size(2)
+    mask = mask if mask is not None else torch.ones(T, T, dtype=torch.bool).tril()
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    probs = scores.softmax(-1)
+    return (probs if keep is None else probs * keep.double() / keep_prob) @ v
+
+
+MASKS = {
+    "causal": lambda: None,
+    "bool": lambda: torch.ones(10, 10, dtype=torch.bool).tril().triu(-3),
+    "additive": lambda: torch.full((10, 10), -math.inf).triu(1)[None, None] + normal(1, 3, 10, 10, seed=5),
+}
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_equals_the_reference_attention(mask, kv_heads, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(attention, "MAX_SAVED_T", 4)
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 4)  # 10 = 4 + 4 + 2
+    q, k, v = random_qkv(kv_heads=kv_heads)
+    mask = MASKS[mask]()
+    actual = attention._cpu_attention(q, k, v, mask, 0.0)
+    same_with_gradients(actual, reference_attention(q, k, v, mask), (q, k, v), 1e-6)
+
+
+def test_attention_dropout_follows_its_mask(monkeypatch):
+    masks = []
+    draw = functional.dropout_mask
+    monkeypatch.setattr(functional, "dropout_mask", lambda *args: masks.append(draw(*args)) or masks[-1])
+    q, k, v = random_qkv()
+    actual = attention.attention(q, k, v, None, 0.3)
+    assert len(masks) == 1
+    keep = (masks[0] != 0).view(2, 3, 10, 10)
+    assert 0.5 < keep.float().mean() < 0.9
+    expected = reference_attention(q, k, v, None, keep, functional.keep_prob(0.3))
+    same_with_gradients(actual, expected, (q, k, v), 2e-6)
+
+
+def test_the_gradient_of_an_added_mask_is_that_of_the_reference_attention():
+    q, k, v = random_qkv()
+    mask = normal(1, 3, 10, 10, seed=5).requires_grad_()
+    actual, expected = attention._cpu_attention(q, k, v, mask, 0.0), reference_attention(q, k, v, mask)
+    same_with_gradients(actual, expected, (q, mask), 1e-6)
+
+
+def test_float32_attention_equals_plain_attention():
+    q, k, v = random_qkv()
+    torch.testing.assert_close(attention.attention(q, k, v), plain_attention(q, k, v), rtol=0, atol=1e-6)
+
+
+def test_attention_in_bfloat16_is_near_the_reference_attention():
+    q, k, v = random_qkv(T=40, dtype=torch.bfloat16)
+    same_with_gradients(attention.attention(q, k, v), reference_attention(q, k, v), (q, k, v), 0.03)
+
+
+def test_attention_over_a_long_context_equals_the_reference_attention(monkeypatch):
+    monkeypatch.setattr(attention, "KEY_BLOCK", 4)
+    q, k, v = random_qkv()
+    actual = attention._FlashAttention.apply(q, k, v)
+    same_with_gradients(actual, reference_attention(q, k, v), (q, k, v), 1e-6)
+
+
+def test_long_bfloat16_contexts_use_flash_attention(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SAVED_T", 16)
+    q, k, v = random_qkv(T=40, kv_heads=1, dtype=torch.bfloat16)
+    actual = attention.attention(q, k, v)
+    assert "FlashAttention" in type(actual.grad_fn).__name__
+    same_with_gradients(actual, reference_attention(q, k, v), (q, k, v), 0.03)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_in_a_compiled_graph_equals_the_reference_attention(mask):
+    q, k, v = random_qkv(kv_heads=1)
+    mask = MASKS[mask]()
+    compiled = torch.compile(attention._cpu_attention, backend=IN_GRAPH)
+    same_with_gradients(compiled(q, k, v, mask, 0.0), reference_attention(q, k, v, mask), (q, k, v), 1e-6)
+
+
+def test_compiled_attention_dropout_follows_its_bytes():
+    q, k, v = random_qkv()
+    torch.manual_seed(3)
+    actual = torch.compile(attention.attention, backend=IN_GRAPH)(q, k, v, None, 0.3)
+    torch.manual_seed(3)
+    keep = torch.ops.fradique.random_bytes(torch.empty(2, 3, 10, 10)) >= round(0.3 * 256)
+    expected = reference_attention(q, k, v, None, keep, functional.keep_prob(0.3))
+    same_with_gradients(actual, expected, (q, k, v), 2e-6)
