@@ -6,10 +6,10 @@ from architectures import NAMES
 from support import run_lab, run_training
 from torch.utils.flop_counter import FlopCounterMode
 
+pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+
 from lab import anatomy
 from model import GPT, GPTConfig
-
-pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,11 +4,12 @@ import subprocess
 
 import numpy as np
 import pytest
+
+pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+
 from PIL import Image
 
 from lab import animation
-
-pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
 
 def test_a_gif_has_all_its_frames_and_durations(tmp_path):

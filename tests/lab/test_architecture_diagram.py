@@ -4,9 +4,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from lab import anatomy, architecture_diagram
-
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+
+from lab import anatomy, architecture_diagram
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vaswani", "palm", "bloom", "glm130b"])

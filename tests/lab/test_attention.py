@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 import torch
 from architectures import NAMES, random_model
+
+pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+pytest.importorskip("plotly", reason="the pages need plotly")
+
 from matplotlib.image import imread
 from support import run_lab, run_training
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,9 +20,6 @@ from fradique.checkpointing import checkpoint
 from fradique.pretrained import loader
 from lab import attention
 from model import GPT, GPTConfig
-
-pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
-pytest.importorskip("plotly", reason="the pages need plotly")
 
 
 def test_weights_equal_those_of_transformers(tmp_path):

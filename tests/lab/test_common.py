@@ -1,6 +1,9 @@
 """What the lab commands share: token labels, output paths, comma-separated numbers."""
 
 import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
 from fradique.tokenizer import tokenizer as tokenizers
 from lab import common

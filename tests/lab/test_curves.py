@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from support import run_script, run_training
 
-from fradique.training import loss_plot
-
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
+
+from fradique.training import loss_plot
 
 
 def test_comparing_runs_keeps_the_loss_png_of_each(settings, tmp_path):

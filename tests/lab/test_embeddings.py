@@ -8,11 +8,12 @@ import torch
 from support import run_lab, run_training
 
 from fradique.training import setup
-from lab import embeddings
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
+
+from lab import embeddings
 
 
 def random_clusters(n_clusters=3, cluster_size=20, width=16, seed=0):

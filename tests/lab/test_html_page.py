@@ -7,6 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("plotly", reason="the pages need plotly")
+pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
+pytest.importorskip("selenium", reason="a browser is driven by selenium")
+
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -15,10 +20,6 @@ from support import TrainSettings, make_text, run_training
 
 from configurator import command
 from lab import attention, curves, embeddings, report, sampling, tokens
-
-pytest.importorskip("plotly", reason="the pages need plotly")
-pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
-pytest.importorskip("selenium", reason="a browser is driven by selenium")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

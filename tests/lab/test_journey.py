@@ -9,10 +9,11 @@ import pytest
 from support import run_script, run_training
 
 from fradique.checkpointing import metrics_file
-from lab import common, journey
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
+
+from lab import common, journey
 
 SMALL = """
 data_dir = {data!r}

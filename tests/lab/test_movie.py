@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from support import flags, run_lab, run_script, run_training
-
-from lab import movie
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
+
+from PIL import Image
+
+from lab import movie
 
 
 @pytest.fixture

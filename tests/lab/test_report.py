@@ -9,11 +9,12 @@ import pytest
 from support import run_lab, run_training
 
 from fradique.checkpointing import metrics_file
-from lab import report
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
+
+from lab import report
 
 SECTIONS = [
     "Settings",

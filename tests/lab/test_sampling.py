@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import run_lab, run_training
 
-from lab import sampling
-
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
+
+from lab import sampling
 
 
 def test_distinct_share_counts_different_n_grams():

@@ -8,11 +8,12 @@ import tiktoken
 from support import make_text, run_lab, run_training
 
 from fradique.tokenizer import bpe
-from lab import tokenizers as lab_tokenizers
-from model import GPT, GPTConfig
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
+
+from lab import tokenizers as lab_tokenizers
+from model import GPT, GPTConfig
 
 TEXT = make_text(800) + "\nÀ noite, 42 gatos…\n"
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from support import run_lab, run_training
-
-from lab import tokens
-from model import GPT, GPTConfig
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
+
+from PIL import Image
+
+from lab import tokens
+from model import GPT, GPTConfig
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=torch.float64)
 
