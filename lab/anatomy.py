@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from configurator import Resolved, command, setting
+from configurator import Resolved, setting
 from fradique.training.logger import format_count
 from lab import architecture_diagram, common
 from lab.architecture_diagram import ModuleStats
@@ -158,4 +158,4 @@ def main(resolved: Resolved[AnatomySettings]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, AnatomySettings))
+    sys.exit(common.command(main, AnatomySettings))

@@ -24,7 +24,7 @@ from matplotlib.image import AxesImage
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from torch import Tensor
 
-from configurator import Resolved, command, setting
+from configurator import Resolved, setting
 from fradique.nn import attention as attention_ops
 from lab import common, html_page
 from model import GPT
@@ -303,4 +303,4 @@ def main(resolved: Resolved[AttentionSettings]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, AttentionSettings))
+    sys.exit(common.command(main, AttentionSettings))

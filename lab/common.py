@@ -8,15 +8,18 @@ import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from configurator import setting
+import configurator
+from configurator import Resolved, setting
 from fradique.checkpointing import run_folder
 from fradique.io import files
+from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer import tokenizer as tokenizers
 from fradique.training import loss_plot
 from sample import LoadedModel, load_model, read_prompt
@@ -39,6 +42,16 @@ class ModelSettings:
     to: str = setting("", "output path without extension; empty: in the run folder", group="output")
     save_arrays: str = setting("", "also write the plotted arrays to this .npz file")
     debug: bool = setting(False, "show the traceback of an error")
+
+
+def command(main: Callable[[Resolved[Any]], int], cls: type, argv: Sequence[str] | None = None) -> int:
+    """`configurator.command` for a command that runs a model: it reports a lack of memory in one message."""
+
+    def run(resolved: Resolved[Any]) -> int:
+        with OomReport():
+            return main(resolved)
+
+    return configurator.command(run, cls, argv)
 
 
 def open_model(settings: ModelSettings) -> LoadedModel:

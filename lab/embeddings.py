@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from configurator import Resolved, command, setting
+from configurator import Resolved, setting
 from fradique.checkpointing import run_folder
 from fradique.training.loss_plot import COLORS
 from lab import common, html_page
@@ -245,4 +245,4 @@ def main(resolved: Resolved[EmbeddingSettings]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, EmbeddingSettings))
+    sys.exit(common.command(main, EmbeddingSettings))

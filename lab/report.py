@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from configurator import Resolved, command, setting
+from configurator import Resolved, setting
 from fradique.checkpointing import embedding_snapshots, metrics_file, run_folder
 from fradique.tokenizer import tokenizer as tokenizers
 from fradique.training import evaluation, loss_plot, time_budget
@@ -258,4 +258,4 @@ def main(resolved: Resolved[ReportSettings]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, ReportSettings))
+    sys.exit(common.command(main, ReportSettings))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from configurator import Resolved, command, setting
+from configurator import Resolved, setting
 from fradique.training.loss_plot import COLORS
 from lab import common, html_page
 from sample import LoadedModel
@@ -184,4 +184,4 @@ def main(resolved: Resolved[SamplingSettings]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, SamplingSettings))
+    sys.exit(common.command(main, SamplingSettings))

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from configurator import Resolved, command, setting
+from configurator import Resolved, setting
 from fradique.generation.sampling import filter_logits
 from fradique.tokenizer import tokenizer as tokenizers
 from fradique.training.loss_plot import COLORS
@@ -249,4 +249,4 @@ def main(resolved: Resolved[TokenSettings]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, TokenSettings))
+    sys.exit(common.command(main, TokenSettings))

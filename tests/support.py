@@ -5,7 +5,9 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,9 @@ from fradique.training import setup  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
 IN_GRAPH = "aot_eager_decomp_partition"  # what inductor does to a graph, without its C++
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
+)
 COMPILING = [  # for tests that compile: torch's compiler warns of what it does itself
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*:DeprecationWarning"),
@@ -114,11 +119,16 @@ def same_with_gradients(found, expected, inputs, tolerance):
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=3 * tolerance)
 
 
-def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
+def torchrun(
+    processes: int, *words: object, program: Path = ROOT / "train.py"
+) -> subprocess.CompletedProcess:
+    """train.py, or another program, in several processes: status and output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*command, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=240, check=False
-    )
+        [*command, str(program), *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
 
 
 def same_folder(a: Path, b: Path) -> bool:

@@ -17,11 +17,11 @@ from torch import Tensor
 from fradique.io import files
 from fradique.pretrained import hf_config, hf_weights
 from fradique.pretrained.hf_weights import GPT2, LAYOUTS, Layout
+from fradique.pretrained.weight_files import FRADIQUE_TOKENIZER_FILE
 from fradique.tokenizer import bpe
 from fradique.tokenizer import tokenizer as tokenizers
 from model import GPTConfig
 
-FRADIQUE_TOKENIZER_FILE = "fradique_tokenizer.json"
 EXPORT_FILES = {
     "model.safetensors",
     "config.json",

@@ -17,7 +17,7 @@ from fradique.checkpointing import checkpoint as checkpoints
 from fradique.checkpointing.run_folder import SETTINGS_FILE, TOKENIZER_FILE
 from fradique.io import files
 from fradique.nn import lora
-from fradique.pretrained import export, hf_config, hf_weights, hub, model_config, weight_files
+from fradique.pretrained import hf_config, hf_weights, hub, model_config, weight_files
 from fradique.pretrained.hf_weights import GPT2, Layout
 from fradique.tokenizer import bpe
 from fradique.tokenizer import tokenizer as tokenizers
@@ -184,8 +184,8 @@ def _gpt2_config_from_shapes(tensors: Mapping[str, Tensor], source: str) -> GPTC
 
 def _hf_tokenizer(folder: Path, vocab_size: int) -> tokenizers.Tokenizer | None:
     """Our own if we exported the folder; GPT-2's if the folder has its vocabulary, or none of that size."""
-    if (folder / export.FRADIQUE_TOKENIZER_FILE).exists():
-        return tokenizers.load_tokenizer(folder / export.FRADIQUE_TOKENIZER_FILE)
+    if (folder / weight_files.FRADIQUE_TOKENIZER_FILE).exists():
+        return tokenizers.load_tokenizer(folder / weight_files.FRADIQUE_TOKENIZER_FILE)
     is_gpt2 = _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) and _has_gpt2_vocabulary(folder)
     return tokenizers.GPT2Tokenizer() if is_gpt2 else None
 

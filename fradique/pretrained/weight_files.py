@@ -23,6 +23,7 @@ from fradique.io import safe_pickle
 SAFETENSORS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
+FRADIQUE_TOKENIZER_FILE = "fradique_tokenizer.json"  # in folders that export.py writes
 
 # The globals that torch.save's pickles need. torch.load allows more, and some of those can take much memory.
 ALLOWED_GLOBALS = re.compile(

@@ -8,6 +8,8 @@ It is computed from the settings alone: nothing is allocated and no device is us
 Notation: N tokens in one forward pass, C embedding width, V vocabulary size, H heads, T block size.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass
 
@@ -68,6 +70,14 @@ class MemoryPlan:
             divisors = (n for n in range(1, rows + 1) if rows % n == 0 and n * length <= CPU_MAX_TOKENS)
             rows_per_pass = max(divisors, default=1)
         return rows_per_pass * length, steps * rows // rows_per_pass
+
+    def estimate(self) -> MemoryEstimate:
+        """The peak in each process: see `estimate_memory`."""
+        return estimate_memory(self)
+
+    def suggest_settings(self, budget: int) -> list[dict[str, int | bool]]:
+        """Settings that fit into `budget` bytes per process: see `suggest_settings`."""
+        return suggest_settings(self, budget)
 
 
 @dataclass(frozen=True)

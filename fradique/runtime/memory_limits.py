@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
 from fradique.runtime import malloc
-from fradique.runtime.memory_estimate import MemoryEstimate, MemoryPlan, estimate_memory, suggest_settings
+
+if TYPE_CHECKING:
+    from fradique.runtime.memory_estimate import MemoryEstimate, MemoryPlan
 
 # The fraction of the available memory that suggested settings may use. On a CPU malloc also requests 64 MiB
 # more than it needs at a time (M_TOP_PAD in malloc.keep_freed_memory; not in sharded runs), and the heap
@@ -146,7 +149,7 @@ class OomReport:
     def check(self, plan: MemoryPlan, device: torch.device) -> str | None:
         """Record what is about to run. Returns a warning if its estimate exceeds the available memory."""
         self.plan, self.limit = plan, available_memory(device)
-        need = estimate_memory(plan)
+        need = plan.estimate()
         if self.limit is None or need.total <= self.limit.bytes:
             return None
         return (
@@ -161,7 +164,7 @@ class OomReport:
             free = f"{self.limit.source} left {format_bytes(self.limit.bytes)}"
         if self.plan is None:
             return f"{free}. Use a smaller batch_size or num_samples, or a smaller model"
-        need = estimate_memory(self.plan)
+        need = self.plan.estimate()
         budget = int(RETRY_FRACTION * need.total)
         if self.limit:
             budget = min(budget, _budget(self.plan, self.limit))
@@ -220,7 +223,7 @@ def _describe_need(plan: MemoryPlan, need: MemoryEstimate) -> str:
 
 
 def _advice(plan: MemoryPlan, budget: int) -> str:
-    suggestions = suggest_settings(plan, budget)
+    suggestions = plan.suggest_settings(budget)
     if not suggestions:
         return "No setting makes this model fit: use a much smaller model, or a machine with more memory"
     return "What would fit: " + "; or ".join(format_flags(settings) for settings in suggestions)

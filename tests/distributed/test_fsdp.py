@@ -1,15 +1,12 @@
 """FSDP2: a sharded model trains as a whole one, and its checkpoints are those of a single process."""
 
 import filecmp
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, flags, losses, run_training, torchrun
+from support import flags, losses, run_training, torchrun
 
 from fradique.checkpointing import checkpoint
 from fradique.pretrained.__main__ import main
@@ -62,12 +59,7 @@ process_group.exit_process(0)  # as train.py ends: torch's threads may abort a p
 def test_three_ranks_write_the_file_of_one_process(tmp_path):
     script = tmp_path / "write.py"
     script.write_text(WRITE_SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, *launcher, str(tmp_path)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    result = torchrun(3, tmp_path, program=script)
     assert result.returncode == 0, result.stderr[-3000:]
     assert filecmp.cmp(tmp_path / "model.safetensors", tmp_path / "plain", shallow=False)
     assert filecmp.cmp(tmp_path / "optimizer.safetensors", tmp_path / "none", shallow=False)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch.distributed as dist
-from support import ROOT
+from support import ROOT, torchrun
 
 from fradique.distributed import lost_ranks
 
@@ -96,10 +96,5 @@ process_group.exit_process(0)
 def test_the_roll_call_uses_the_store_of_the_process_group(tmp_path):
     script = tmp_path / "roll_call.py"
     script.write_text(ROLL_CALL_SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, *launcher],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    result = torchrun(3, program=script)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -35,7 +35,7 @@ from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file
 from fradique.data import build, dataset, documents, text  # noqa: E402
 from fradique.data import sampler as samplers  # noqa: E402
 from fradique.optim import optimizer  # noqa: E402
-from fradique.pretrained import export  # noqa: E402
+from fradique.pretrained import weight_files  # noqa: E402
 from fradique.runtime.memory_limits import OomReport  # noqa: E402
 from fradique.tokenizer import tokenizer as tokenizers  # noqa: E402
 from fradique.training import loss_plot, model_setup, setup, time_budget  # noqa: E402
@@ -195,7 +195,7 @@ def safetensors_file(data: bytes) -> None:
     """Hugging Face weights with and without config.json, and embedding snapshots of a run."""
     with folder() as work:
         (work / "model.safetensors").write_bytes(data)
-        (work / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
+        (work / weight_files.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
         load_weights(work)
         write_json(work / "config.json", seeds.HF_CONFIG)
         load_weights(work)
@@ -216,7 +216,7 @@ def hf_json(data: bytes) -> None:
             (work / "config.json").write_bytes(data)
             parts = {}
         (work / seeds.SHARD).write_bytes(seeds.HF_WEIGHTS)
-        (work / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
+        (work / weight_files.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
         for name in {"config.json", "model.safetensors.index.json", "tokenizer.json"} & parts.keys():
             write_json(work / name, parts[name])
         if not (work / "model.safetensors.index.json").exists():
@@ -239,7 +239,7 @@ def ckpt_pt(data: bytes) -> None:
         load_weights(work / "ckpt.pt")
         (work / "ckpt.pt").unlink()
         write_json(work / "config.json", seeds.HF_CONFIG)
-        (work / export.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
+        (work / weight_files.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
         load_weights(work)
         expect(not canary.exists(), "a pickle was executed")
 

@@ -33,3 +33,12 @@ def test_number_lists_are_parsed_and_checked():
         assert part in problem
     (problem,) = common.number_problems("t", "0,1", minimum=0.0, exclusive=True)
     assert "above 0" in problem
+
+
+def test_a_lack_of_memory_gets_one_message_and_status_2(capsys):
+    def main(resolved):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    assert common.command(main, common.ModelSettings, []) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory: ") and "Traceback" not in message

@@ -1,11 +1,13 @@
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import run_script, run_training
+from support import ROOT, run_script, run_training
 
 import sample
 from sample import SampleSettings
@@ -179,3 +181,14 @@ def test_a_tokenizer_larger_than_the_model_is_refused(run_folder, tmp_path):
     with pytest.raises(ValueError, match="token"):
         sample.load_model(str(folder), device="cpu")
     assert Path(folder).exists()
+
+
+def test_sampling_imports_neither_optimizer_nor_export_nor_training():
+    code = "import sys, sample; print(*[m for m in sys.modules if m.startswith('fradique.')])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    modules = result.stdout.split()
+    assert "fradique.pretrained.loader" in modules
+    assert not [m for m in modules if m.startswith(("fradique.optim", "fradique.training"))]
+    assert "fradique.pretrained.export" not in modules

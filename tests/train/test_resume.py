@@ -19,6 +19,7 @@ from support import (
     before_steps,
     flags,
     losses,
+    needs_compiler,
     run_script,
     run_training,
     same_folder,
@@ -31,10 +32,6 @@ from configurator import command
 from fradique.checkpointing import checkpoint, metrics_file
 from fradique.io import files
 from fradique.training import setup
-
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
-)
 
 
 def same_model(a: train.Trainer, b: train.Trainer) -> bool:

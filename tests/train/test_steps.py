@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from support import (
     flags,
     losses,
+    needs_compiler,
     run_script,
     run_training,
     torchrun,
@@ -24,10 +24,6 @@ from fradique.io import files
 from fradique.optim import optimizer
 from fradique.runtime import device
 from fradique.training import setup
-
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
-)
 
 
 def test_training_learns(settings):
