@@ -72,7 +72,7 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, checkpoint_name: str = "best", device: str = "auto", dtype: str = "auto"
+    source: str, *, checkpoint_name: str = "best", device: str | torch.device = "auto", dtype: str = "auto"
 ) -> LoadedModel:
     """Load a run folder, or pretrained weights, with the tokenizer. Raises ValueError if they do not fit.
 
@@ -188,20 +188,17 @@ def generate_text(loaded: LoadedModel, prompt: str, settings: SampleSettings) ->
 def main(resolved: Resolved[SampleSettings]) -> int:
     """Print the samples. Returns the exit status."""
     with OomReport():
-        configure_process(resolved.settings.device)
-        print_samples(resolved.settings)
+        print_samples(resolved.settings, configure_process(resolved.settings.device))
     return 0
 
 
-def print_samples(settings: SampleSettings) -> None:
+def print_samples(settings: SampleSettings, device: torch.device) -> None:
     """Print the first sample as it grows, and the others after it."""
     source = settings.init_from
     if source == "resume":
         source = settings.out_dir
         run_folder.saved_settings(Path(source))  # a mistyped folder is an error, not a name on the hub
-    loaded = load_model(
-        source, checkpoint_name=settings.checkpoint, device=settings.device, dtype=settings.dtype
-    )
+    loaded = load_model(source, checkpoint_name=settings.checkpoint, device=device, dtype=settings.dtype)
     loaded = prepare_for_inference(loaded, settings.dtype)
     prompt = read_prompt(settings.start)
     if settings.temperature == 0 and settings.num_samples > 1:

@@ -163,7 +163,7 @@ def run(resolved: Resolved[TrainSettings], oom: OomReport) -> int:
     """`main`, without the report of an out-of-memory error."""
     settings, notes = resolved.settings, ()
     with lost_ranks.report_lost_ranks():
-        device.configure_process(
+        chosen_device = device.configure_process(
             settings.device,
             parallel=settings.parallel,
             backend=settings.backend,
@@ -172,8 +172,8 @@ def run(resolved: Resolved[TrainSettings], oom: OomReport) -> int:
         settings = process_group.broadcast_from_rank0(lambda: setup.settings_after_restart(settings))
         if settings.auto and settings.init_from == "scratch" and not settings.eval_only:
             fixed = {key: getattr(settings, key) for key in resolved.explicit}
-            settings, notes = autoconfig.autotune(settings, fixed, time_step, START)
-        t = setup.setup_training(settings, notes, started=START, oom=oom)
+            settings, notes = autoconfig.autotune(settings, fixed, time_step, chosen_device, START)
+        t = setup.setup_training(settings, notes, device=chosen_device, started=START, oom=oom)
     try:
         status = report_evaluation(t) if t.settings.eval_only else train(t)
         t.forward = t.model  # a DDP wrapper must go before its process group
@@ -386,4 +386,8 @@ def report_evaluation(t: Trainer) -> int:
 
 
 if __name__ == "__main__":
-    process_group.exit_process(command(main, TrainSettings, base=setup.saved_run_settings))
+    try:
+        status = command(main, TrainSettings, base=setup.saved_run_settings)
+    except SystemExit as error:  # rank 0 failed, and reports it
+        status = error.code
+    process_group.exit_process(status)

@@ -110,7 +110,7 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
     """
     before = machine.peak_memory(torch.device("cpu"))
     with contextlib.redirect_stdout(io.StringIO()):
-        own = scratch / f"rank-{process_group.rank_info()[0]}"  # each rank may write a random corpus
+        own = scratch / f"rank-{process_group.rank_info().rank}"  # each rank may write a random corpus
         settings = dataclasses.replace(settings_for(argv, own), out_dir=str(scratch / "run"))
         # as train.py does
         configure_process(settings.device, parallel=settings.parallel, backend=settings.backend)

@@ -59,9 +59,7 @@ def open_model(settings: ModelSettings) -> LoadedModel:
     source = settings.init_from
     if not source:
         source = settings.out_dir
-        run_folder.saved_settings(
-            Path(source)
-        )  # raises for a mistyped folder, before the hub is searched for it
+        run_folder.saved_settings(Path(source))  # a mistyped folder is an error, not a name on the hub
     return load_model(source, checkpoint_name=settings.checkpoint, device=settings.device, dtype="float32")
 
 
@@ -70,9 +68,7 @@ def encode_prompt(loaded: LoadedModel, start: str) -> np.ndarray:
     ids = tokenizers.encode_prompt(loaded.tokenizer, read_prompt(start))
     block_size = loaded.model.config.block_size
     if len(ids) > block_size:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, and the model's block_size is {block_size}: shorten --start"
-        )
+        raise ValueError(f"prompt too long: {len(ids)} tokens, maximum {block_size}. Shorten --start")
     return ids.astype(np.int64)
 
 

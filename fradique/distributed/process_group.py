@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
 
@@ -24,12 +25,22 @@ T = TypeVar("T")
 USER_ERROR_STATUS = 2  # the exit status after an error that the user can correct
 
 
-def rank_info() -> tuple[int, int, int]:
-    """Rank, local rank and world size of this process; (0, 0, 1) if torchrun did not start it."""
+@dataclass(frozen=True)
+class RankInfo:
+    """The number of this process, and how many there are: in the whole run, and on this machine (local)."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    local_world: int = 1
+
+
+def rank_info() -> RankInfo:
+    """The ranks that torchrun gave this process; RankInfo() if torchrun did not start it."""
     if "RANK" not in os.environ:
-        return 0, 0, 1
+        return RankInfo()
     rank, local_rank, world = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    return rank, local_rank, world
+    return RankInfo(rank, local_rank, world, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def join(device: torch.device, backend: str, timeout: float) -> None:
@@ -37,8 +48,8 @@ def join(device: torch.device, backend: str, timeout: float) -> None:
 
     timeout: seconds after which a collective fails if a rank has not joined it.
     """
-    rank, _, world = rank_info()
-    if world == 1 or dist.is_initialized():
+    ranks = rank_info()
+    if ranks.world == 1 or dist.is_initialized():
         return
     backend = "nccl" if backend == "auto" and device.type == "cuda" else backend.replace("auto", "gloo")
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend  # gloo reduces numbers on the CPU
@@ -47,12 +58,12 @@ def join(device: torch.device, backend: str, timeout: float) -> None:
     dist.init_process_group(
         backends,
         store=dist.PrefixStore(f"fradique/{restart_count()}", store),  # keys from before a restart are stale
-        rank=rank,
-        world_size=world,
+        rank=ranks.rank,
+        world_size=ranks.world,
         timeout=wait,
         device_id=device if device.type == "cuda" else None,
     )
-    rank_store().set(f"process/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+    rank_store().set(f"process/{ranks.rank}", f"{socket.gethostname()}, process {os.getpid()}")
 
 
 def rank_store() -> dist.Store:
@@ -78,7 +89,7 @@ def exit_process(status: int) -> NoReturn:
     Joining the threads instead could take until the timeout of a collective if another rank is lost. So the
     exit handlers run, the output is flushed, and os._exit skips the rest.
     """
-    if rank_info()[2] == 1:
+    if rank_info().world == 1:
         sys.exit(status)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -156,10 +156,10 @@ def configure_process(
     CUDA, and the process group if torchrun started this process. `timeout`: seconds that ranks wait for each
     other. Raises ValueError if this machine does not have the device.
     """
-    _, local_rank, world = process_group.rank_info()
-    chosen = choose_device(device, local_rank, world)
+    ranks = process_group.rank_info()
+    chosen = choose_device(device, ranks.local_rank, ranks.world)
     if chosen.type == "cpu":
-        if parallel == "fsdp" and world > 1:
+        if parallel == "fsdp" and ranks.world > 1:
             malloc.return_freed_memory()
         else:
             malloc.keep_freed_memory()
@@ -186,18 +186,25 @@ def setup_runtime(
     `run_flops`, or `run_seconds` with a time budget, is the length of the run: for compile="auto". Raises
     ValueError if this machine does not have the device or dtype.
     """
-    rank, local_rank, world = process_group.rank_info()
+    ranks = process_group.rank_info()
     if isinstance(device, str):
-        device = choose_device(device, local_rank, world)
+        device = choose_device(device, ranks.local_rank, ranks.world)
     notes = []
     chosen_dtype, reason = choose_dtype(dtype, device, n_embd, vocab_size)
     if dtype == "auto":
-        notes.append(f"dtype=auto: {chosen_dtype} ({reason})")
+        notes.append(f"using {chosen_dtype}: {reason}")
     compiled, reason = choose_compile(compile, device, run_flops, run_seconds)
     if compile == "auto":
-        notes.append(f"compile=auto: {compiled} ({reason})")
-    sharded = parallel == "fsdp" and world > 1
-    return Runtime(device, DTYPES[chosen_dtype], compiled, rank, world, tuple(notes), sharded)
+        notes.append(f"{'compiling' if compiled else 'not compiling'}: {reason}")
+    return Runtime(
+        device,
+        DTYPES[chosen_dtype],
+        compiled,
+        ranks.rank,
+        ranks.world,
+        tuple(notes),
+        sharded=parallel == "fsdp" and ranks.world > 1,
+    )
 
 
 def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.device:
@@ -253,10 +260,9 @@ def choose_compile(
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
         return False, "no C++ compiler found"
     seconds = run_flops / ASSUMED_FLOPS[device.type] if run_seconds is None else run_seconds
-    training = f"about {seconds:.0f} s of training"
     if seconds >= MIN_COMPILE_SECONDS[device.type]:
-        return True, f"{training}: long enough"
-    return False, f"{training}: too short to benefit"
+        return True, f"training is long enough (about {seconds:.0f} s) to save time"
+    return False, f"training is too short (about {seconds:.0f} s) to save time"
 
 
 def compile_with_fallback(

@@ -7,7 +7,6 @@ is warned about before it starts, and a failed allocation becomes one message wi
 from __future__ import annotations
 
 import errno
-import os
 import re
 import traceback
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fradique.distributed import process_group
 from fradique.runtime import malloc
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def available_memory(device: torch.device) -> MemoryLimit | None:
 
 def _cpu_limits() -> Iterator[MemoryLimit]:
     """Every limit on CPU memory. Limits of the machine or container are divided among its processes."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_world = process_group.rank_info().local_world
     meminfo = _read_numbers(Path("/proc/meminfo"))
     if "MemAvailable" in meminfo:
         yield MemoryLimit(meminfo["MemAvailable"] * 1024 // local_world, "the free memory of this machine")

@@ -118,28 +118,31 @@ def autotune(
     settings: TrainSettings,
     fixed: dict[str, Any],
     time_step: Callable[[Trainer], float],
+    device: torch.device,
     started: float,
 ) -> tuple[TrainSettings, tuple[str, ...]]:
     """Choose all settings that are not in `fixed` for settings.time_budget, by trying presets here.
 
-    `time_step` makes a training step and returns its seconds; `started` is time.monotonic() at the start of
-    the process. Returns the settings and notes for the log; equal on all ranks.
+    `time_step` makes a training step and returns its seconds; `device` is that of the run; `started` is
+    time.monotonic() at the start of the process. Returns the settings and notes for the log; equal on all
+    ranks.
     """
     budget = parse_duration(settings.time_budget)
     run_folder.check_available(Path(settings.out_dir), settings.overwrite)
 
     def measure(changes: dict[str, Any]) -> Throughput:
-        return _measure(replace(settings, **changes), time_step, started)
+        return _measure(replace(settings, **changes), time_step, device, started)
 
-    _, _, world = process_group.rank_info()
-    changes, notes = choose_preset(budget, fixed, measure, world)
+    changes, notes = choose_preset(budget, fixed, measure, process_group.rank_info().world)
     settings = replace(settings, **changes)
     if problems := replace(settings, auto=False).problems():
         raise ValueError("; ".join(problems))
     return settings, tuple(notes)
 
 
-def _measure(settings: TrainSettings, time_step: Callable[[Trainer], float], started: float) -> Throughput:
+def _measure(
+    settings: TrainSettings, time_step: Callable[[Trainer], float], device: torch.device, started: float
+) -> Throughput:
     """Train with these settings for about a second, in a temporary folder and without output."""
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -147,7 +150,7 @@ def _measure(settings: TrainSettings, time_step: Callable[[Trainer], float], sta
         contextlib.redirect_stderr(io.StringIO()),  # the run itself will repeat its warnings
     ):
         trial = replace(settings, out_dir=f"{scratch}/run", compile=False, wandb_log=False, auto=False)
-        t = setup.setup_training(trial, average_gradients=False)
+        t = setup.setup_training(trial, average_gradients=False, device=device)
         try:
             time_step(t)  # the first one is slow
             (seconds,) = t.runtime.max(time_step(t))  # ranks must make the same number of steps

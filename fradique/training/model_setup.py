@@ -193,7 +193,7 @@ def memory_plan(
 
 
 def _will_be_sharded(settings: TrainSettings) -> bool:
-    return settings.parallel == "fsdp" and process_group.rank_info()[2] > 1
+    return settings.parallel == "fsdp" and process_group.rank_info().world > 1
 
 
 def _check_same_model(source: ModelSource, folder: Path) -> None:

@@ -41,22 +41,23 @@ def setup_training(
     settings: TrainSettings,
     notes: tuple[str, ...] = (),
     average_gradients: bool = True,
+    device: torch.device | None = None,
     started: float | None = None,
     oom: OomReport | None = None,
 ) -> Trainer:
     """Everything that the training loop needs. Under torchrun all ranks call it.
 
-    `notes` are logged with the automatic choices. Without `average_gradients` each rank keeps its own
-    gradients. `started` is time.monotonic() at the start of the process; `oom` learns how much memory the
-    run needs. Raises ValueError, saying what to
-    type, if corpus, weights, machine or out_dir do not fit the settings.
+    notes: logged with the automatic choices. average_gradients: False if each rank keeps its own gradients.
+    device: that of `configure_process`; None: chosen by settings.device. started: time.monotonic() at the
+    start of the process. oom: is told how much memory the run needs. Raises ValueError, saying what to type,
+    if corpus, weights, machine or out_dir do not fit the settings.
     """
     started = time.monotonic() if started is None else started
     check_run_folder(settings)
     corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
     source = model_setup.find_model(settings, corpus)
     settings = replace(settings, **source.settings)
-    runtime = choose_runtime(settings, source, notes, average_gradients)
+    runtime = choose_runtime(settings, source, notes, average_gradients, device)
     sampler = make_sampler(settings, corpus, runtime)
     model = model_setup.build_model(settings, source, runtime, oom or OomReport())
     place_model(model, runtime)
@@ -98,13 +99,17 @@ def check_run_folder(settings: TrainSettings) -> None:
 
 
 def choose_runtime(
-    settings: TrainSettings, source: ModelSource, notes: tuple[str, ...], average_gradients: bool
+    settings: TrainSettings,
+    source: ModelSource,
+    notes: tuple[str, ...],
+    average_gradients: bool,
+    device: torch.device | None,
 ) -> Runtime:
     """Device, dtype and compilation, chosen once; `notes` come before the notes on these choices."""
     with torch.device("meta"):
         flops_per_token = GPT(source.config).flops_per_token()
     runtime = devices.setup_runtime(
-        device=settings.device,
+        device=device or settings.device,
         dtype=settings.dtype,
         compile=False if settings.eval_only else settings.compile,
         parallel=settings.parallel if average_gradients else "ddp",

@@ -82,7 +82,7 @@ import os, sys, time
 import torch
 from fradique.distributed import lost_ranks, process_group
 process_group.join(torch.device("cpu"), "gloo", 60)
-rank, _, _ = process_group.rank_info()
+rank = process_group.rank_info().rank
 process_group.barrier()
 if rank == 1:
     time.sleep(4)  # does not answer

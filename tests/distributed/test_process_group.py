@@ -1,6 +1,7 @@
 """The process group: ranks, torchrun restarts, exit, tensors that may be sharded."""
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, run_training
+from support import ROOT, flags, run_training
 
 from fradique.checkpointing import checkpoint, run_folder
 from fradique.distributed import lost_ranks, process_group
@@ -18,7 +19,7 @@ from fradique.training import setup
 def test_without_torchrun_there_is_one_rank(monkeypatch):
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(key, raising=False)
-    assert process_group.rank_info() == (0, 0, 1)
+    assert process_group.rank_info() == process_group.RankInfo(rank=0, local_rank=0, world=1, local_world=1)
     assert process_group.restart_count() == 0 and process_group.launch_id() is None
     assert process_group.broadcast_from_rank0(lambda: 7) == 7
     assert not lost_ranks.is_lost_rank_error(RuntimeError("gloo: connection closed"))
@@ -87,10 +88,43 @@ process_group.exit_process(3)
     ("world", "output"), [("1", "exit handlers ran\nfinalized\n"), ("2", "exit handlers ran\n")]
 )
 def test_one_of_several_processes_exits_without_finalization(world, output):
-    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world}
+    environment = os.environ | {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+    }
     command = [sys.executable, "-c", EXIT_SCRIPT]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (3, output, "")
+
+
+def test_all_ranks_exit_with_status_2_after_an_error_on_rank_0(settings, tmp_path):
+    """Rank 0 finds that out_dir holds a run; rank 1 learns it from rank 0. Without torchrun, to see both."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    port = unused_port()
+    ranks = []
+    for rank in ("0", "1"):
+        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *flags(replace(settings, out_dir=str(tmp_path / "run"))),
+        ]
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert "already holds a run" in errors[0] and errors[1] == ""
+
+
+def unused_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def test_a_tensor_that_is_not_sharded_is_its_own_full_and_local_tensor():

@@ -125,7 +125,7 @@ def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
         (["--layer=2"], "--layer=2: this model has 2 layers, 0 to 1"),
         (["--head=7"], "--head=7: this model has 2 heads, 0 to 1"),
         (["--start=日本"], "is not among the"),
-        (["--start=amor amor amor amor"], "has 19 tokens, and the model's block_size is 16: shorten --start"),
+        (["--start=amor amor amor amor"], "prompt too long: 19 tokens, maximum 16. Shorten --start"),
         ([f"--out_dir={tmp_path / 'nowhere'}"], "no trained model in"),
     ):
         refused = run_lab("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *options)

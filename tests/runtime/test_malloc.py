@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from fradique.distributed.process_group import RankInfo
 from fradique.runtime import device, malloc
 
 linux_only = pytest.mark.skipif(
@@ -95,7 +96,7 @@ def test_only_sharded_runs_return_freed_memory(monkeypatch, parallel, world, exp
     calls = []
     monkeypatch.setattr(malloc, "return_freed_memory", lambda: calls.append("return"))
     monkeypatch.setattr(malloc, "keep_freed_memory", lambda: calls.append("keep"))
-    monkeypatch.setattr(device.process_group, "rank_info", lambda: (0, 0, world))
+    monkeypatch.setattr(device.process_group, "rank_info", lambda: RankInfo(world=world))
     monkeypatch.setattr(device.process_group, "join", lambda *_: None)
     assert device.configure_process("cpu", parallel=parallel).type == "cpu"
     assert calls == [expected]
