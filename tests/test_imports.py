@@ -60,15 +60,15 @@ def test_a_module_imports_only_packages_to_its_left(module):
 
 
 def test_no_module_imports_itself_through_others():
-    done, path = set(), []
+    result, path = set(), []
 
     def visit(module):
         assert module not in path, " -> ".join([*path[path.index(module) :], module])
-        if module not in done:
+        if module not in result:
             path.append(module)
             for name in sorted(IMPORTS[module] & MODULES.keys()):
                 visit(name)
-            done.add(path.pop())
+            result.add(path.pop())
 
     for module in MODULES:
         visit(module)

@@ -53,7 +53,7 @@ def test_the_wheel_trains_and_samples_outside_the_repository(wheel, data_dir, tm
         ["-m", "fradique.pretrained", "export", "--out_dir=run", "--to=exported"],
     ]
     for command in commands:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, *command],
             cwd=tmp_path,
             env={"PYTHONPATH": str(wheel), "PATH": "", "OMP_NUM_THREADS": "1"},
@@ -62,7 +62,7 @@ def test_the_wheel_trains_and_samples_outside_the_repository(wheel, data_dir, tm
             timeout=120,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
+        assert result.returncode == 0, result.stderr
     assert (tmp_path / "exported" / "model.safetensors").exists()
 
 

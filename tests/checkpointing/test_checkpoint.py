@@ -207,11 +207,11 @@ except ValueError as error:
 assert checkpoint.read_checkpoint(run / "best").state["step"] == 1
 assert [p.name for p in run.iterdir()] == ["best"], list(run.iterdir())
 """
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert "could not be written" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "could not be written" in result.stdout
 
 
 def test_kill_9_leaves_no_incomplete_checkpoint(tmp_path):

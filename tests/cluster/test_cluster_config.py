@@ -49,8 +49,8 @@ def test_scripts_are_valid_bash(path):
     assert path.read_text().startswith("#!/bin/bash\n")
     subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
-        done = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+        result = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout
 
 
 def test_run_sh_passes_valid_flags_to_torchrun():
@@ -80,7 +80,7 @@ def run_sh(tmp_path, *arguments, **environment):
         "RUN_ID": "x",
         "RENDEZVOUS": "a:1",
     } | environment
-    done = subprocess.run(
+    result = subprocess.run(
         [CLUSTER / "run.sh", *arguments],
         env=environment,
         cwd=ROOT,
@@ -88,7 +88,7 @@ def run_sh(tmp_path, *arguments, **environment):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     return [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
 
 
@@ -125,11 +125,11 @@ def test_sbatch_accepts_the_options_of_the_scripts():
         pytest.skip("no Slurm controller answers")
     for path in SCRIPTS:
         if path.suffix == ".sbatch":
-            done = subprocess.run(
+            result = subprocess.run(
                 ["sbatch", "--test-only", path], capture_output=True, text=True, check=False
             )
-            assert "invalid" not in done.stderr.lower() and "unrecognized" not in done.stderr.lower(), (
-                done.stderr
+            assert "invalid" not in result.stderr.lower() and "unrecognized" not in result.stderr.lower(), (
+                result.stderr
             )
 
 

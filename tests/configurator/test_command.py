@@ -62,8 +62,8 @@ def toy(folder):
         script = SCRIPT.replace("DEBUG_FIELD", line).replace("COMMON", common)
         Path("toy.py").write_text(script, encoding="utf-8")
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "toy.py", *argv], capture_output=True, text=True, env=env)
-        return done.returncode, done.stdout, done.stderr
+        result = subprocess.run([sys.executable, "toy.py", *argv], capture_output=True, text=True, env=env)
+        return result.returncode, result.stdout, result.stderr
 
     return run
 
@@ -140,9 +140,11 @@ def test_a_closed_stdout_is_not_an_error(toy, flags):
     reading, writing = os.pipe()
     os.close(reading)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "toy.py", *flags], stdout=writing, stderr=subprocess.PIPE, env=env)
+    result = subprocess.run(
+        [sys.executable, "toy.py", *flags], stdout=writing, stderr=subprocess.PIPE, env=env
+    )
     os.close(writing)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (result.returncode, result.stderr) == (141, b"")
 
 
 def test_another_broken_pipe_is_reported(toy):

@@ -71,6 +71,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind):
         line = " ".join(rng.choices(words, k=20_000)) + "\n"
         path.write_text(line * (megabytes * 1_000_000 // len(line.encode())), encoding="utf-8")
         command = [sys.executable, "-c", code, str(path), str(tmp_path / "out"), kind]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout))
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout))
     assert peaks[1] < 250 and peaks[1] - peaks[0] < 16, peaks

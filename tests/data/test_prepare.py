@@ -84,21 +84,21 @@ def test_a_script_runs_from_any_folder_on_a_local_text(script, tmp_path, text_fi
     for i in range(7):
         shutil.copy(text_file, tmp_path / "more" / f"{i}.txt")
     words = ["--input", text_file, tmp_path / "more", "--val_fraction=0.5", "--out_dir", tmp_path / "made"]
-    done = run_prepare(script, *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = run_prepare(script, *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert file_names(tmp_path / "made") == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     meta = json.loads((tmp_path / "made" / "meta.json").read_text(encoding="utf-8"))
     assert sum(split["bytes"] for split in meta["splits"].values()) == 8 * len(STORY.encode())
     assert meta["source"] == "book.txt, 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, 6.txt"
-    assert f"vocabulary of {meta['vocab_size']:,} ({meta['tokenizer']})" in done.stdout
+    assert f"vocabulary of {meta['vocab_size']:,} ({meta['tokenizer']})" in result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
 def test_a_script_explains_its_flags(script, tmp_path):
-    done = run_prepare(script, "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert all(flag in done.stdout for flag in ("--input", "--val_fraction", "--out_dir"))
-    assert ("--tokenizer" in done.stdout) == ("--name" in done.stdout) == (script.parent.name == "custom")
+    result = run_prepare(script, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert all(flag in result.stdout for flag in ("--input", "--val_fraction", "--out_dir"))
+    assert ("--tokenizer" in result.stdout) == ("--name" in result.stdout) == (script.parent.name == "custom")
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
@@ -134,9 +134,9 @@ def test_the_result_ends_with_the_command_that_trains(tmp_path, capsys, next_com
 
 
 def test_the_embedded_corpus_needs_no_network_and_no_flag(clone):
-    done = run_prepare(clone / "data" / "python_char" / "prepare.py", cwd=clone)
-    assert done.returncode == 0, done.stderr
-    assert "next: python train.py config/train_python_char.py" in done.stdout
+    result = run_prepare(clone / "data" / "python_char" / "prepare.py", cwd=clone)
+    assert result.returncode == 0, result.stderr
+    assert "next: python train.py config/train_python_char.py" in result.stdout
     meta = json.loads((clone / "data" / "python_char" / "meta.json").read_text())
     assert meta["vocab_size"] <= 96
 
@@ -144,16 +144,18 @@ def test_the_embedded_corpus_needs_no_network_and_no_flag(clone):
 @pytest.mark.parametrize(("flag", "kind"), [("char", "char"), ("gpt2", "gpt2"), ("bpe:300", "bpe")])
 def test_a_custom_text_gets_the_given_name_and_tokenizer(clone, text_file, flag, kind):
     script = clone / "data" / "custom" / "prepare.py"
-    done = run_prepare(script, "--input", text_file, "--tokenizer", flag, "--name", "os_lusíadas", cwd=clone)
-    assert done.returncode == 0, done.stderr
+    result = run_prepare(
+        script, "--input", text_file, "--tokenizer", flag, "--name", "os_lusíadas", cwd=clone
+    )
+    assert result.returncode == 0, result.stderr
     meta = json.loads((clone / "data" / "os_lusíadas" / "meta.json").read_text(encoding="utf-8"))
     assert meta["tokenizer"] == kind
-    assert "--dataset=os_lusíadas" in done.stdout
+    assert "--dataset=os_lusíadas" in result.stdout
 
 
 @needs_corpora
 def test_eca_from_a_folder_is_the_listed_works_in_order(tmp_path):
-    done = run_prepare(
+    result = run_prepare(
         ROOT / "data" / "eca_char" / "prepare.py",
         "--input",
         CORPORA / "eca",
@@ -161,7 +163,7 @@ def test_eca_from_a_folder_is_the_listed_works_in_order(tmp_path):
         tmp_path,
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     order = [item.name for item in sources.ECA]
     text = b"".join((CORPORA / "eca" / name).read_bytes() for name in order).decode()
     chars = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["chars"]
@@ -204,17 +206,19 @@ def test_a_mistake_gets_one_message_and_leaves_no_files(clone, words, message):
     (folder / "tiny.txt").write_text("a")
     (folder / "latin1.txt").write_bytes("um\ncaf\u00e9".encode("latin-1").replace(b"caf", b""))
     before = sorted(path for path in clone.rglob("*") if "__pycache__" not in path.parts)
-    done = run_prepare(clone / "data" / "custom" / "prepare.py", *words, cwd=folder)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+    result = run_prepare(clone / "data" / "custom" / "prepare.py", *words, cwd=folder)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
     assert sorted(path for path in clone.rglob("*") if "__pycache__" not in path.parts) == before
 
 
 def test_debug_shows_the_traceback(tmp_path):
     script = ROOT / "data" / "custom" / "prepare.py"
     for flag in ("--debug", "--debug=True"):
-        done = run_prepare(script, "--input", "missing.txt", flag, cwd=tmp_path)
-        assert done.returncode == 1 and "Traceback" in done.stderr and "no file or folder" in done.stderr
+        result = run_prepare(script, "--input", "missing.txt", flag, cwd=tmp_path)
+        assert (
+            result.returncode == 1 and "Traceback" in result.stderr and "no file or folder" in result.stderr
+        )
 
 
 def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path, capsys, monkeypatch):
@@ -237,8 +241,10 @@ def test_a_folder_without_write_permission_is_reported(tmp_path, capsys):
 @pytest.mark.parametrize("limit", ["0", "-3"])
 def test_a_number_of_documents_below_one_is_refused(tmp_path, text_file, limit):
     script = ROOT / "data" / "openwebtext" / "prepare.py"
-    done = run_prepare(script, "--input", text_file, "--max_documents", limit, "--out_dir", "x", cwd=tmp_path)
-    assert done.returncode == 2 and "--max_documents" in done.stderr
+    result = run_prepare(
+        script, "--input", text_file, "--max_documents", limit, "--out_dir", "x", cwd=tmp_path
+    )
+    assert result.returncode == 2 and "--max_documents" in result.stderr
     assert file_names(tmp_path) == ["book.txt"]
 
 

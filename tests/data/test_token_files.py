@@ -52,10 +52,10 @@ def test_more_files_than_a_process_may_open_are_read(tmp_path):
     )
     pytest.importorskip("resource")
     write_token_files(tmp_path, [50] * 300)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")  # noqa: PTH112
@@ -138,6 +138,6 @@ def test_memory_does_not_grow_with_the_tokens_read(tmp_path):
     )
     sparse_corpus(tmp_path / "holes", 1)
     command = [sys.executable, "-c", code, str(tmp_path / "holes")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    windows, anonymous, mapped = map(int, done.stdout.split())
-    assert windows > 1_950_000 and anonymous < 20 and mapped < 20, done.stdout
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    windows, anonymous, mapped = map(int, result.stdout.split())
+    assert windows > 1_950_000 and anonymous < 20 and mapped < 20, result.stdout

@@ -165,10 +165,10 @@ def test_a_corpus_of_unusual_characters_is_decoded_unchanged(tmp_path, text, kin
 
 def test_a_line_of_64_mb_needs_less_than_64_mb_of_memory(tmp_path):
     command = [sys.executable, str(SCRIPT), str(64 << 20), "char", str(tmp_path / "made")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    before, peak = map(int, re.findall(r"\d+", done.stdout.rpartition("resident:")[2]))
-    assert peak - before < 64, done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    before, peak = map(int, re.findall(r"\d+", result.stdout.rpartition("resident:")[2]))
+    assert peak - before < 64, result.stdout
 
 
 @pytest.mark.parametrize(

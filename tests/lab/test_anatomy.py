@@ -51,9 +51,9 @@ def test_gpt2_has_the_parameters_of_its_paper():
 def test_the_command_prints_the_table_and_writes_the_diagram(settings, tmp_path):
     run_training(settings)
     options = [f"--out_dir={settings.out_dir}", f"--to={tmp_path / 'a'}"]
-    done = run_lab("lab.anatomy", *options, "--batch=2", "--tokens=8")
-    assert done.returncode == 0, done.stderr
-    assert "2 x 8 x 16" in done.stdout and f"wrote {tmp_path / 'a.svg'}" in done.stdout
+    result = run_lab("lab.anatomy", *options, "--batch=2", "--tokens=8")
+    assert result.returncode == 0, result.stderr
+    assert "2 x 8 x 16" in result.stdout and f"wrote {tmp_path / 'a.svg'}" in result.stdout
     refused = run_lab("lab.anatomy", *options, "--tokens=17")
     assert refused.returncode == 2
     assert "--tokens=17 is more than the block_size of this model, 16" in refused.stderr

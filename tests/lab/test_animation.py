@@ -32,10 +32,10 @@ def test_an_mp4_has_all_its_frames(tmp_path):
     frames = [np.full((33, 64, 3), 20 * i, np.uint8) for i in range(7)]
     animation.write_mp4(frames, tmp_path / "x.mp4", frame_seconds=0.1)
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "x.mp4"]
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, "-f", "rawvideo", "-pix_fmt", "gray", "-"], capture_output=True, check=True
     )
-    log = done.stderr.decode()
+    log = result.stderr.decode()
     assert "Video: h264" in log and "64x32" in log and "10 fps" in log
-    decoded = np.frombuffer(done.stdout, np.uint8).reshape(7, 32, 64).mean((1, 2))
+    decoded = np.frombuffer(result.stdout, np.uint8).reshape(7, 32, 64).mean((1, 2))
     np.testing.assert_allclose(decoded, [20 * i for i in range(7)], atol=4)

@@ -103,12 +103,12 @@ def test_edges_are_causal_and_sorted_by_weight():
 def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
     run_training(settings)
     to = tmp_path / "pictures" / "here"
-    done = run_lab(
+    result = run_lab(
         "lab.attention", f"--out_dir={settings.out_dir}", "--start=amor casa", f"--to={to}",
         f"--save_arrays={tmp_path / 'x.npz'}",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    written = [Path(path) for path in re.findall(r"^wrote (.+)$", done.stdout, re.M)]
+    assert result.returncode == 0, result.stderr
+    written = [Path(path) for path in re.findall(r"^wrote (.+)$", result.stdout, re.M)]
     names = {"here.png", "here.html", "here-3d.html", "here-3d.png", "x.npz"}
     assert {path.name for path in written} == names
     assert imread(to.with_suffix(".png")).std() > 0.05

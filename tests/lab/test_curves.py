@@ -18,26 +18,26 @@ def test_comparing_runs_keeps_the_loss_png_of_each(settings, tmp_path):
     for folder in folders:
         run_training(replace(settings, out_dir=str(folder), max_iters=5))
     (folders[0] / "loss.png").write_bytes(b"of the run itself")
-    done = run_script("lab.curves", f"--out_dir={folders[0]},{folders[1]}")
-    assert done.returncode == 0, done.stderr
+    result = run_script("lab.curves", f"--out_dir={folders[0]},{folders[1]}")
+    assert result.returncode == 0, result.stderr
     written = [folders[0] / "losses.png", folders[0] / "losses.html"]
-    assert done.stdout.split() == ["wrote", str(written[0]), "wrote", str(written[1])]
+    assert result.stdout.split() == ["wrote", str(written[0]), "wrote", str(written[1])]
     assert (folders[0] / "loss.png").read_bytes() == b"of the run itself"
 
 
 def test_the_command_writes_png_page_and_arrays(settings, tmp_path):
     run_training(settings)
     folder = Path(settings.out_dir)
-    done = run_script("lab.curves", f"--out_dir={folder}")
-    assert done.returncode == 0, done.stderr
+    result = run_script("lab.curves", f"--out_dir={folder}")
+    assert result.returncode == 0, result.stderr
     written = [folder / name for name in ("loss.png", "loss.html")]
-    assert done.stdout == "".join(f"wrote {path}\n" for path in written)
+    assert result.stdout == "".join(f"wrote {path}\n" for path in written)
     page = written[1].read_text(encoding="utf-8")
     assert "best validation" in page and "<script src" not in page
-    done = run_script("lab.curves", f"--out_dir={folder}", f"--save_arrays={tmp_path / 'x.npz'}")
-    assert done.returncode == 0, done.stderr
+    result = run_script("lab.curves", f"--out_dir={folder}", f"--save_arrays={tmp_path / 'x.npz'}")
+    assert result.returncode == 0, result.stderr
     arrays = np.load(tmp_path / "x.npz")
     expected = loss_plot.read_curves(folder).evaluated["val"].tolist()
     assert arrays["run evaluated val"].tolist() == expected
-    done = run_script("lab.curves", f"--out_dir={tmp_path}")
-    assert done.returncode == 2 and "has no metrics.jsonl" in done.stderr
+    result = run_script("lab.curves", f"--out_dir={tmp_path}")
+    assert result.returncode == 2 and "has no metrics.jsonl" in result.stderr

@@ -57,8 +57,8 @@ def test_the_initial_model_is_the_one_that_training_starts_from(settings):
 def test_the_command_draws_before_and_after_training(settings, tmp_path, position):
     run_training(replace(settings, position=position))
     options = [f"--to={tmp_path / 'e'}", f"--save_arrays={tmp_path / 'x.npz'}"]
-    done = run_lab("lab.embeddings", f"--out_dir={settings.out_dir}", *options)
-    assert done.returncode == 0, done.stderr
+    result = run_lab("lab.embeddings", f"--out_dir={settings.out_dir}", *options)
+    assert result.returncode == 0, result.stderr
     arrays = np.load(tmp_path / "x.npz")
     n = len(arrays["tokens"])
     assert arrays["tokens tsne before training"].shape == arrays["tokens pca after training"].shape == (n, 2)

@@ -49,13 +49,13 @@ def configs(data_dir, tmp_path):
 def test_runs_are_trained_once_and_compared(configs, tmp_path):
     to, arrays = tmp_path / "pictures" / "journey", tmp_path / "x.npz"
     options = [*configs, f"--to={to}", f"--save_arrays={arrays}"]
-    done = run_script("lab.journey", *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("python train.py ") >= 2 and "is already trained" not in done.stdout
+    result = run_script("lab.journey", *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("python train.py ") >= 2 and "is already trained" not in result.stdout
     for name in ("wide-8", "wide-16"):
         records = metrics_file.read_metrics(tmp_path / name)
         best = min(record["eval_val_loss"] for record in records if "eval_val_loss" in record)
-        assert f"| {name} |" in done.stdout and f"| {best:.3f} |" in done.stdout
+        assert f"| {name} |" in result.stdout and f"| {best:.3f} |" in result.stdout
     assert to.with_suffix(".png").exists() and to.with_suffix(".html").exists()
     columns = np.load(arrays)
     assert columns["parameters"][0] < columns["parameters"][1]
@@ -73,9 +73,9 @@ def test_an_interrupted_run_is_resumed(configs, tmp_path):
     path = tmp_path / "wide-8" / metrics_file.METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("".join(line + "\n" for line in lines if "final_loss" not in line), encoding="utf-8")
-    done = run_script("lab.journey", configs[0], f"--to={tmp_path / 'x'}")
-    assert done.returncode == 0, done.stderr
-    assert "--init_from=resume" in done.stdout
+    result = run_script("lab.journey", configs[0], f"--to={tmp_path / 'x'}")
+    assert result.returncode == 0, result.stderr
+    assert "--init_from=resume" in result.stdout
     assert "final_loss" in json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
 
@@ -91,15 +91,15 @@ def test_a_run_with_other_settings_is_refused(configs, tmp_path):
 
 
 def test_errors_are_reported_before_any_training(configs, tmp_path):
-    done = run_script("lab.journey")
-    assert done.returncode == 2 and "name the configs to compare" in done.stderr
-    done = run_script("lab.journey", configs[0], configs[0])
-    assert done.returncode == 2 and "two of the configs write into the same folder" in done.stderr
-    done = run_script("lab.journey", configs[0], "--n_layers=3")
-    assert done.returncode == 2 and "n_layer" in done.stderr
+    result = run_script("lab.journey")
+    assert result.returncode == 2 and "name the configs to compare" in result.stderr
+    result = run_script("lab.journey", configs[0], configs[0])
+    assert result.returncode == 2 and "two of the configs write into the same folder" in result.stderr
+    result = run_script("lab.journey", configs[0], "--n_layers=3")
+    assert result.returncode == 2 and "n_layer" in result.stderr
     assert not (tmp_path / "wide-8").exists()
-    done = run_script("lab.journey", configs[0], "--dataset=nothing")
-    assert done.returncode == 2 and "ended with status 2: see above" in done.stderr
+    result = run_script("lab.journey", configs[0], "--dataset=nothing")
+    assert result.returncode == 2 and "ended with status 2: see above" in result.stderr
 
 
 def test_a_result_has_the_values_in_the_metrics(settings):

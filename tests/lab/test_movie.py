@@ -67,9 +67,9 @@ def test_the_command_writes_the_animation_and_arrays(settings, how):
     folder = Path(settings.out_dir)
     path = folder / "movie.npz"
     options = [f"--how={how}", "--seconds=1", "--fps=4", f"--save_arrays={path}"]
-    done = run_lab("lab.movie", f"--out_dir={folder}", *options)
-    assert done.returncode == 0, done.stderr
-    assert f"wrote {folder / 'movie.gif'}" in done.stdout
+    result = run_lab("lab.movie", f"--out_dir={folder}", *options)
+    assert result.returncode == 0, result.stderr
+    assert f"wrote {folder / 'movie.gif'}" in result.stdout
     with Image.open(folder / "movie.gif") as gif:
         assert gif.n_frames == 4
     arrays = np.load(path)
@@ -79,13 +79,13 @@ def test_the_command_writes_the_animation_and_arrays(settings, how):
 
 
 def test_missing_runs_and_snapshots_are_reported(settings, tmp_path):
-    done = run_lab("lab.movie", f"--out_dir={tmp_path / 'nothing'}")
-    assert done.returncode == 2 and "no trained model in" in done.stderr
+    result = run_lab("lab.movie", f"--out_dir={tmp_path / 'nothing'}")
+    assert result.returncode == 2 and "no trained model in" in result.stderr
     run_training(settings)
-    done = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
-    assert done.returncode == 2 and "train with --snapshot_interval=50" in done.stderr
+    result = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
+    assert result.returncode == 2 and "train with --snapshot_interval=50" in result.stderr
     single = replace(settings, overwrite=True, max_iters=0, snapshot_interval=5)
-    done = run_script("train.py", *flags(single))
-    assert done.returncode == 0, done.stderr
-    done = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
-    assert done.returncode == 2 and "an animation needs two" in done.stderr
+    result = run_script("train.py", *flags(single))
+    assert result.returncode == 0, result.stderr
+    result = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
+    assert result.returncode == 2 and "an animation needs two" in result.stderr

@@ -35,9 +35,9 @@ def test_a_report_is_complete_and_self_contained(settings, position):
     settings = replace(settings, position=position, sample_interval=10, snapshot_interval=5)
     run_training(settings)
     folder = Path(settings.out_dir)
-    done = run_lab("lab.report", f"--out_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"wrote {folder / 'report.html'}\n"
+    result = run_lab("lab.report", f"--out_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"wrote {folder / 'report.html'}\n"
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<h2 id=[^>]*>([^<]*)</h2>", text) == SECTIONS
     for anchor in re.findall(r'<a href="#([^"]*)"', text):
@@ -55,17 +55,17 @@ def test_missing_parts_are_mentioned_in_the_report(settings):
     run_training(replace(settings, position="rope"))
     folder = Path(settings.out_dir)
     (folder / metrics_file.SAMPLES_FILE).unlink()
-    done = run_lab("lab.report", f"--out_dir={folder}", "--start=ola")
-    assert done.returncode == 0, done.stderr
+    result = run_lab("lab.report", f"--out_dir={folder}", "--start=ola")
+    assert result.returncode == 0, result.stderr
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "The run has no samples" in text and "Train with --snapshot_interval=50" in text
 
 
 def test_a_report_without_a_run_is_refused(settings, tmp_path):
-    done = run_lab("lab.report", f"--out_dir={tmp_path / 'nothing'}")
-    assert done.returncode == 2 and "no trained model in" in done.stderr
-    done = run_lab("lab.report", "--init_from=gpt2")
-    assert done.returncode == 2 and "a report is made from a run folder" in done.stderr
+    result = run_lab("lab.report", f"--out_dir={tmp_path / 'nothing'}")
+    assert result.returncode == 2 and "no trained model in" in result.stderr
+    result = run_lab("lab.report", "--init_from=gpt2")
+    assert result.returncode == 2 and "a report is made from a run folder" in result.stderr
 
 
 def test_the_number_of_edges_is_limited():

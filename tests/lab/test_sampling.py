@@ -48,10 +48,10 @@ def test_the_command_compares_greedy_and_sampled_text(settings, tmp_path):
     run_training(settings)
     options = [f"--out_dir={settings.out_dir}", "--start=amor", f"--to={tmp_path / 's'}", "--tokens=120"]
     options += ["--temperatures=0,1", "--samples=2", f"--save_arrays={tmp_path / 'x'}"]
-    done = run_lab("lab.sampling", *options)
-    assert done.returncode == 0, done.stderr
-    greedy = re.search(r"^\| greedy \|(.+)\|$", done.stdout, re.M)[1].split("|")
-    sampled = re.search(r"^\| temperature 1 \|(.+)\|$", done.stdout, re.M)[1].split("|")
+    result = run_lab("lab.sampling", *options)
+    assert result.returncode == 0, result.stderr
+    greedy = re.search(r"^\| greedy \|(.+)\|$", result.stdout, re.M)[1].split("|")
+    sampled = re.search(r"^\| temperature 1 \|(.+)\|$", result.stdout, re.M)[1].split("|")
     assert float(greedy[3]) < float(sampled[3])  # distinct-4
     assert "tokens" in greedy[-1] and "–" in sampled[-1]  # after 20 steps, greedy text loops
     arrays = np.load(tmp_path / "x.npz")

@@ -58,10 +58,10 @@ def test_the_command_compares_texts_and_runs(settings, tmp_path):
         f"--to={tmp_path / 't'}",
         f"--save_arrays={tmp_path / 'x.npz'}",
     ]
-    done = run_lab("lab.tokenizers", *options, f"--out_dir={settings.out_dir}")
-    assert done.returncode == 0, done.stderr
-    assert f"| characters | {len(set(TEXT))} | {len(TEXT):,} |" in done.stdout
-    assert re.search(r"^run: \d\.\d+ bits per byte", done.stdout, re.M)
+    result = run_lab("lab.tokenizers", *options, f"--out_dir={settings.out_dir}")
+    assert result.returncode == 0, result.stderr
+    assert f"| characters | {len(set(TEXT))} | {len(TEXT):,} |" in result.stdout
+    assert re.search(r"^run: \d\.\d+ bits per byte", result.stdout, re.M)
     assert np.load(tmp_path / "x.npz")["characters"].shape == (len(TEXT),)
     assert (tmp_path / "t.png").stat().st_size > 5000
     assert 'class="token"' in (tmp_path / "t.html").read_text(encoding="utf-8")

@@ -69,9 +69,9 @@ def test_the_command_writes_pictures_a_page_and_arrays(settings, tmp_path):
     run_training(settings)
     to = tmp_path / "next"
     options = [f"--out_dir={settings.out_dir}", f"--to={to}", f"--save_arrays={tmp_path / 'x'}"]
-    done = run_lab("lab.tokens", "--start=amor\ncas", "--top=8", *options)
-    assert done.returncode == 0, done.stderr
-    written = [Path(path).name for path in re.findall(r"^wrote (.+)$", done.stdout, re.M)]
+    result = run_lab("lab.tokens", "--start=amor\ncas", "--top=8", *options)
+    assert result.returncode == 0, result.stderr
+    written = [Path(path).name for path in re.findall(r"^wrote (.+)$", result.stdout, re.M)]
     assert sorted(written) == ["next.gif", "next.html", "next.png", "x.npz"]
     with Image.open(to.with_suffix(".gif")) as gif:
         assert gif.n_frames > 20

@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler here: ap
 
 
 def build(out, *flags, source=FILE):
-    done = subprocess.run(
+    result = subprocess.run(
         [COMPILER, *WARNINGS, *flags, str(source), "-o", str(out), "-lm"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     return out
 
 
@@ -52,9 +52,9 @@ def run(folder, *options, program="gpt2", heads=True, refused=False):
     what it has."""
     command = [str(folder / program), *map(str, options), *(["--heads=2"] if heads else [])]
     environment = os.environ | {"ASAN_OPTIONS": f"detect_leaks={int(not refused)}"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-    assert "Sanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr
-    return done
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr, result.stderr
+    return result
 
 
 def figures(word, text):
@@ -66,13 +66,13 @@ def tokens_of(folder):
 
 
 def test_loss_and_logits_are_those_of_transformers(folder, theirs):
-    done = run(
+    result = run(
         folder, "loss", "model.safetensors", "tokens.bin", "--block=9", "--batch=4", "--logits=logits.bin"
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     tokens = tokens_of(folder)
     logits, loss = loss_of(theirs, tokens[:99].reshape(11, 9), tokens[1:100].reshape(11, 9))
-    assert figures("loss", done.stdout)[0] == pytest.approx(loss.item(), abs=1e-5)
+    assert figures("loss", result.stdout)[0] == pytest.approx(loss.item(), abs=1e-5)
     ours = np.fromfile(folder / "logits.bin", np.float32).reshape(11, 9, 50)
     assert ours == pytest.approx(logits.detach().numpy(), abs=1e-4)
 
@@ -105,8 +105,8 @@ ONE_STEP = (
 
 
 def test_every_gradient_is_that_of_transformers(folder, theirs):
-    done = run(folder, *ONE_STEP)
-    assert done.returncode == 0, done.stderr
+    result = run(folder, *ONE_STEP)
+    assert result.returncode == 0, result.stderr
     apart = theirs_far_from(folder, theirs, folder / "g.safetensors")
     assert all(distance < 1e-3 for distance in apart.values()), apart  # and none is no number
 
@@ -116,8 +116,8 @@ def test_with_openmp_and_wide_vectors_it_is_the_same(folder, theirs):
     build(folder / "fast", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
     run(folder, *ONE_STEP)
     slow = load_file(folder / "g.safetensors")
-    done = run(folder, *ONE_STEP, program="fast")
-    assert done.returncode == 0, done.stderr
+    result = run(folder, *ONE_STEP, program="fast")
+    assert result.returncode == 0, result.stderr
     fast = load_file(folder / "g.safetensors")
     for name, gradient in slow.items():
         assert fast[name] == pytest.approx(gradient, rel=1e-3, abs=1e-5), name
@@ -136,33 +136,33 @@ def test_a_model_wide_enough_for_every_loop_is_that_of_transformers(folder, tmp_
     for name in ("gpt2", "fast"):
         if (folder / name).exists():
             (tmp_path / name).symlink_to(folder / name)
-    done = run(tmp_path, *ONE_STEP, program=program, heads=False)
-    assert done.returncode == 0, done.stderr
+    result = run(tmp_path, *ONE_STEP, program=program, heads=False)
+    assert result.returncode == 0, result.stderr
     apart = theirs_far_from(tmp_path, wide, tmp_path / "g.safetensors")
     assert all(distance < 1e-3 for distance in apart.values()), apart
-    done = run(tmp_path, "generate", "model.safetensors", "tokens.bin", program=program, heads=False)
-    assert done.returncode == 0, done.stderr
+    result = run(tmp_path, "generate", "model.safetensors", "tokens.bin", program=program, heads=False)
+    assert result.returncode == 0, result.stderr
     written, window = tokens_of(tmp_path)[:8].tolist(), 8
     for _ in range(40):
         window = 8 if window > 16 else window
         with torch.no_grad():
             written.append(int(wide(torch.tensor([written[-window:]])).logits[0, -1].argmax()))
         window += 1
-    assert [int(part) for part in done.stdout.split(",")] == written[8:]
+    assert [int(part) for part in result.stdout.split(",")] == written[8:]
 
 
 def test_ten_steps_of_adamw_follow_torch(folder, theirs):
-    done = run(
+    result = run(
         folder, "train", "model.safetensors", "tokens.bin", "--steps=10", "--block=8", "--batch=3",
         "--learning_rate=0.01", "--out=trained.safetensors",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     matrices = [p for p in theirs.parameters() if p.ndim > 1]
     vectors = [p for p in theirs.parameters() if p.ndim == 1]
     before = {name: weight.clone() for name, weight in theirs.state_dict().items()}
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     torchs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
-    tokens, losses = tokens_of(folder), figures("loss", done.stdout)
+    tokens, losses = tokens_of(folder), figures("loss", result.stdout)
     assert len(losses) == 10
     for step, mine in enumerate(losses):
         starts = [(step * 3 + row) % 12 * 8 for row in range(3)]  # windows side by side, then the first again
@@ -187,15 +187,15 @@ def test_ten_steps_of_adamw_follow_torch(folder, theirs):
 
 @pytest.mark.parametrize("begin", [3, 16, 17, 40])
 def test_it_writes_what_transformers_writes_and_past_the_block_too(folder, theirs, begin):
-    done = run(folder, "generate", "model.safetensors", "tokens.bin", f"--prompt={begin}", "--count=30")
-    assert done.returncode == 0, done.stderr
+    result = run(folder, "generate", "model.safetensors", "tokens.bin", f"--prompt={begin}", "--count=30")
+    assert result.returncode == 0, result.stderr
     written, window = tokens_of(folder)[:begin].tolist(), min(begin, 16)
     for _ in range(30):
         window = 8 if window > 16 else window  # the block is full: its last half is read anew
         with torch.no_grad():
             written.append(int(theirs(torch.tensor([written[-window:]])).logits[0, -1].argmax()))
         window += 1
-    assert [int(part) for part in done.stdout.split(",")] == written[begin:]
+    assert [int(part) for part in result.stdout.split(",")] == written[begin:]
     assert len(set(written)) > 7
 
 
@@ -206,8 +206,8 @@ def test_more_rows_at_a_time_than_there_are_take_no_more_memory(folder, theirs):
 
 
 def test_what_it_writes_is_read_again(folder, theirs):
-    done = run(folder, "train", "model.safetensors", "tokens.bin", "--steps=0", "--out=same.safetensors")
-    assert done.returncode == 0, done.stderr
+    result = run(folder, "train", "model.safetensors", "tokens.bin", "--steps=0", "--out=same.safetensors")
+    assert result.returncode == 0, result.stderr
     for name, weight in load_file(folder / "same.safetensors").items():
         assert np.array_equal(weight, load_file(folder / "model.safetensors")["transformer." + name])
     lines = [run(folder, "loss", f"{name}.safetensors", "tokens.bin").stdout for name in ("same", "model")]
@@ -299,17 +299,17 @@ LIES = {
 def test_a_file_that_lies_is_refused_with_a_message(folder, name):
     content, words = LIES[name]
     (folder / "lie.safetensors").write_bytes(content)
-    done = run(folder, "loss", "lie.safetensors", "tokens.bin", heads=False, refused=True)
-    assert done.returncode == 1 and words in done.stderr and done.stdout == "", done.stderr
-    assert done.stderr.startswith("gpt2: lie.safetensors")
+    result = run(folder, "loss", "lie.safetensors", "tokens.bin", heads=False, refused=True)
+    assert result.returncode == 1 and words in result.stderr and result.stdout == "", result.stderr
+    assert result.stderr.startswith("gpt2: lie.safetensors")
 
 
 def test_a_file_cut_anywhere_is_refused(folder, theirs):
     whole = (folder / "model.safetensors").read_bytes()
     for length in (0, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         (folder / "lie.safetensors").write_bytes(whole[:length])
-        done = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
-        assert done.returncode == 1 and "lie.safetensors" in done.stderr
+        result = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
+        assert result.returncode == 1 and "lie.safetensors" in result.stderr
 
 
 def test_a_gpt2_with_something_wrong_is_refused(folder, theirs):
@@ -330,8 +330,8 @@ def test_a_gpt2_with_something_wrong_is_refused(folder, theirs):
     ]
     for tensors, words in cases:
         save_file(tensors, folder / "lie.safetensors")
-        done = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
-        assert done.returncode == 1 and words in done.stderr, done.stderr
+        result = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
+        assert result.returncode == 1 and words in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -366,13 +366,13 @@ def test_bad_input_gets_a_message(folder, theirs, options, words):
     (folder / "odd.bin").write_bytes(b"123")
     np.full(40, 50, "<u2").tofile(folder / "high.bin")
     np.zeros(5, "<u2").tofile(folder / "few.bin")
-    done = run(folder, *options, heads="--heads=5" not in options, refused=True)
-    assert done.returncode == 1 and words in done.stderr, done.stderr
+    result = run(folder, *options, heads="--heads=5" not in options, refused=True)
+    assert result.returncode == 1 and words in result.stderr, result.stderr
 
 
 def test_without_arguments_it_tells_its_usage(folder):
-    done = run(folder, heads=False)
-    assert done.returncode == 2 and "usage: gpt2 loss|generate|train" in done.stderr
+    result = run(folder, heads=False)
+    assert result.returncode == 2 and "usage: gpt2 loss|generate|train" in result.stderr
 
 
 # Mutations: a wrong sign in each backward pass
@@ -411,8 +411,8 @@ def test_a_wrong_sign_in_any_backward_pass_is_noticed(folder, theirs, tmp_path, 
     (tmp_path / "mutant.c").write_text(source.replace(before, after), encoding="utf-8")
     build(folder / f"mutant{n}", "-O0", source=tmp_path / "mutant.c")
     options = [*ONE_STEP[:-1], f"--gradients=g{n}.safetensors"]
-    done = run(folder, *options, program=f"mutant{n}")
-    assert done.returncode == 0, done.stderr
+    result = run(folder, *options, program=f"mutant{n}")
+    assert result.returncode == 0, result.stderr
     apart = theirs_far_from(folder, theirs, folder / f"g{n}.safetensors")
     assert not all(distance < 1e-3 for distance in apart.values())
     (folder / f"mutant{n}").unlink()

@@ -225,13 +225,13 @@ def folder(saved):
 
 
 def test_the_command_measures_the_loss_of_a_file(both, folder):
-    done = run(
+    result = run(
         "loss", "--weights=model.safetensors", "--tokens=tokens.bin", "--block=8", "--batch=5", cwd=folder
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     tokens = np.fromfile(folder / "tokens.bin", "<u2").astype(np.int64)
     _, expected = loss_of(both[0], tokens[:96].reshape(12, 8), tokens[1:97].reshape(12, 8))
-    assert float(re.search(r"loss ([\d.]+)", done.stdout).group(1)) == pytest.approx(
+    assert float(re.search(r"loss ([\d.]+)", result.stdout).group(1)) == pytest.approx(
         expected.item(), abs=1e-5
     )
 
@@ -239,9 +239,9 @@ def test_the_command_measures_the_loss_of_a_file(both, folder):
 def test_the_command_trains_and_what_it_writes_is_a_gpt2(folder, tmp_path):
     out = tmp_path / "trained.safetensors"
     options = ("--steps=30", "--block=8", "--learning_rate=0.01", f"--out={out}")
-    done = run("train", "--weights=model.safetensors", "--tokens=tokens.bin", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    result = run("train", "--weights=model.safetensors", "--tokens=tokens.bin", *options, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout)]
     assert len(losses) == 30 and losses[-1] < losses[0] - 1
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     trained = reference.load(out)
@@ -251,11 +251,11 @@ def test_the_command_trains_and_what_it_writes_is_a_gpt2(folder, tmp_path):
 
 
 def test_the_command_writes(both, folder):
-    done = run("generate", "--weights=model.safetensors", "--ids=5,31,7", "--count=6", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert [int(part) for part in done.stdout.split(",")] == both[1].generate([5, 31, 7], 6)
-    done = run("generate", "--weights=model.safetensors", "--tokens=tokens.bin", "--count=2", cwd=folder)
-    assert done.returncode == 0 and done.stdout.count(",") == 1
+    result = run("generate", "--weights=model.safetensors", "--ids=5,31,7", "--count=6", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert [int(part) for part in result.stdout.split(",")] == both[1].generate([5, 31, 7], 6)
+    result = run("generate", "--weights=model.safetensors", "--tokens=tokens.bin", "--count=2", cwd=folder)
+    assert result.returncode == 0 and result.stdout.count(",") == 1
 
 
 @pytest.mark.parametrize(
@@ -316,8 +316,10 @@ def test_bad_input_gets_a_message(folder, options, words):
     wte = "transformer.wte.weight"
     save_file(weights | {wte: weights[wte].reshape(-1)}, folder / "flat.safetensors")
     save_file(weights | {"transformer.h.0.extra": weights[name]}, folder / "more.safetensors")
-    done = run(*options, cwd=folder)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    result = run(*options, cwd=folder)
+    assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr, (
+        result.stderr
+    )
 
 
 def test_heads_are_those_of_the_config_beside_the_weights(saved, tmp_path):

@@ -173,20 +173,20 @@ def run(*options, cwd):
 
 def test_the_command_learns_a_text_before_ones_eyes(tmp_path):
     (tmp_path / "book.txt").write_text("a figura é poética. " * 30, encoding="utf-8")
-    done = run("--input=book.txt", "--steps=60", "--block=8", "--batch=4", "--write=40", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    by_frequency = float(re.search(r"by frequency ([\d.]+)", done.stdout).group(1))
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)  ", done.stdout)]
+    result = run("--input=book.txt", "--steps=60", "--block=8", "--batch=4", "--write=40", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    by_frequency = float(re.search(r"by frequency ([\d.]+)", result.stdout).group(1))
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)  ", result.stdout)]
     assert len(losses) == 3 and losses[-1] < by_frequency / 2
-    assert "po" in done.stdout.splitlines()[-1]
+    assert "po" in result.stdout.splitlines()[-1]
 
 
 def test_what_a_terminal_cannot_show_does_not_end_it_with_an_error(tmp_path):
     (tmp_path / "book.txt").write_text("é poética. " * 30, encoding="utf-8")
     command = [sys.executable, str(FILE), "--input=book.txt", "--steps=2", "--write=40"]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=ascii_only, check=False)
-    assert done.returncode == 0 and b"?" in done.stdout
+    result = subprocess.run(command, capture_output=True, cwd=tmp_path, env=ascii_only, check=False)
+    assert result.returncode == 0 and b"?" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_bad_input_gets_a_message(options, words, tmp_path):
     (tmp_path / "short.txt").write_text("abc")
     (tmp_path / "long.txt").write_text("abc" * 10)
     (tmp_path / "latin.txt").write_bytes("coração".encode("latin-1"))
-    done = run(*options, cwd=tmp_path)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    result = run(*options, cwd=tmp_path)
+    assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_wrong_sign_in_any_backward_pass_is_noticed():

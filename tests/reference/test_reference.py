@@ -43,9 +43,9 @@ def test_the_files_that_the_notes_name_are_there():
 def test_make_reference_builds_the_c_program(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(FOLDER, tmp_path / "reference", ignore=shutil.ignore_patterns("build", "__pycache__"))
-    done = subprocess.run(
+    result = subprocess.run(
         ["make", "reference", "CFLAGS=-O0"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     told = subprocess.run([tmp_path / "reference/build/gpt2"], capture_output=True, text=True, check=False)
     assert told.returncode == 2 and "usage: gpt2" in told.stderr

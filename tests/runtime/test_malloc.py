@@ -20,8 +20,8 @@ linux_only = pytest.mark.skipif(
 def run_python(code, environ=None):
     """The number that `code` prints in a new process."""
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environ)
-    return int(done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environ)
+    return int(result.stdout)
 
 
 HUGE_PAGES = """

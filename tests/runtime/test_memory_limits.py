@@ -54,18 +54,18 @@ def test_a_run_that_does_not_fit_gets_advice_that_works(kind, data_dir, tmp_path
         "--max_iters=1", "--learning_rate=1e-3", "--sample_tokens=2",
     ]  # fmt: skip
     too_large = ["--batch_size=32", "--gradient_accumulation_steps=1"]
-    done = train_with_limit(kind, 420, *flags, *too_large)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    warning, error, *_ = done.stderr.splitlines()
+    result = train_with_limit(kind, 420, *flags, *too_large)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    warning, error, *_ = result.stderr.splitlines()
     assert warning.startswith("warning: this run may run out of memory")
     assert error.startswith("error: out of memory: ") and "What would fit: --batch_size=" in error
-    assert len(re.findall("error:", done.stderr)) == 1
+    assert len(re.findall("error:", result.stderr)) == 1
     saved = sorted(path.name for path in out.iterdir() if path.name.startswith("step-"))
     assert saved == ["step-00000000"]  # a complete checkpoint, from which the next command resumes
     suggested = re.search(r"What would fit: ([^;]*)", error)[1].split()
-    done = train_with_limit(kind, 420, "--init_from=resume", *flags, *suggested)
-    assert done.returncode == 0, done.stderr
-    assert "resuming at step 0" in done.stdout and (out / "step-00000001").exists()
+    result = train_with_limit(kind, 420, "--init_from=resume", *flags, *suggested)
+    assert result.returncode == 0, result.stderr
+    assert "resuming at step 0" in result.stdout and (out / "step-00000001").exists()
 
 
 def report(error, plan=None, device="cpu"):

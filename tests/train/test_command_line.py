@@ -21,11 +21,11 @@ from train import TrainSettings
 
 def error_of(settings, *words, **options):
     """The message of a command line with a mistake."""
-    done = run_script("train.py", *flags(settings), *words, **options)
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "--debug=True" not in done.stderr
-    return done.stderr
+    result = run_script("train.py", *flags(settings), *words, **options)
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and "--debug=True" not in result.stderr
+    return result.stderr
 
 
 def test_all_mistakes_are_reported_at_once_with_suggestions(settings, tmp_path):
@@ -119,8 +119,8 @@ def test_overwrite_deletes_only_files_of_a_run(settings):
     run_training(replace(settings, max_iters=2))
     mine = Path(settings.out_dir) / "notes.txt"
     mine.write_text("mine")
-    done = run_script("train.py", *flags(replace(settings, max_iters=1)), "--overwrite")
-    assert done.returncode == 0, done.stderr
+    result = run_script("train.py", *flags(replace(settings, max_iters=1)), "--overwrite")
+    assert result.returncode == 0, result.stderr
     assert mine.read_text() == "mine"
     assert [p.name for p in checkpoint.step_folders(Path(settings.out_dir))] == [
         "step-00000000",
@@ -226,15 +226,15 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(settings):
     resource = pytest.importorskip("resource")
     run_training(replace(settings, max_iters=5))
     folder = Path(settings.out_dir)
-    done = run_script(
+    result = run_script(
         "train.py",
         "--init_from=resume",
         f"--out_dir={folder}",
         "--max_iters=10",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
     )
-    assert done.returncode == 2, done.stderr
-    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert result.returncode == 2, result.stderr
+    assert "could not be written" in result.stderr and "Traceback" not in result.stderr
     assert checkpoint.read_checkpoint(checkpoint.newest_checkpoint(folder, print)).state["step"] == 5
     assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
 
@@ -244,19 +244,19 @@ def test_missing_weights_are_rejected(settings):
 
 
 def test_help_and_print_settings_write_nothing(settings):
-    done = run_script("train.py", "--help")
-    assert done.returncode == 0 and "--n_layer" in done.stdout and "optimizer:" in done.stdout
-    assert "--help=all" in done.stdout and "--rope_theta" not in done.stdout
-    done = run_script("train.py", "--help=all")
-    assert done.returncode == 0 and all(f"--{name} " in done.stdout for name in vars(TrainSettings()))
-    done = run_script("train.py", *flags(settings), "--print_settings")
-    assert done.returncode == 0 and re.search(r"^n_layer = 2 +# --n_layer$", done.stdout, re.MULTILINE)
+    result = run_script("train.py", "--help")
+    assert result.returncode == 0 and "--n_layer" in result.stdout and "optimizer:" in result.stdout
+    assert "--help=all" in result.stdout and "--rope_theta" not in result.stdout
+    result = run_script("train.py", "--help=all")
+    assert result.returncode == 0 and all(f"--{name} " in result.stdout for name in vars(TrainSettings()))
+    result = run_script("train.py", *flags(settings), "--print_settings")
+    assert result.returncode == 0 and re.search(r"^n_layer = 2 +# --n_layer$", result.stdout, re.MULTILINE)
     assert not Path(settings.out_dir).exists()
 
 
 def test_debug_shows_the_traceback(settings):
-    done = run_script("train.py", *flags(settings), "--dataset=nowhere", "--debug=True")
-    assert done.returncode == 2 and "Traceback" in done.stderr
+    result = run_script("train.py", *flags(settings), "--dataset=nowhere", "--debug=True")
+    assert result.returncode == 2 and "Traceback" in result.stderr
 
 
 NANOGPT = {  # the assignments of nanoGPT's config files
@@ -328,13 +328,13 @@ init_from = 'gpt2-xl'
 @pytest.mark.parametrize("name", NANOGPT)
 def test_nanogpt_config_files_run_unchanged(tmp_path, name):
     (tmp_path / name).write_text(NANOGPT[name])
-    done = run_script("train.py", tmp_path / name, "--print_settings")
-    assert done.returncode == 0, done.stderr
+    result = run_script("train.py", tmp_path / name, "--print_settings")
+    assert result.returncode == 0, result.stderr
     for line in NANOGPT[name].strip().splitlines():
         if "=" in line and "time" not in line:
             key = line.split("=")[0].strip()
             assert re.search(
-                rf"^{key} = .*# {re.escape(str(tmp_path / name))}$", done.stdout, re.MULTILINE
+                rf"^{key} = .*# {re.escape(str(tmp_path / name))}$", result.stdout, re.MULTILINE
             ), key
 
 
@@ -352,8 +352,8 @@ def test_nanogpt_corpora_train(settings, tmp_path):
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     _, t = run_training(replace(settings, data_dir=str(tmp_path / "data"), dataset="nanogpt"))
     assert t.model.config.vocab_size == len(chars)
-    done = run_script("sample.py", f"--out_dir={settings.out_dir}", "--start=amor", "--max_new_tokens=5")
-    assert done.returncode == 0 and done.stdout.startswith("amor"), done.stderr
+    result = run_script("sample.py", f"--out_dir={settings.out_dir}", "--start=amor", "--max_new_tokens=5")
+    assert result.returncode == 0 and result.stdout.startswith("amor"), result.stderr
 
 
 def test_a_malicious_meta_pkl_is_not_executed(settings, tmp_path):

@@ -128,11 +128,11 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_with_the_same_messag
 
 
 def test_eval_only_reports_and_writes_nothing(settings, capsys):
-    done = run_script("train.py", *flags(replace(settings, eval_only=True)))
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"train loss \d.*val loss \d", done.stdout)
+    result = run_script("train.py", *flags(replace(settings, eval_only=True)))
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"train loss \d.*val loss \d", result.stdout)
     assert re.search(
-        r"whole validation split: loss \d\.\d+, perplexity \d+\.\d+, \d\.\d+ bits per byte", done.stdout
+        r"whole validation split: loss \d\.\d+, perplexity \d+\.\d+, \d\.\d+ bits per byte", result.stdout
     )
     assert not Path(settings.out_dir).exists()
 

@@ -291,34 +291,34 @@ def test_two_processes_resume_to_the_last_bit(settings, tmp_path):
     assert torchrun(2, *flags(whole)).returncode == 0
     # the schedule must not know of the shorter run
     assert torchrun(2, *flags(replace(parts, max_iters=5, lr_decay_iters=10))).returncode == 0
-    done = torchrun(2, "--init_from=resume", f"--out_dir={parts.out_dir}", "--max_iters=10")
-    assert done.returncode == 0, done.stderr
+    result = torchrun(2, "--init_from=resume", f"--out_dir={parts.out_dir}", "--max_iters=10")
+    assert result.returncode == 0, result.stderr
     assert losses(parts.out_dir) == losses(whole.out_dir)
     assert same_folder(*(Path(x.out_dir) / "step-00000010" for x in (whole, parts)))
 
 
 def test_resume_takes_the_settings_of_the_run_and_lets_flags_win(settings, tmp_path):
     run_training(settings)
-    done = run_script(
+    result = run_script(
         "train.py",
         "--init_from=resume",
         f"--out_dir={settings.out_dir}",
         "--max_iters=22",
         "--print_settings",
     )
-    assert re.search(r"^n_layer = 2 +# .*settings.json$", done.stdout, re.MULTILINE)
-    assert re.search(r"^max_iters = 22 +# --max_iters$", done.stdout, re.MULTILINE)
-    done = run_script("train.py", "--init_from=resume", f"--out_dir={settings.out_dir}", "--max_iters=22")
-    assert done.returncode == 0, done.stderr
-    assert "resuming at step 20" in done.stdout
+    assert re.search(r"^n_layer = 2 +# .*settings.json$", result.stdout, re.MULTILINE)
+    assert re.search(r"^max_iters = 22 +# --max_iters$", result.stdout, re.MULTILINE)
+    result = run_script("train.py", "--init_from=resume", f"--out_dir={settings.out_dir}", "--max_iters=22")
+    assert result.returncode == 0, result.stderr
+    assert "resuming at step 20" in result.stdout
     assert max(losses(settings.out_dir)) == 22
 
 
 def test_a_run_that_was_overwritten_can_be_resumed(settings):
     run_training(replace(settings, max_iters=5))
     run_training(replace(settings, max_iters=5, overwrite=True))
-    done = run_script("train.py", "--init_from=resume", f"--out_dir={settings.out_dir}", "--max_iters=6")
-    assert done.returncode == 0, done.stderr
+    result = run_script("train.py", "--init_from=resume", f"--out_dir={settings.out_dir}", "--max_iters=6")
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
@@ -338,8 +338,8 @@ def test_wandb_gets_the_metrics_and_a_resumed_run_goes_on_under_its_id(settings,
     folder = Path(settings.out_dir)
     begin = flags(replace(settings, wandb_log=True, wandb_project="p", max_iters=3))
     for words in (begin, ["--init_from=resume", f"--out_dir={folder}", "--max_iters=5"]):
-        done = run_script("train.py", *words, env=env)
-        assert done.returncode == 0, done.stderr
+        result = run_script("train.py", *words, env=env)
+        assert result.returncode == 0, result.stderr
     logs = sorted(folder.glob("wandb/offline-run-*/*.wandb"))  # the folders are named by the time
     assert [path.name for path in logs] == [f"run-{(folder / 'wandb_id.txt').read_text()}.wandb"] * 2
     contents = [path.read_bytes() for path in logs]

@@ -126,9 +126,9 @@ def test_the_block_may_be_cropped_and_dropout_set_on_given_weights(settings, bas
 def test_what_makes_no_sense_is_told_before_anything_is_written(settings, data_dir, words, said):
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4"]
     place = [f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={settings.out_dir}", "--device=cpu"]
-    done = run_script("train.py", *shape, *place, *words)
-    assert done.returncode == 2
-    assert said in done.stderr and "Traceback" not in done.stderr
+    result = run_script("train.py", *shape, *place, *words)
+    assert result.returncode == 2
+    assert said in result.stderr and "Traceback" not in result.stderr
     assert not Path(settings.out_dir).exists()
 
 

@@ -150,11 +150,11 @@ def test_a_failing_compiler_gives_one_warning_and_the_same_numbers(settings, tmp
 def test_a_compiled_run_equals_the_eager_run(settings, tmp_path):
     settings = replace(settings, dropout=0.0, max_iters=6, n_layer=1)
     run_training(settings)
-    done = run_script(
+    result = run_script(
         "train.py", *flags(replace(settings, out_dir=str(tmp_path / "b"), compile=True)), timeout=280
     )
-    assert done.returncode == 0, done.stderr
-    assert "torch.compile failed" not in done.stderr
+    assert result.returncode == 0, result.stderr
+    assert "torch.compile failed" not in result.stderr
     for step, loss in losses(settings.out_dir).items():
         assert losses(tmp_path / "b")[step] == pytest.approx(loss, abs=1e-4)
 
@@ -186,9 +186,9 @@ def test_two_processes_give_the_losses_of_one(settings, tmp_path, batch_size, ac
     )
     run_training(settings)
     other = replace(settings, out_dir=str(tmp_path / "two"))
-    done = torchrun(2, *flags(other))
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stdout and done.stdout.count("going") <= 1
+    result = torchrun(2, *flags(other))
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout and result.stdout.count("going") <= 1
     alone, together = losses(settings.out_dir), losses(other.out_dir)
     assert alone.keys() == together.keys()
     for step, loss in alone.items():

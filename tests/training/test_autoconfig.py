@@ -172,10 +172,10 @@ def test_a_run_says_what_was_chosen_and_keeps_it_when_it_is_resumed(data_dir, tm
     folder = tmp_path / "run"
     words = ["config/auto.py", f"--out_dir={folder}", f"--data_dir={data_dir}", "--dataset=tiny"]
     words += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
-    done = run_script("train.py", *words)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\nauto: 3 layers 16 wide on 16 x 16 tokens: about ") == 1
-    assert done.stderr == ""  # the trials say nothing
+    result = run_script("train.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\nauto: 3 layers 16 wide on 16 x 16 tokens: about ") == 1
+    assert result.stderr == ""  # the trials say nothing
     saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings = saved["settings"]
     assert settings["n_embd"] == 16 and settings["block_size"] == 16
@@ -193,22 +193,22 @@ def test_a_run_says_what_was_chosen_and_keeps_it_when_it_is_resumed(data_dir, tm
 def test_processes_agree_on_what_was_chosen(data_dir, tmp_path):
     words = ["config/auto.py", f"--out_dir={tmp_path / 'run'}", f"--data_dir={data_dir}", "--dataset=tiny"]
     words += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
-    done = torchrun(2, *words)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stdout and done.stdout.count("\nauto: ") == 1
+    result = torchrun(2, *words)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout and result.stdout.count("\nauto: ") == 1
 
 
 def test_what_contradicts_auto_is_told_before_anything_is_tried(tmp_path):
     words = ["config/auto.py", f"--out_dir={tmp_path / 'run'}"]
-    done = run_script("train.py", *words, "--init_from=gpt2")
-    assert done.returncode == 2 and "auto chooses a model to train from scratch" in done.stderr
+    result = run_script("train.py", *words, "--init_from=gpt2")
+    assert result.returncode == 2 and "auto chooses a model to train from scratch" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_auto_without_a_time_is_refused(tmp_path):
-    done = run_script("train.py", "config/auto.py", "--time_budget=", f"--out_dir={tmp_path / 'run'}")
+    result = run_script("train.py", "config/auto.py", "--time_budget=", f"--out_dir={tmp_path / 'run'}")
     assert (
-        done.returncode == 2
-        and "auto needs to know how much time there is: add --time_budget=5m" in done.stderr
+        result.returncode == 2
+        and "auto needs to know how much time there is: add --time_budget=5m" in result.stderr
     )
     assert not Path(tmp_path / "run").exists()
