@@ -202,12 +202,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--learning_rates", nargs="+", default=["1e-3", "3e-3"], help="default: 1e-3 3e-3")
     add("--rounds", type=int, default=5, help="rounds of the speed measurement (default: %(default)s)")
     add("--readme", action="store_true", help="write the table to docs/ARCHITECTURES.md")
-    args, others = parser.parse_known_args(argv)  # all others are settings of train.py
+    args, train_flags = parser.parse_known_args(argv)  # all others are settings of train.py
     names = sorted({BASELINE, *args.names})
     flags = [
         f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--max_iters={args.steps}",
         "--block_size=64", "--batch_size=16", "--gradient_accumulation_steps=1", "--warmup_iters=150",
-        "--lr_schedule=wsd", "--min_lr=0", "--beta2=0.99", "--overwrite=True", *others,
+        "--lr_schedule=wsd", "--min_lr=0", "--beta2=0.99", "--overwrite=True", *train_flags,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         results = train_all(names, args.learning_rates, flags, Path(folder))

@@ -39,9 +39,9 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
     megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
     char = tokenizer.CharTokenizer("".join(sorted(set().union(*map(set, pieces)))))
     gpt2 = tokenizer.GPT2Tokenizer()
-    own = tokenizer.train_bpe(pieces, 4096)
+    tokenizer_of_corpus = tokenizer.train_bpe(pieces, 4096)
     _, tiktoken_gpt2 = bpe.gpt2_encoding()
-    huggingface_bpe = huggingface.Tokenizer.from_str(json.dumps(own.to_json()["model"]))
+    huggingface_bpe = huggingface.Tokenizer.from_str(json.dumps(tokenizer_of_corpus.to_json()["model"]))
     short = list(cut_pieces(pieces, 4096))  # the fastest size for Hugging Face's encoder
     tokens = sum(map(len, gpt2.encode_batch(pieces, threads)))
 
@@ -58,7 +58,7 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
             lambda: tiktoken_gpt2.encode_ordinary_batch(list(pieces), num_threads=threads),
         ),
         "bpe": rates(
-            lambda: own.encode_batch(pieces, threads),
+            lambda: tokenizer_of_corpus.encode_batch(pieces, threads),
             lambda: huggingface_bpe.encode_batch(short),  # it chooses the number of threads
         ),
     }

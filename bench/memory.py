@@ -110,8 +110,10 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
     """
     before = machine.peak_memory(torch.device("cpu"))
     with contextlib.redirect_stdout(io.StringIO()):
-        own = scratch / f"rank-{process_group.rank_info().rank}"  # each rank may write a random corpus
-        settings = dataclasses.replace(settings_for(argv, own), out_dir=str(scratch / "run"))
+        rank_folder = (
+            scratch / f"rank-{process_group.rank_info().rank}"
+        )  # each rank may write a random corpus
+        settings = dataclasses.replace(settings_for(argv, rank_folder), out_dir=str(scratch / "run"))
         # as train.py does
         configure_process(settings.device, parallel=settings.parallel, backend=settings.backend)
         t = setup.setup_training(dataclasses.replace(settings, eval_iters=1, compile=False))
@@ -180,10 +182,10 @@ def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
         if processes > 1:
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
             command = [sys.executable, "-m", *torchrun, *command[2:]]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    results = list(_results(done.stdout))
-    if done.returncode or len(results) != processes:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    results = list(_results(completed.stdout))
+    if completed.returncode or len(results) != processes:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{completed.stderr[-2000:]}")
     return max(results, key=lambda result: result["measured_bytes"])
 
 
@@ -226,12 +228,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--gpt2", choices=tuple(FAMILY), help="model size for --measure")
     add("--processes", type=int, default=1, help="number of processes under torchrun (default: %(default)s)")
     add("--once", type=Path, help=argparse.SUPPRESS)
-    args, rest = parser.parse_known_args(argv)
+    args, train_flags = parser.parse_known_args(argv)
     if args.gpt2:
         layers, heads, width = FAMILY[args.gpt2]
-        rest = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", *rest]
+        train_flags = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", *train_flags]
     if args.once:
-        sys.stdout.write(json.dumps(run_once(rest, args.once)) + "\n")
+        sys.stdout.write(json.dumps(run_once(train_flags, args.once)) + "\n")
         return
     if not args.measure:
         rows = table()
@@ -239,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({"bench": "memory", "rows": rows}))
         return
     results = []
-    for arguments in split_by_config(rest):
+    for arguments in split_by_config(train_flags):
         results.append(measure(arguments, args.processes))
         print(report(results[-1]), flush=True)
     print(json.dumps({"bench": "memory", "results": results}))

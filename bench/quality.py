@@ -31,22 +31,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def measure(config: str, budget: str, corpus: str, flags: Sequence[str], to: float | None) -> dict[str, Any]:
     """Run train.py once and return its results. Raises SystemExit with its message if it fails."""
-    words = [config, *flags]
-    words += [f"--time_budget={budget}"] if budget else []
-    words += [f"--dataset={corpus}"] if corpus else []
+    arguments = [config, *flags]
+    arguments += [f"--time_budget={budget}"] if budget else []
+    arguments += [f"--dataset={corpus}"] if corpus else []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *words, f"--out_dir={folder}"],
+        completed = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *arguments, f"--out_dir={folder}"],
             capture_output=True,
             text=True,
             encoding="utf-8",
             check=False,
         )
         seconds = time.perf_counter() - start
-        if done.returncode:
-            raise SystemExit(f"train.py {' '.join(words)} ended with status {done.returncode}: {done.stderr}")
+        if completed.returncode:
+            raise SystemExit(
+                f"train.py {' '.join(arguments)} ended with status {completed.returncode}: {completed.stderr}"
+            )
         lines = metrics_file.read_metrics(folder)
     last = lines[-1]
     result = {
@@ -59,7 +61,7 @@ def measure(config: str, budget: str, corpus: str, flags: Sequence[str], to: flo
         "tokens": max((line.get("tokens", 0) for line in lines), default=0),
         "seconds": seconds,
         "training_seconds": training_seconds(lines, last["step"]),
-        "notes": [line for line in done.stdout.splitlines() if line.startswith("auto: ")],
+        "notes": [line for line in completed.stdout.splitlines() if line.startswith("auto: ")],
     }
     return result | ({"to": reached(lines, to)} if to is not None else {})
 

@@ -47,11 +47,11 @@ def module_stats(config: GPTConfig, batch: int, tokens: int) -> list[ModuleStats
         model = GPT(config).eval()
         ids = torch.zeros(batch, tokens, dtype=torch.long)
     shapes = output_shapes(model, ids)
-    own = own_costs(model, list(shapes), batch, tokens)
+    costs_by_path = own_costs(model, list(shapes), batch, tokens)
     stats = []
     for path, shape in shapes.items():
         prefix = f"{path}." if path else ""
-        costs = [cost for other, cost in own.items() if other == path or other.startswith(prefix)]
+        costs = [cost for name, cost in costs_by_path.items() if name == path or name.startswith(prefix)]
         parameters, flops = (sum(column) for column in zip(*costs, strict=True))
         stats.append(ModuleStats(path, type(model.get_submodule(path)).__name__, shape, parameters, flops))
     return stats
@@ -134,11 +134,11 @@ def format_table(stats: Sequence[ModuleStats]) -> str:
 def merge_layers(stats: Sequence[ModuleStats]) -> list[tuple[ModuleStats, int]]:
     """The modules with only the first layer (Block) of all, which gets the number of layers as its count."""
     blocks = [module.path for module in stats if module.kind == "Block"]
-    others = [f"{path}." for path in blocks[1:]]
+    other_blocks = [f"{path}." for path in blocks[1:]]
     return [
         (module, len(blocks) if module.path == blocks[0] else 1)
         for module in stats
-        if not f"{module.path}.".startswith(tuple(others))
+        if not f"{module.path}.".startswith(tuple(other_blocks))
     ]
 
 

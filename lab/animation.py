@@ -23,11 +23,17 @@ def write_gif(
     """
     images = [Image.fromarray(frame) for frame in frames]
     palette = images[-1].quantize(PALETTE_SIZE)
-    first, *others = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
+    first, *later_frames = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
     durations = [round(1000 * frame_seconds)] * len(images)  # milliseconds
     durations[-1] += round(1000 * pause_seconds)
     first.save(
-        output, format="GIF", save_all=True, append_images=others, duration=durations, loop=0, optimize=False
+        output,
+        format="GIF",
+        save_all=True,
+        append_images=later_frames,
+        duration=durations,
+        loop=0,
+        optimize=False,
     )
 
 

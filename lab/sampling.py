@@ -64,11 +64,11 @@ def distinct_share(ids: Sequence[int], n: int) -> float:
 
 def repeated_tokens(ids: Sequence[int], length: int = REPEAT_LENGTH) -> np.ndarray:
     """(T,) bool: whether the `length` tokens that end at each of ids (T,) have occurred before."""
-    seen, repeated = set(), np.zeros(len(ids), dtype=bool)
+    previous_ngrams, repeated = set(), np.zeros(len(ids), dtype=bool)
     for end in range(length, len(ids) + 1):
         gram = tuple(ids[end - length : end])
-        repeated[end - 1] = gram in seen
-        seen.add(gram)
+        repeated[end - 1] = gram in previous_ngrams
+        previous_ngrams.add(gram)
     return repeated
 
 

@@ -125,11 +125,11 @@ def wrap_labels(labels: Sequence[str], max_characters: int) -> list[PlacedPiece]
     """Lay out labels one after another on lines of LINE_LENGTH; a label that crosses a line end is split."""
     pieces, x, line, total = [], 0, 0, 0
     for index, label in enumerate(labels):
-        rest = label
-        while rest and total < max_characters:
-            piece = rest[: min(LINE_LENGTH - x, max_characters - total)]
+        remainder = label
+        while remainder and total < max_characters:
+            piece = remainder[: min(LINE_LENGTH - x, max_characters - total)]
             pieces.append(PlacedPiece(x, line, piece, index))
-            x, rest, total = x + len(piece), rest[len(piece) :], total + len(piece)
+            x, remainder, total = x + len(piece), remainder[len(piece) :], total + len(piece)
             if x == LINE_LENGTH:
                 x, line = 0, line + 1
     return pieces

@@ -265,14 +265,14 @@ def check_tensors_match(expected: dict[str, Tensor], tensors: dict[str, Tensor],
     problems += [f"{name} is not in this model" for name in tensors if name not in expected]
     shared = [(name, tensors[name], tensor) for name, tensor in expected.items() if name in tensors]
     problems += [
-        f"{name} has shape {tuple(tensor.shape)}, and {tuple(wanted.shape)} in this model"
-        for name, tensor, wanted in shared
-        if tensor.shape != wanted.shape
+        f"{name} has shape {tuple(tensor.shape)}, and {tuple(parameter.shape)} in this model"
+        for name, tensor, parameter in shared
+        if tensor.shape != parameter.shape
     ]
     problems += [
-        f"{name} has dtype {tensor.dtype}, and {wanted.dtype} in this model"
-        for name, tensor, wanted in shared
-        if tensor.dtype != wanted.dtype
+        f"{name} has dtype {tensor.dtype}, and {parameter.dtype} in this model"
+        for name, tensor, parameter in shared
+        if tensor.dtype != parameter.dtype
     ]
     if problems:
         lines = "\n  - ".join(problems)

@@ -65,8 +65,8 @@ def rewind_metrics(folder: Path, step: int) -> None:
     """Remove records and samples after `step`, and the final ones: a resumed run writes them again."""
     records = read_metrics(folder)
     finished = any("final_loss" in record and record["step"] == step for record in records)
-    kept = [record for record in records if record["step"] <= step and "final_loss" not in record]
-    files.write_text(folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+    earlier_records = [record for record in records if record["step"] <= step and "final_loss" not in record]
+    files.write_text(folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in earlier_records))
     if (folder / SAMPLES_FILE).exists():
         samples = read_samples(folder)
         if finished and samples and samples[-1][0] == step:

@@ -68,9 +68,10 @@ def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
                 else:
                     print(_format_result(spec, out_dir, result))
     except (KeyboardInterrupt, SystemExit) as stop:
-        kept = "no partial files are left" if args.shards is None else "finished shards are kept"
-        advice = "" if args.shards is None else "; run the same command to continue"
-        print(f"stopped: {kept}{advice}", file=sys.stderr)
+        message = "finished shards are kept; run the same command to continue"
+        if args.shards is None:
+            message = "no partial files are left"
+        print(f"stopped: {message}", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(str(stop.code))
     except (ValueError, OSError, ImportError) as error:
         if args.debug == "True":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fradique.data.console import progress_bar
 from fradique.data.text import Text, files_text
-from fradique.io.download import Download, fetch
+from fradique.io.download import RemoteFile, fetch
 
 _RAW = "https://raw.githubusercontent.com"
 _ECA = f"{_RAW}/jptn-ufal/MyNanoGPT/b6328667ad1f7b3dbefadcd73f79e49b65e97c7e/E%C3%A7a/archive"
@@ -22,7 +22,7 @@ _NANO_TRANSFORMER = f"{_RAW}/Arthurml97/nano-transformer/5533f752e86641536ac848a
 OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face hub
 
 ECA = tuple(
-    Download(f"{_ECA}/{line.split()[1]}", line.split()[0])
+    RemoteFile(f"{_ECA}/{line.split()[1]}", line.split()[0])
     for line in """\
 5b0416d355113573546b6276bfb9f522e57de7add045020e51279af54e02c3a4 a_capital.txt
 4cf2025fa847afcd41cdc59e2c5ffd5e14820a8856e396ab843f4929540452c5 a_cidade_e_as_serras.txt
@@ -48,28 +48,28 @@ e2110ddf18d1c894cecb3e9fd3d1d296cb28ead13c2e5ee0296e778eac3f4925 os_maias.txt
 """.splitlines()
 )
 MACHADO_TALES = (
-    Download(
+    RemoteFile(
         f"{_GPTLAB}/machado_de_assis_conto.txt",
         "f7eaaccb575b68bdd7995bd688a4c52deb7f611678a429ec9ffcf2a2b4940720",
     ),
 )
 MACHADO_NOVELS = (
-    Download(
+    RemoteFile(
         f"{_GPTLAB}/machado_de_assis_romance.txt",
         "17c13db708dfea68ff2ed14a8c7b6faf4277703a8ea57756d4b6b2890c84dad7",
     ),
 )
 SHAKESPEARE = (
-    Download(f"{_CHAR_RNN}/input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    RemoteFile(f"{_CHAR_RNN}/input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
 )
 GOLDEN_AGE = (
-    Download(
+    RemoteFile(
         f"{_NANO_TRANSFORMER}/input.txt", "3ac86d8392f5cd28b5d3860a6d37f23974182b6219fbfe2fb3bda28e5e5faec9"
     ),
 )
 
 
-def download_text(items: tuple[Download, ...]) -> Callable[[Path], Text]:
+def download_text(items: tuple[RemoteFile, ...]) -> Callable[[Path], Text]:
     """A function of the corpus's folder that downloads `items` and returns their text, sorted by file name.
 
     The files are kept in raw/ in that folder, so that later calls need no network.

@@ -31,7 +31,7 @@ class TextIndex:
 
 def index_text(text: Text) -> TextIndex:
     """Read all of `text` and index it. Raises ValueError if it is empty."""
-    seen = np.zeros(0x110000, dtype=bool)  # by code point
+    occurs = np.zeros(0x110000, dtype=bool)  # by code point
     n_chars = n_bytes = block_start = 0
     blocks: list[tuple[int, str]] = []
     remaining, digest = BLOCK_CHARS, hashlib.sha256()  # of the current block
@@ -39,7 +39,7 @@ def index_text(text: Text) -> TextIndex:
         for chunk in text.chunks():
             while chunk:
                 piece, chunk = chunk[:remaining], chunk[remaining:]
-                seen[code_points(piece)] = True
+                occurs[code_points(piece)] = True
                 data = piece.encode()
                 digest.update(data)
                 n_chars += len(piece)
@@ -53,7 +53,7 @@ def index_text(text: Text) -> TextIndex:
         raise ValueError("the text is empty")
     if remaining < BLOCK_CHARS:
         blocks.append((block_start, digest.hexdigest()))
-    return TextIndex(n_chars, n_bytes, "".join(map(chr, np.flatnonzero(seen))), blocks)
+    return TextIndex(n_chars, n_bytes, "".join(map(chr, np.flatnonzero(occurs))), blocks)
 
 
 def read_between(text: Text, index: TextIndex, start: int, end: int) -> Iterator[str]:
@@ -65,15 +65,15 @@ def read_between(text: Text, index: TextIndex, start: int, end: int) -> Iterator
         return
     first_block = start // BLOCK_CHARS
     chunks = text.from_byte(index.blocks[first_block][0])
-    rest = ""  # what was read beyond the last block
+    remainder = ""  # what was read beyond the last block
     for block_start in range(first_block * BLOCK_CHARS, end, BLOCK_CHARS):
         size = min(BLOCK_CHARS, index.chars - block_start)
-        parts, missing = [rest], size - len(rest)
+        parts, missing = [remainder], size - len(remainder)
         while missing > 0 and (chunk := next(chunks, "")):
             parts.append(chunk)
             missing -= len(chunk)
         block = "".join(parts)
-        block, rest = block[:size], block[size:]
+        block, remainder = block[:size], block[size:]
         _, expected = index.blocks[block_start // BLOCK_CHARS]
         if missing > 0 or hashlib.sha256(block.encode()).hexdigest() != expected:
             raise ValueError(

@@ -18,8 +18,10 @@ def penalize_repetition(logits: Tensor, idx: Tensor, penalty: float) -> Tensor:
     n_vocab = logits.size(1)
     padded = F.pad(logits, (0, 1))  # (B, V + 1): the last column receives ids >= V, and is removed again
     idx = idx.clamp(max=n_vocab)
-    seen = padded.gather(1, idx)  # (B, T)
-    return padded.scatter(1, idx, torch.where(seen > 0, seen / penalty, seen * penalty))[:, :n_vocab]
+    previous_logits = padded.gather(1, idx)  # (B, T)
+    return padded.scatter(
+        1, idx, torch.where(previous_logits > 0, previous_logits / penalty, previous_logits * penalty)
+    )[:, :n_vocab]
 
 
 def sample_token(

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 from fradique.io import files
 
 MAX_BYTES = 64 << 20
-TIMEOUT = 30.0  # seconds without an answer
-TOTAL_TIMEOUT = 900.0  # seconds for the whole file: 64 MB at 75 kB/s
-_BLOCK_BYTES = 1 << 16
-_ALTERNATIVE = "You can also use a text file of your own: --input FILE"
+TIMEOUT = 30.0  # seconds that one connect or read may take
+TOTAL_TIMEOUT = 900.0  # seconds for the whole file: MAX_BYTES at 75 kB/s
+_CHUNK_BYTES = 1 << 16
+_INPUT_HINT = "You can also use a text file of your own: --input FILE"
 
 
-class Download(NamedTuple):
+class RemoteFile(NamedTuple):
     """The URL of a file, and the SHA-256 that it must have."""
 
     url: str
@@ -49,33 +49,35 @@ def fetch(
 ) -> Path:
     """Download `url` to `path` and return `path`. Does nothing if `path` already has this SHA-256.
 
-    Raises ValueError, with the URL and an alternative, for a scheme other than https (http is allowed for
-    this machine only), a password in the URL, no network, an HTTP error, another SHA-256, more than
-    `max_bytes`, or more than `total_timeout` seconds. Raises OSError if `path` cannot be written. After an
-    error no temporary file is left, and an existing file at `path` is unchanged.
+    Raises ValueError if the URL is not https (http is allowed for localhost) or contains a user name, if
+    there is no network, and for an HTTP error, another SHA-256, more than `max_bytes`, or more than
+    `total_timeout` seconds. Its message names the URL and says how to use a local file instead. Raises
+    OSError if `path` cannot be written. After an error no temporary file is left, and an existing file at
+    `path` is unchanged.
     """
     _check_url(url)
     if path.is_file() and files.checksum(path) == sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    # no download can still be running after twice the limit
     _remove_stale_files(path, min_age=2 * max(total_timeout, TOTAL_TIMEOUT))
     digest = hashlib.sha256()
-    # a random token: processes on several machines that share the disk may have the same id
+    # a random name: on a shared disk, processes of two machines may have the same process id
     with files.atomic_path(path, token=uuid.uuid4().hex) as temporary:
         with temporary.open("wb") as file:
-            for block in _blocks(url, max_bytes, timeout, total_timeout):
-                digest.update(block)
-                file.write(block)
+            for chunk in _download(url, max_bytes, timeout, total_timeout):
+                digest.update(chunk)
+                file.write(chunk)
         if digest.hexdigest() != sha256:
             raise ValueError(
                 f"{url} is not the expected file: its sha256 is {digest.hexdigest()}, not {sha256}. "
-                f"It was not used. {_ALTERNATIVE}"
+                f"It was not used. {_INPUT_HINT}"
             )
     return path
 
 
 def _remove_stale_files(path: Path, min_age: float) -> None:
-    """Remove temporary files of killed processes: those that are too old for anybody to be writing them."""
+    """Remove temporary files that killed processes left: those older than `min_age` seconds."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
             if time.time() - temporary.stat().st_mtime > min_age:
@@ -86,33 +88,35 @@ def _check_url(url: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as error:  # for example a bracket that is not closed
-        raise ValueError(f"{url[:200]!r} is not a URL ({error}). {_ALTERNATIVE}") from error
-    if "@" in parts.netloc:  # messages and logs would show it
-        raise ValueError(f"the URL of {parts.hostname} has a name or password in it. {_ALTERNATIVE}")
-    local = {("http", "127.0.0.1"), ("http", "localhost")}
-    if parts.scheme != "https" and (parts.scheme, parts.hostname) not in local:
-        raise ValueError(f"{url[:200]} is not an https URL, so it was not downloaded. {_ALTERNATIVE}")
+        shown = url[:200].rsplit("@", 1)[-1]  # without a password
+        raise ValueError(f"{shown!r} is not a URL ({error}). {_INPUT_HINT}") from None
+    if "@" in parts.netloc:  # a password would end up in messages and logs
+        raise ValueError(f"the URL for {parts.hostname} contains a user name or password. {_INPUT_HINT}")
+    is_local_http = parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1")
+    if parts.scheme != "https" and not is_local_http:
+        raise ValueError(f"{url[:200]} is not an https URL, so it was not downloaded. {_INPUT_HINT}")
 
 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to allowed URLs, and from https to https only."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        fp.close()
+        fp.close()  # the body of a redirect is not needed
         _check_url(newurl)
-        if req.type == "https" and not newurl.lower().startswith("https:"):  # not even to this machine
-            raise ValueError(f"{newurl[:200]} is not an https URL, so it was not downloaded. {_ALTERNATIVE}")
+        if req.type == "https" and not newurl.lower().startswith("https:"):  # also not to http on localhost
+            raise ValueError(f"{newurl[:200]} is not an https URL, so it was not downloaded. {_INPUT_HINT}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-class _Deadline(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Closes all connections after `total_timeout` seconds.
+class _DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens http and https connections, and closes all of them after `total_timeout` seconds.
 
-    A socket timeout is not enough: a server that sends a byte now and then never reaches it.
+    A socket timeout alone is not enough: it starts again with every byte that arrives, so a slow server could
+    keep a download running forever.
     """
 
     def __init__(self, total_timeout: float) -> None:
-        urllib.request.HTTPSHandler.__init__(self)
+        urllib.request.HTTPSHandler.__init__(self)  # HTTPHandler has no __init__ of its own
         self.sockets: list[socket.socket] = []
         self.passed = False
         self.timer = threading.Timer(total_timeout, self.close_connections)
@@ -125,33 +129,34 @@ class _Deadline(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-        sockets = self.sockets
+        deadline = self
 
         class Connection(http_class):
             def connect(self) -> None:
                 super().connect()
-                sockets.append(self.sock)
+                deadline.sockets.append(self.sock)
+                if deadline.passed:  # close_connections may have missed this socket
+                    raise TimeoutError("the deadline has passed")
 
         return super().do_open(Connection, req, **options)
 
 
-def _blocks(url: str, max_bytes: int, timeout: float, total_timeout: float) -> Iterator[bytes]:
-    """Yield the content of `url` in blocks. Raises ValueError for every error of the download."""
-    deadline = _Deadline(total_timeout)
+def _download(url: str, max_bytes: int, timeout: float, total_timeout: float) -> Iterator[bytes]:
+    """Yield the content of `url` in chunks. Raises ValueError for every error of the download."""
+    deadline = _DeadlineHandler(total_timeout)
     deadline.timer.start()
     try:
-        yield from _read_blocks(url, max_bytes, timeout, deadline)
+        yield from _read_response(url, max_bytes, timeout, deadline)
     except ValueError as error:
-        if deadline.passed:
-            raise ValueError(
-                f"{url} was not complete after {total_timeout:g} seconds. {_ALTERNATIVE}"
-            ) from error
-        raise
+        if not deadline.passed:
+            raise
+        reason = f"did not finish downloading within {total_timeout:g} seconds"
+        raise ValueError(f"{url} {reason}. {_INPUT_HINT}") from error
     finally:
         deadline.timer.cancel()
 
 
-def _read_blocks(url: str, max_bytes: int, timeout: float, deadline: _Deadline) -> Iterator[bytes]:
+def _read_response(url: str, max_bytes: int, timeout: float, deadline: _DeadlineHandler) -> Iterator[bytes]:
     request = urllib.request.Request(url, headers={"User-Agent": "fradique"})
     received = 0
     try:
@@ -159,31 +164,32 @@ def _read_blocks(url: str, max_bytes: int, timeout: float, deadline: _Deadline) 
         with opener.open(request, timeout=timeout) as response:
             length = response.headers.get("Content-Length", "")
             expected = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-            while block := _read(response):
-                received += len(block)
+            while chunk := _read_chunk(response):
+                received += len(chunk)
                 if max(received, expected or 0) > max_bytes:
-                    raise ValueError(f"{url} is not the expected file: it is too large. {_ALTERNATIVE}")
-                yield block
+                    raise ValueError(f"{url} is larger than {max_bytes:,} bytes, the limit. {_INPUT_HINT}")
+                yield chunk
         if deadline.passed:  # without a Content-Length, a closed connection looks like the end of the file
-            raise ValueError("deadline passed")
+            raise ValueError("deadline passed")  # _download replaces this message
     except urllib.error.HTTPError as error:
         error.close()
         raise ValueError(
-            f"{url}: the server answers {error.code} {str(error.reason)[:200]}. {_ALTERNATIVE}"
+            f"{url}: the server answered {error.code} {str(error.reason)[:200]}. {_INPUT_HINT}"
         ) from error
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = str(getattr(error, "reason", None) or error)[:200]
         raise ValueError(
-            f"{url} cannot be reached ({type(error).__name__}: {reason}). Is there a network? {_ALTERNATIVE}"
+            f"{url} cannot be reached ({type(error).__name__}: {reason}). Check the network connection. "
+            f"{_INPUT_HINT}"
         ) from error
     if expected is not None and received != expected:
         raise ValueError(
-            f"{url} is incomplete: {received:,} of {expected:,} bytes were received. {_ALTERNATIVE}"
+            f"{url} is incomplete: {received:,} of {expected:,} bytes were received. {_INPUT_HINT}"
         )
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
+def _read_chunk(response: http.client.HTTPResponse) -> bytes:
     try:
-        return response.read(_BLOCK_BYTES)
-    except ValueError as error:  # a chunk of negative size
+        return response.read(_CHUNK_BYTES)
+    except ValueError as error:  # raised by http.client if the size of a chunk is negative
         raise http.client.HTTPException(str(error)) from error

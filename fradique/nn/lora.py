@@ -112,10 +112,10 @@ def freeze(model: nn.Module, names: str) -> None:
             unknown.append(pattern)
     if unknown:
         n_layer = 1 + max((int(n.split(".")[1]) for n in parameters if n.startswith("h.")), default=-1)
-        others = dict.fromkeys(name.split(".")[0] for name in parameters if not name.startswith("h."))
+        outside_blocks = dict.fromkeys(name.split(".")[0] for name in parameters if not name.startswith("h."))
         raise ValueError(
             f"freeze: {', '.join(map(repr, unknown))} names nothing of this model; it has "
-            f"{', '.join(others)}, h.0-{n_layer - 1} and parts of them such as h.0.attn"
+            f"{', '.join(outside_blocks)}, h.0-{n_layer - 1} and parts of them such as h.0.attn"
         )
 
 

@@ -34,21 +34,23 @@ def build_optimizers(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("every parameter is frozen: there is nothing to train")
-    matrices, rest = {}, trainable
+    muon_matrices, adamw_parameters = {}, trainable
     if name == "muon":
-        matrices = {n: p for n, p in trainable.items() if is_block_parameter(n) and p.dim() == 2}
-        rest = {n: p for n, p in trainable.items() if n not in matrices}
+        muon_matrices = {n: p for n, p in trainable.items() if is_block_parameter(n) and p.dim() == 2}
+        adamw_parameters = {n: p for n, p in trainable.items() if n not in muon_matrices}
     optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
+    if muon_matrices:
         linears = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Linear)}
-        splits = {n: linears[n].row_splits if n in linears else (p.size(0),) for n, p in matrices.items()}
-        views = [view for n, p in matrices.items() for view in split_matrix(n, p, splits[n])]
+        splits = {
+            n: linears[n].row_splits if n in linears else (p.size(0),) for n, p in muon_matrices.items()
+        }
+        views = [view for n, p in muon_matrices.items() for view in split_matrix(n, p, splits[n])]
         optimizers.append(
             Muon(views, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay)
         )
-    if rest:
-        fused = next(iter(rest.values())).device.type in ("cpu", "cuda", "mps")
-        groups = parameter_groups(rest, weight_decay)
+    if adamw_parameters:
+        fused = next(iter(adamw_parameters.values())).device.type in ("cpu", "cuda", "mps")
+        groups = parameter_groups(adamw_parameters, weight_decay)
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
     for opt in optimizers:
         for group in opt.param_groups:
@@ -104,8 +106,8 @@ def _norm(tensors: list[Tensor]) -> Tensor:
         and _is_contiguous_and_local(x)
     }
     norms = [torch.linalg.vector_norm(x, dim=1) for x in rows.values()]
-    rest = [x for i, x in enumerate(tensors) if i not in rows]
-    return process_group.full_tensor(nn.utils.get_total_norm(norms + rest))
+    whole_tensors = [x for i, x in enumerate(tensors) if i not in rows]
+    return process_group.full_tensor(nn.utils.get_total_norm(norms + whole_tensors))
 
 
 def _is_contiguous_and_local(x: Tensor) -> bool:

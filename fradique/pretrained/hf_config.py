@@ -102,10 +102,10 @@ def config_from_hf(hf: Mapping[str, Any], source: str) -> tuple[Layout, GPTConfi
         layout, values = LLAMA, _add_llama_defaults(hf)
         problems = _llama_problems(values)
     else:
-        known = " and ".join(repr(layout.model_type) for layout in LAYOUTS)
+        supported = " and ".join(repr(layout.model_type) for layout in LAYOUTS)
         raise ValueError(
             f"{source} describes a model that this program does not have: model_type = "
-            f"{reprlib.repr(model_type)}, and only {known} are supported"
+            f"{reprlib.repr(model_type)}, and only {supported} are supported"
         )
     if problems:
         raise ValueError(

@@ -141,10 +141,10 @@ def from_hf(
         name = mapping.name.format(layer)
         if name in converted:
             continue
-        part_names = [part.format(layer) for part in mapping.hf_names]
-        if missing := [part for part in part_names if part not in full_names]:
+        part_names = [template.format(layer) for template in mapping.hf_names]
+        if missing := [part_name for part_name in part_names if part_name not in full_names]:
             raise ValueError(f"{', '.join(missing)} is missing, which belongs to {hf_name}")
-        parts = [tensors[full_names[part]] for part in part_names]
+        parts = [tensors[full_names[part_name]] for part_name in part_names]
         if conv1d and mapping.transposed:
             parts = [part.t() for part in parts]
         converted[name] = _concatenate(parts)

@@ -113,11 +113,11 @@ def _list_files(
 
 def _count_parameters(config: GPTConfig, layout: hf_weights.Layout) -> int:
     """From the shapes of one and of two layers: n_layer, of which there may be any number, makes no table."""
-    one, two = (
+    one_layer, two_layers = (
         sum(map(math.prod, hf_weights.expected_shapes(replace(config, n_layer=n), layout).values()))
         for n in (1, 2)
     )
-    return one + (config.n_layer - 1) * (two - one)
+    return one_layer + (config.n_layer - 1) * (two_layers - one_layer)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -119,17 +119,17 @@ class ParameterCounts:
     vectors: int  # biases and norms of all blocks
     embedding: int  # token embedding, V C; with tied weights it is also the output layer
     output: int  # output layer, if not tied
-    rest: int  # positional embedding and the norms outside the blocks
+    position_and_norms: int  # positional embedding and the norms outside the blocks
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.matrices + self.vectors + self.embedding + self.output + self.rest
+        return self.matrices + self.vectors + self.embedding + self.output + self.position_and_norms
 
     @property
     def outside_blocks(self) -> int:
         """All parameters outside the blocks: FSDP's root group."""
-        return self.embedding + self.output + self.rest
+        return self.embedding + self.output + self.position_and_norms
 
 
 @dataclass(frozen=True)
@@ -150,14 +150,16 @@ def count_parameters(config: GPTConfig) -> ParameterCounts:
     vectors += 2 * norm * config.head_dim if config.qk_norm else 0
     vectors += qkv + C + hidden + C if config.bias else 0
     embedding = config.vocab_size * C
-    rest = (config.norm_place == "pre") * norm * C + config.embd_norm * norm * C
-    rest += {"learned": config.block_size * C, "relative": 32 * config.n_head}.get(config.position, 0)
+    position_and_norms = (config.norm_place == "pre") * norm * C + config.embd_norm * norm * C
+    position_and_norms += {"learned": config.block_size * C, "relative": 32 * config.n_head}.get(
+        config.position, 0
+    )
     return ParameterCounts(
         matrices=config.n_layer * (C * qkv + C * C + C * hidden + config.inner * C),
         vectors=config.n_layer * vectors,
         embedding=embedding,
         output=0 if config.tie_weights else embedding,
-        rest=rest,
+        position_and_norms=position_and_norms,
     )
 
 

@@ -75,13 +75,13 @@ def _cpu_limits() -> Iterator[MemoryLimit]:
         import resource
     except ImportError:  # Windows
         return
-    for limit, used, source in (
+    for limit, usage_field, source in (
         (resource.RLIMIT_AS, "VmSize", "the limit of the address space (ulimit -v)"),
         (resource.RLIMIT_DATA, "VmData", "the limit of data (ulimit -d)"),
     ):
         soft_limit = resource.getrlimit(limit)[0]
-        if soft_limit != resource.RLIM_INFINITY and used in status:
-            free = soft_limit - status[used] * 1024 + malloc.free_heap_bytes()
+        if soft_limit != resource.RLIM_INFINITY and usage_field in status:
+            free = soft_limit - status[usage_field] * 1024 + malloc.free_heap_bytes()
             yield MemoryLimit(max(0, free), source)
 
 

@@ -34,8 +34,12 @@ Merges = Sequence[tuple[str, str]]  # pairs of tokens in the byte alphabet, in o
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable character for each byte, in the order of ids: {"!": 33, ..., "Ġ": 32, ...}."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]  # control codes, spaces, the soft hyphen
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    unprintable = [
+        byte for byte in range(256) if byte not in printable
+    ]  # control codes, spaces, the soft hyphen
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(unprintable)
+    }
 
 
 def token_bytes(merges: Merges) -> list[bytes]:

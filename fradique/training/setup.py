@@ -292,5 +292,5 @@ def saved_run_settings(settings: TrainSettings) -> tuple[dict[str, Any], str] | 
     if settings.init_from != "resume" and not restarted:
         return None
     saved = run_folder.saved_settings(folder)
-    kept = {key: value for key, value in saved.items() if key not in SETTINGS_OF_A_CALL}
-    return kept, str(folder / run_folder.SETTINGS_FILE)
+    run_settings = {key: value for key, value in saved.items() if key not in SETTINGS_OF_A_CALL}
+    return run_settings, str(folder / run_folder.SETTINGS_FILE)

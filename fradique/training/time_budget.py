@@ -140,9 +140,9 @@ def parse_duration(text: str) -> float | None:
 
 def format_duration(seconds: float) -> str:
     """75.3 -> 1m15s."""
-    whole = round(seconds)
-    if whole < 60:
+    total_seconds = round(seconds)
+    if total_seconds < 60:
         return f"{seconds:.1f}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if total_seconds < 3600:
+        return f"{total_seconds // 60}m{total_seconds % 60:02d}s"
+    return f"{total_seconds // 3600}h{total_seconds % 3600 // 60:02d}m"

@@ -10,7 +10,7 @@ from download_server import PAGE, PAGE_SHA256
 
 from fradique.data import sources
 from fradique.data.prepare import CorpusSpec, main
-from fradique.io.download import Download
+from fradique.io.download import RemoteFile
 
 # Python's library
 
@@ -64,7 +64,7 @@ def test_a_python_without_sources_gets_a_message(tmp_path, monkeypatch):
 
 
 def test_downloads_are_sorted_by_name_and_kept(server, tmp_path, capsys):
-    items = tuple(Download(server.url(name), PAGE_SHA256) for name in ("b.txt", "a%C3%A9.txt"))
+    items = tuple(RemoteFile(server.url(name), PAGE_SHA256) for name in ("b.txt", "a%C3%A9.txt"))
     spec = CorpusSpec(tmp_path, "A test.", "char", "go", text=sources.download_text(items))
     assert main(spec, []) == 0
     assert file_names(tmp_path / "raw") == ["aé.txt", "b.txt"]
@@ -78,7 +78,7 @@ def test_downloads_are_sorted_by_name_and_kept(server, tmp_path, capsys):
 
 
 def test_a_failed_download_keeps_the_files_before_it(server, tmp_path, capsys):
-    items = (Download(server.url("a.txt"), PAGE_SHA256), Download(server.url("gone.txt"), PAGE_SHA256))
+    items = (RemoteFile(server.url("a.txt"), PAGE_SHA256), RemoteFile(server.url("gone.txt"), PAGE_SHA256))
     assert main(CorpusSpec(tmp_path, "A test.", "char", "go", text=sources.download_text(items)), []) == 2
     assert "error: http://127.0.0.1" in capsys.readouterr().err
     assert file_names(tmp_path) == ["raw"] and file_names(tmp_path / "raw") == ["a.txt"]

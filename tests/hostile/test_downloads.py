@@ -102,14 +102,14 @@ def server(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("huge_length", "too large"),
-        ("invalid_length", "its sha256|cannot be reached|too large"),
+        ("huge_length", "is larger than"),
+        ("invalid_length", "its sha256|cannot be reached|is larger than"),
         ("short_length", "its sha256 is"),
-        ("endless", "too large"),
+        ("endless", "is larger than"),
         ("negative_chunk", "cannot be reached|is incomplete"),
         ("compressed", "its sha256 is"),  # never decompressed
-        ("loop", "the server answers 302|redirect"),
-        ("reason", "the server answers 418"),
+        ("loop", "the server answered 302|redirect"),
+        ("reason", "the server answered 418"),
     ],
 )
 def test_a_wrong_answer_is_reported_and_not_kept(server, tmp_path, name, message):
@@ -125,7 +125,7 @@ def test_a_wrong_answer_is_reported_and_not_kept(server, tmp_path, name, message
 
 @pytest.mark.parametrize("name", ["slow_body", "slow_headers"])
 def test_a_slow_server_reaches_the_total_timeout(server, tmp_path, name):
-    with pytest.raises(ValueError, match=r"was not complete after 0\.5 seconds"):
+    with pytest.raises(ValueError, match=r"did not finish downloading within 0\.5 seconds"):
         fetch(server.url(name), PAGE_SHA256, tmp_path / "a.txt", timeout=20, total_timeout=0.5)
     assert list(tmp_path.iterdir()) == []
 
@@ -154,10 +154,11 @@ def test_a_redirect_from_https_may_not_lead_to_http(target):
         "https://ana:segredo@example.invalid/a.txt",
         "http://ana:segredo@127.0.0.1/a.txt",
         "https://segredo@127.0.0.1/",
+        "https://ana:segredo@[x/",
     ],
 )
 def test_a_password_in_a_url_is_refused_and_not_printed(tmp_path, url):
-    with pytest.raises(ValueError, match="has a name or password in it") as caught:
+    with pytest.raises(ValueError, match=r"contains a user name or password|is not a URL") as caught:
         fetch(url, PAGE_SHA256, tmp_path / "a.txt")
     assert "segredo" not in str(caught.value)
 
