@@ -1,4 +1,4 @@
-"""Generate text with a trained model: settings -> model and tokenizer -> prompt -> text, streamed.
+"""Generate text with a trained model, and print it as it is generated.
 
 python sample.py --out_dir=out/eca-char --start="A figura é poética"
 python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 
 from configurator import Resolved, command, setting
-from fradique.checkpointing import checkpoint as checkpoints
 from fradique.checkpointing import run_folder
+from fradique.checkpointing.checkpoint import assign_parameters
 from fradique.generation import packed_weights
 from fradique.pretrained import loader
 from fradique.runtime.device import DTYPES, Runtime, configure_process, setup_runtime
 from fradique.runtime.memory_limits import OomReport
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import StreamDecoder, Tokenizer, encode_prompt
 from model import GPT
 
-MAX_PROMPT_BYTES = 4 << 20  # the model reads only the end of a long prompt
+MAX_PROMPT_BYTES = 4 << 20  # more than any context holds: the model would read only the end
 
 
 # fmt: off
@@ -40,7 +40,7 @@ class SampleSettings:
 
     start: str = setting("\n", "prompt: text, FILE:path, or - for standard input", common=True, group="text")
     num_samples: int = setting(1, "number of samples, generated in one batch", common=True, lo=1, hi=2**20)
-    max_new_tokens: int = setting(500, "length of each sample in tokens", common=True, lo=0, hi=2**40)
+    max_new_tokens: int = setting(500, "number of tokens to generate for each sample", common=True, lo=0, hi=2**40)
     stop: str = setting("", "end a sample before this text; empty: only at max_new_tokens")
 
     temperature: float = setting(0.8, "0: always the most probable token; 1: the model's own probabilities; above 1: more random", common=True, lo=0.0, group="sampling")
@@ -51,7 +51,7 @@ class SampleSettings:
     seed: int = setting(1337, "random seed; the same seed gives the same text", common=True, lo=0, hi=2**62)
 
     device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N", common=True, group="machine")
-    dtype: str = setting("auto", "auto: the GPU's 16-bit type; on a CPU float32, or packed bfloat16 for models of 5M parameters or more where the CPU supports it", choices=("auto", *DTYPES))
+    dtype: str = setting("auto", "auto: on a GPU bfloat16 if it supports it, else float16; on a CPU float32, or packed bfloat16 for models of 5M parameters or more where the CPU supports it", choices=("auto", *DTYPES))
     cache: bool = setting(True, "use the KV cache; False: recompute the whole context for each token")
     debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
@@ -62,13 +62,13 @@ class LoadedModel:
     """A model ready to generate, with its tokenizer and the device and dtype it runs on."""
 
     model: GPT
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: Tokenizer
     runtime: Runtime
-    low_precision: bool = False  # the weights themselves have the runtime's dtype: no autocast needed
+    weights_cast: bool = False  # to runtime.dtype, so that no autocast is needed
 
     def autocast(self) -> AbstractContextManager:
         """The context in which the model runs."""
-        return nullcontext() if self.low_precision else self.runtime.autocast()
+        return nullcontext() if self.weights_cast else self.runtime.autocast()
 
 
 def load_model(
@@ -76,44 +76,44 @@ def load_model(
 ) -> LoadedModel:
     """Load a run folder, or pretrained weights, with the tokenizer. Raises ValueError if they do not fit.
 
-    On a CPU the model stays in float32 with dtype="auto".
+    On a CPU with dtype="auto" the weights stay float32; `prepare_for_inference` may pack them in bfloat16.
     """
     weights = loader.load_weights(source, checkpoint_name)
     if weights.tokenizer is None:
         raise ValueError(
-            f"{source} has no tokenizer that this program knows (characters, GPT-2's, or its own BPE). For "
-            "nanoGPT's ckpt.pt: put the corpus it was trained on into data/, or that corpus's tokenizer.json "
-            "beside the file. For a run folder: copy its tokenizer.json back"
+            f"{source} has no tokenizer that this program knows (characters, GPT-2's, or its own BPE). For a "
+            "ckpt.pt of nanoGPT: put the corpus it was trained on into data/, or the corpus's tokenizer.json "
+            "next to ckpt.pt. For a run folder: restore its tokenizer.json"
         )
     with torch.device("meta"):  # no memory, no initialization: the loaded tensors become the parameters
         model = GPT(weights.config)
-    checkpoints.assign_parameters(model, weights.tensors, weights.source)
+    assign_parameters(model, weights.tensors, weights.source)
     if weights.tokenizer.vocab_size > weights.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {weights.tokenizer.vocab_size} tokens and the model "
-            f"{weights.config.vocab_size}: they do not belong together"
+            f"{weights.config.vocab_size}: they do not match"
         )
     runtime = setup_runtime(device=device, dtype=dtype)
     return LoadedModel(model.to(runtime.device).eval(), weights.tokenizer, runtime)
 
 
-def prepare_for_inference(loaded: LoadedModel, dtype: str) -> LoadedModel:
-    """The model with 16-bit weights, if that generates faster here; it can no longer be trained.
+def prepare_for_inference(loaded: LoadedModel, requested_dtype: str) -> LoadedModel:
+    """Convert the weights, if that makes generation faster. The model can then no longer be trained.
 
-    On CUDA the weights take the runtime's dtype, except float16, whose range activations can exceed. On a CPU
-    they are packed in bfloat16 if `dtype` is "auto".
+    On CUDA to the runtime's dtype, except float16, in which activations could overflow. On a CPU, if "auto"
+    was requested, to bfloat16 in oneDNN's packed layout (see `packed_weights`).
     """
     model, runtime = loaded.model, loaded.runtime
     if runtime.device.type == "cuda" and runtime.dtype != torch.float16:
-        return replace(loaded, model=model.to(runtime.dtype), low_precision=True)
-    if dtype != "auto" or not packed_weights.should_pack(model, runtime.device):
+        return replace(loaded, model=model.to(runtime.dtype), weights_cast=True)
+    if requested_dtype != "auto" or not packed_weights.should_pack(model, runtime.device):
         return loaded
     packed_weights.pack_weights(model)
-    return replace(loaded, runtime=replace(runtime, dtype=torch.bfloat16), low_precision=True)
+    return replace(loaded, runtime=replace(runtime, dtype=torch.bfloat16), weights_cast=True)
 
 
 def read_prompt(start: str) -> str:
-    """The prompt that --start means. Raises ValueError for a file that is too long or not UTF-8."""
+    """The prompt for a value of --start. Raises ValueError for a file that is too long or not UTF-8."""
     if start != "-" and not start.startswith("FILE:"):
         return start
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
@@ -128,25 +128,31 @@ def read_prompt(start: str) -> str:
 
 
 class StreamedSample:
-    """The text of one sample as its tokens come, cut before `stop`."""
+    """Decodes one sample while it is generated, and ends it before the text `stop`."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str) -> None:
-        self.decoder, self.stop = tokenizers.StreamDecoder(tokenizer), stop
-        self.pending = ""  # the end of the text so far, if it may be the beginning of `stop`
+    def __init__(self, tokenizer: Tokenizer, stop: str) -> None:
+        self.decoder, self.stop = StreamDecoder(tokenizer), stop
+        self.pending = ""  # not shown yet, because it may be the beginning of `stop`
         self.done = False
 
     def feed(self, token: int) -> str:
         """Add a token; return the text that can be shown now."""
-        return "" if self.done else self._release(self.pending + self.decoder.feed([token]))
+        return "" if self.done else self._split_at_stop(self.pending + self.decoder.feed([token]))
 
     def flush(self) -> str:
-        """Return the rest of the text, at the end."""
-        text = "" if self.done else self._release(self.pending + self.decoder.flush())
-        rest, self.pending = ("" if self.done else self.pending), ""
-        return text + rest
+        """At the end of generation: return the text that has not been shown."""
+        if self.done:
+            return ""
+        text = self._split_at_stop(self.pending + self.decoder.flush()) + self.pending
+        self.pending = ""
+        return text
 
-    def _release(self, text: str) -> str:
-        """The part of `text` that cannot be the beginning of `stop`; the rest becomes pending."""
+    def _split_at_stop(self, text: str) -> str:
+        """The part of `text` that can be shown.
+
+        All before `stop` if it occurs (the sample is done then); otherwise all but the longest end that could
+        be the beginning of `stop`, which becomes `pending`.
+        """
         if not self.stop:
             return text
         if (end := text.find(self.stop)) >= 0:
@@ -159,8 +165,8 @@ class StreamedSample:
 
 
 def generate_text(loaded: LoadedModel, prompt: str, settings: SampleSettings) -> Iterator[list[str]]:
-    """Continue `prompt`: yield, step by step, what each of the num_samples samples can show next."""
-    ids = torch.from_numpy(tokenizers.encode_prompt(loaded.tokenizer, prompt).astype("int64"))  # (T,)
+    """Continue `prompt`: yield, after each token, the new text of each sample (it may be empty)."""
+    ids = torch.from_numpy(encode_prompt(loaded.tokenizer, prompt).astype("int64"))  # (T,)
     samples = [StreamedSample(loaded.tokenizer, settings.stop) for _ in range(settings.num_samples)]
     generator = torch.Generator(loaded.runtime.device)
     generator.manual_seed(settings.seed)
@@ -177,7 +183,7 @@ def generate_text(loaded: LoadedModel, prompt: str, settings: SampleSettings) ->
         generator=generator,
     )
     while not all(sample.done for sample in samples):
-        with loaded.autocast():  # entered for each token, so that it does not enclose the caller's code
+        with loaded.autocast():  # not around the loop: it would enclose the caller's code at each yield
             tokens = next(stream, None)
         if tokens is None:
             break
@@ -197,20 +203,21 @@ def print_samples(settings: SampleSettings, device: torch.device) -> None:
     source = settings.init_from
     if source == "resume":
         source = settings.out_dir
-        run_folder.saved_settings(Path(source))  # a mistyped folder is an error, not a name on the hub
+        run_folder.saved_settings(Path(source))  # raises if there is no run: it is not a name on the hub
+    prompt = read_prompt(settings.start)
     loaded = load_model(source, checkpoint_name=settings.checkpoint, device=device, dtype=settings.dtype)
     loaded = prepare_for_inference(loaded, settings.dtype)
-    prompt = read_prompt(settings.start)
     if settings.temperature == 0 and settings.num_samples > 1:
+        message = f"temperature 0 always gives the same text: 1 sample instead of {settings.num_samples}"
+        print(message, file=sys.stderr)
         settings = replace(settings, num_samples=1)
-        print("temperature 0 always generates the same text: one sample", file=sys.stderr)
     print(prompt, end="", flush=True)
-    others = [""] * (settings.num_samples - 1)
-    for first, *rest in generate_text(loaded, prompt, settings):
-        print(first, end="", flush=True)
-        others = [text + piece for text, piece in zip(others, rest, strict=True)]
+    texts = [""] * settings.num_samples
+    for pieces in generate_text(loaded, prompt, settings):
+        print(pieces[0], end="", flush=True)
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     print()
-    for text in others:
+    for text in texts[1:]:
         print(f"---------------\n{prompt}{text}")
 
 

@@ -3,10 +3,10 @@
     python -m bench.dataloader [--rounds 7] [--processes 2]
     python -m bench.dataloader --sparse 20    # train.py on 20 GB of sparse shards, and on 20 MB
 
-A rate counts each token of a batch once, as the two bytes that it takes in its file (inputs and targets of
-a batch are eight times as large together). All processes read at the same time, each its own batches, as
-ranks do. Printed are the rate of all processes together (median and best round), and MB per second of CPU
-time (median): what one core reads on an idle machine. The files are in the page cache.
+MB/s counts two bytes for each token that is read, as in the file, and not the int64 tensors that are
+returned. All processes read at the same time, each its own batches, as ranks do. The table shows the
+throughput of all processes together (median and best round), and the median throughput per second of CPU
+time, which is that of one fully used core. The files are in the page cache: no disk is measured.
 """
 
 from __future__ import annotations
@@ -27,22 +27,28 @@ from typing import Any
 import numpy as np
 
 from fradique.data import dataset
-from fradique.data import sampler as samplers
+from fradique.data.sampler import Sampler
+from fradique.data.token_files import MAX_CACHED_BYTES
 from fradique.tokenizer import tokenizer
 
-TOKENS = 1 << 26  # too many for the sampler to keep in memory: read from the files
-MEMORY_TOKENS = 1 << 24  # kept in memory
+UNCACHED_TOKENS = MAX_CACHED_BYTES  # of two bytes, so twice the limit: TokenFiles reads them from the files
+CACHED_TOKENS = MAX_CACHED_BYTES // 4  # half the limit: TokenFiles keeps them in memory
 SHAPES = ((64, 12), (64, 64), (256, 64), (1024, 12))  # block_size, batch_size
 SHARDS = (1, 40, 1000)
 ROUND_MEGABYTES = 8  # of tokens, per process
+TRAIN_FLAGS = (
+    "--n_layer=1 --n_head=1 --n_embd=16 --block_size=256 --batch_size=32 --gradient_accumulation_steps=1 "
+    "--compile=False"
+)
+STEPS = 400  # each reads a different part of the corpus: mapped files would show up in the memory
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def measure(rounds: int, processes: int) -> list[dict[str, Any]]:
-    """One row for each batch shape and number of shards, from disk and from memory."""
+    """One row for each batch shape and number of shards, from files (in the page cache) and from memory."""
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        for shards, tokens in ((1, MEMORY_TOKENS), *((shards, TOKENS) for shards in SHARDS)):
+        for shards, tokens in ((1, CACHED_TOKENS), *((shards, UNCACHED_TOKENS) for shards in SHARDS)):
             folder = Path(scratch) / f"{shards}-{tokens}"
             write_shards(folder, shards, tokens)
             for block_size, batch_size in SHAPES:
@@ -51,7 +57,7 @@ def measure(rounds: int, processes: int) -> list[dict[str, Any]]:
                 )
                 results.append(
                     {
-                        "from": "memory" if tokens == MEMORY_TOKENS else "disk",
+                        "source": "memory" if tokens == CACHED_TOKENS else "files",
                         "shards": shards,
                         "block_size": block_size,
                         "batch_size": batch_size,
@@ -78,67 +84,78 @@ def _rates(
     context = get_context("spawn")  # as torchrun starts ranks
     pipes = [context.Pipe() for _ in range(processes)]
     readers = [
-        context.Process(target=_read, args=(folder, block_size, batch_size, rank, processes, child))
+        context.Process(target=_reader_process, args=(folder, block_size, batch_size, rank, processes, child))
         for rank, (_, child) in enumerate(pipes)
     ]
-    for reader in readers:
+    for reader, (_, child) in zip(readers, pipes, strict=True):
         reader.start()
+        child.close()  # so that recv() raises EOFError if the reader dies
     for i in range(rounds + 1):
         start = time.perf_counter()
         for parent, _ in pipes:
             parent.send(True)
-        n_bytes, cpu_seconds = map(sum, zip(*(parent.recv() for parent, _ in pipes), strict=True))
-        if i:  # the first round fills the page cache
+        replies = [parent.recv() for parent, _ in pipes]
+        n_bytes = sum(count for count, _ in replies)
+        cpu_seconds = sum(seconds for _, seconds in replies)
+        if i:  # the first round includes the start of the processes
             yield n_bytes / (time.perf_counter() - start) / 1e6, n_bytes / cpu_seconds / 1e6
     for parent, _ in pipes:
         parent.send(False)
     for reader in readers:
         reader.join()
         reader.close()
-    for pipe in pipes:
-        for end in pipe:
-            end.close()
+    for parent, _ in pipes:
+        parent.close()
 
 
-def _read(folder: Path, block_size: int, batch_size: int, rank: int, world: int, pipe: Connection) -> None:
-    """Read a round of batches per True received; answer with its bytes and its seconds of CPU time."""
+def _reader_process(
+    folder: Path, block_size: int, batch_size: int, rank: int, world: int, pipe: Connection
+) -> None:
+    """For each True received, read the next ROUND_MEGABYTES of batches and send (bytes, CPU seconds)."""
     split = dataset.Split(sorted(folder.iterdir()), "uint16", 50257, None)
-    sampler = samplers.Sampler(split, block_size, batch_size, world, seed=0)
+    # one micro-batch per rank and step
+    sampler = Sampler(split, block_size, batch_size, accumulation=world, seed=0)
     steps = max(1, ROUND_MEGABYTES * 10**6 // (2 * block_size * batch_size))
-    first = 0
+    first_step = 0
     while pipe.recv():
         start = time.process_time()
-        for step in range(first, first + steps):
+        for step in range(first_step, first_step + steps):
             list(sampler.micro_batches(step, rank, world))
-        first += steps
+        first_step += steps
         pipe.send((2 * steps * block_size * batch_size, time.process_time() - start))
 
 
 def sparse_corpus(folder: Path, gigabytes: float, shards: int = 40) -> None:
-    """Write a corpus of sparse files, in which all tokens are 0. The validation split has 40 kB."""
+    """Write a corpus of sparse files, in which all tokens are 0. The validation split is 40 kB."""
     folder.mkdir(parents=True)
     tokenizer.save_tokenizer(tokenizer.CharTokenizer("ab"), folder / "tokenizer.json")
     splits = {}
-    for split, count, size in (("train", shards, round(gigabytes * 5e8) // shards), ("val", 1, 20_000)):
+    train_tokens = round(gigabytes * 1e9 / 2)  # two bytes per token
+    for split, count, tokens in (("train", shards, train_tokens // shards), ("val", 1, 20_000)):
         names = [f"{split}_{i:05d}.bin" for i in range(count)]
         for name in names:
             with (folder / name).open("wb") as file:
-                file.truncate(2 * size)
-        entries = [{"file": name, "tokens": size, "bytes": size, "sha256": ""} for name in names]
-        splits[split] = {"tokens": size * count, "bytes": size * count, "shards": entries}
+                file.truncate(2 * tokens)
+        entries = [{"file": name, "tokens": tokens, "bytes": tokens, "sha256": ""} for name in names]
+        splits[split] = {"tokens": tokens * count, "bytes": tokens * count, "shards": entries}
     meta = {"format": 1, "dtype": "uint16", "vocab_size": 2, "tokenizer": "char", "source": "sparse files"}
     (folder / "meta.json").write_text(json.dumps(meta | {"splits": splits}))
 
 
 def memory_of_training(folder: Path, steps: int) -> dict[str, float]:
-    """Peak memory of train.py on a corpus, in MB: anonymous, mapped from files, and total."""
+    """Peak resident memory of train.py on a corpus, in MB, from /proc.
+
+    RssAnon (anonymous) and RssFile (mapped from files) are sampled every 10 ms; VmHWM is the kernel's own
+    peak of the total.
+    """
     command = [sys.executable, str(ROOT / "train.py"), f"--data_dir={folder.parent}"]
     command += [f"--dataset={folder.name}", f"--out_dir={folder.parent / ('out-' + folder.name)}"]
-    command += [f"--{setting}" for setting in TRAINING.split()]
+    command += TRAIN_FLAGS.split()
     command += [f"--max_iters={steps}", f"--eval_interval={steps}", "--eval_iters=5"]
     peaks = {"RssAnon": 0.0, "RssFile": 0.0, "VmHWM": 0.0}
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as output,  # a pipe that is not read would fill up
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process,
         Path(f"/proc/{process.pid}/status").open() as status,
     ):
         while process.poll() is None:
@@ -148,17 +165,10 @@ def memory_of_training(folder: Path, steps: int) -> dict[str, float]:
                 if name in peaks:
                     peaks[name] = max(peaks[name], int(value.split()[0]) * 1024 / 1e6)
             time.sleep(0.01)
-        assert process.stdout is not None
-        output = process.stdout.read()
-    if process.returncode:
-        raise SystemExit(output)
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(output.read())
     return peaks
-
-
-TRAINING = (
-    "n_layer=1 n_head=1 n_embd=16 block_size=256 batch_size=32 gradient_accumulation_steps=1 compile=False"
-)
-STEPS = 400  # each reads other parts of the corpus
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -166,23 +176,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--rounds",
         type=int,
         default=7,
-        help="number of rounds; printed are their median and the best (default: %(default)s)",
+        help="number of rounds; the median and the best are printed (default: %(default)s)",
     )
-    add(
+    parser.add_argument(
         "--processes", type=int, default=2, help="processes that read at the same time (default: %(default)s)"
     )
-    add(
+    parser.add_argument(
         "--sparse",
         type=float,
         metavar="GB",
         help="measure the memory of train.py on a corpus of this size instead (Linux only)",
     )
-    add("--steps", type=int, default=STEPS, help="training steps for --sparse (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="training steps for --sparse (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.sparse is not None:
         result: Any = {}
@@ -195,10 +206,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({"bench": "dataloader", "sparse_gb": args.sparse, **result}))
         return
     rows = measure(args.rounds, args.processes)
-    print(f"{'from':7} {'shards':>6} {'block':>6} {'batch':>6} {'MB/s':>8} {'best':>8} {'a core':>8}")
+    print(f"{'source':7} {'shards':>6} {'block':>6} {'batch':>6} {'MB/s':>8} {'best':>8} {'MB/cpu-s':>8}")
     for row in rows:
         print(
-            f"{row['from']:7} {row['shards']:6} {row['block_size']:6} {row['batch_size']:6} "
+            f"{row['source']:7} {row['shards']:6} {row['block_size']:6} {row['batch_size']:6} "
             f"{row['mb_s']:8.0f} {row['best_mb_s']:8.0f} {row['core_mb_s']:8.0f}"
         )
     print(json.dumps({"bench": "dataloader", "processes": args.processes, "rates": rows}))

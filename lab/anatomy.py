@@ -148,7 +148,7 @@ def main(resolved: Resolved[AnatomySettings]) -> int:
     tokens = settings.tokens or config.block_size
     stats = module_stats(config, settings.batch, tokens)
     print(format_table(stats))
-    path = common.output_path(settings, "anatomy").with_suffix(".svg")
+    path = common.add_extension(common.output_path(settings, "anatomy"), ".svg")
     svg = architecture_diagram.draw_svg(stats, config, settings.batch, tokens)
     common.write_output(path, lambda temporary: temporary.write_text(svg, encoding="utf-8"))
     columns = ("path", "parameters", "flops")

@@ -59,7 +59,7 @@ def open_model(settings: ModelSettings) -> LoadedModel:
     source = settings.init_from
     if not source:
         source = settings.out_dir
-        run_folder.saved_settings(Path(source))  # a mistyped folder is an error, not a name on the hub
+        run_folder.saved_settings(Path(source))  # raises if there is no run: it is not a name on the hub
     return load_model(source, checkpoint_name=settings.checkpoint, device=settings.device, dtype="float32")
 
 
@@ -108,6 +108,11 @@ def output_path_in(folder: str, to: str, name: str) -> Path:
     path = path.with_suffix("") if path.suffix in OUTPUT_SUFFIXES else path
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def add_extension(path: Path, extension: str) -> Path:
+    """`path` with an extension such as ".png". Unlike Path.with_suffix it keeps the ".5" of "run-1.5"."""
+    return path.with_name(path.name + extension)
 
 
 def write_output(path: Path, write: Callable[[Path], None]) -> None:

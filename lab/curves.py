@@ -28,6 +28,7 @@ from fradique.training.loss_plot import (
 from lab import common, html_page
 
 MAX_POINTS = 2000  # of a curve of batch losses on the page
+IMAGE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def main(resolved: Resolved[CurveSettings]) -> int:
         raise ValueError("--out_dir is empty: name a run folder, such as --out_dir=out/eca-char")
     default_name = "loss.png" if len(folders) == 1 else "losses.png"
     path = Path(settings.to) if settings.to else folders[0] / default_name
-    path = path if path.suffix not in ("", ".html") else path.with_suffix(".png")
+    if path.suffix not in IMAGE_SUFFIXES:
+        path = common.add_extension(path.with_suffix("") if path.suffix == ".html" else path, ".png")
     runs = [read_curves(folder) for folder in folders]
     path.parent.mkdir(parents=True, exist_ok=True)
     common.save_figure(plot_losses(runs, settings.x), path)

@@ -211,12 +211,13 @@ def main(resolved: Resolved[MovieSettings]) -> int:
     frames = list(render_frames(movie))
     frame_seconds = settings.seconds / len(frames)
     common.write_output(
-        path.with_suffix(".gif"),
+        common.add_extension(path, ".gif"),
         lambda temporary: animation.write_gif(frames, temporary, frame_seconds, PAUSE_SECONDS),
     )
     try:
         common.write_output(
-            path.with_suffix(".mp4"), lambda temporary: animation.write_mp4(frames, temporary, frame_seconds)
+            common.add_extension(path, ".mp4"),
+            lambda temporary: animation.write_mp4(frames, temporary, frame_seconds),
         )
     except ImportError as error:
         print(error)

@@ -8,7 +8,6 @@ the run has snapshots (`snapshot_interval`).
 """
 
 import io
-import itertools
 import re
 import statistics
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 
 from configurator import Resolved, setting
 from fradique.checkpointing import embedding_snapshots, metrics_file, run_folder
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import encode_prompt
 from fradique.training import evaluation, loss_plot, time_budget
 from fradique.training.logger import format_count
 from lab import (
@@ -42,20 +41,21 @@ from sample import LoadedModel
 from train import TrainSettings
 
 MAX_ATTENTION_TOKENS = 40
-MAX_HEADS = 64  # of a larger model, the heads of the first and the last layers are shown
+MAX_HEADS = 64  # heat maps; of more heads, the first and the last 32 are shown
 MAX_EDGES = 6000  # lines in the 3D view of attention
 MAX_EMBEDDED_TOKENS = 400
 MAX_SAMPLE_CHARACTERS = 4000
 MAX_SAMPLES = 8
-MAX_SCORED_TOKENS = 512  # tokens of the text that is colored by loss
-TOP_TOKENS = 16
+MAX_SCORED_TOKENS = 512  # of the last sample: the text that is colored by loss
+TOP_TOKENS = 16  # most probable next tokens
 MOVIE_SECONDS, MOVIE_FPS = 6.0, 8
 
 
 @dataclass(frozen=True)
-class ReportSettings(common.ModelSettings):
+class ReportSettings(common.ModelSettings):  # the docstring is the first line of --help
     """python -m lab.report --out_dir=out/<run> [--start="A figura é poética"]"""
 
+    save_arrays: str = setting("", "also write the ids of the analyzed tokens to this .npz file")
     start: str = setting("", "text to analyze; empty: the run's last sample", group="text")
 
 
@@ -98,23 +98,27 @@ def curves_section(folder: Path) -> Section:
 
 
 def samples_section(samples: list[tuple[int, str]]) -> Section:
-    """Some of the samples (step, text) at equal intervals, of which the last is open."""
+    """At most MAX_SAMPLES of the samples (step, text), at equal intervals; only the last is open."""
     if not samples:
         return "Samples during training", [html_page.note("The run has no samples.")]
-    shown = np.unique(np.linspace(0, len(samples) - 1, MAX_SAMPLES).astype(int))
+    last = len(samples) - 1
     parts = []
-    for step, text in (samples[i] for i in shown):
+    for i in np.unique(np.linspace(0, last, MAX_SAMPLES).astype(int)):
+        step, text = samples[i]
         content = html_page.sample_text(text[:MAX_SAMPLE_CHARACTERS])
-        parts.append(html_page.collapsible(f"step {step:,}", content, is_open=step == samples[-1][0]))
+        parts.append(html_page.collapsible(f"step {step:,}", content, is_open=i == last))
     return "Samples during training", parts
 
 
 def text_to_analyze(loaded: LoadedModel, start: str, samples: list[tuple[int, str]]) -> np.ndarray:
-    """The tokens (T,) of --start, or of the last sample, shortened to the block_size."""
+    """The token ids (T,) of --start, or of the beginning of the last sample.
+
+    Raises ValueError if --start is longer than the model's context.
+    """
     if start:
         return common.encode_prompt(loaded, start)
     text = samples[-1][1].strip() if samples else ""
-    ids = tokenizers.encode_prompt(loaded.tokenizer, text).astype(np.int64)
+    ids = encode_prompt(loaded.tokenizer, text).astype(np.int64)
     return ids[: min(loaded.model.config.block_size, MAX_SCORED_TOKENS)]
 
 
@@ -126,7 +130,9 @@ def text_sections(loaded: LoadedModel, ids: np.ndarray) -> list[Section]:
     if len(ids) > 1:
         scores = tokens.score_tokens(logits, ids)
         sections.append(("Loss of each token of a text", tokens.loss_colored_text(tokenizer, ids, scores)))
-    order = tokens.probabilities(logits[-1]).argsort()[::-1][:TOP_TOKENS].copy()
+    order = (
+        tokens.probabilities(logits[-1]).argsort()[::-1][:TOP_TOKENS].copy()
+    )  # torch has no negative strides
     slider = tokens.temperature_slider(logits[-1], order, common.token_labels(tokenizer, order))
     sections.append(("Most probable tokens after the text", [slider]))
     return sections
@@ -152,27 +158,27 @@ def attention_section(loaded: LoadedModel, ids: np.ndarray) -> Section:
 
 
 def edge_threshold(weights: np.ndarray, max_edges: int = MAX_EDGES) -> float:
-    """The smallest weight to draw, so that there are at most about `max_edges` edges."""
+    """The attention weight below which no line is drawn: at most about `max_edges` lines remain."""
     descending = np.sort(weights, axis=None)[::-1]
     return max(attention.MIN_WEIGHT, float(descending[min(max_edges, len(descending) - 1)]))
 
 
-def embeddings_section(loaded: LoadedModel, folder: Path) -> Section:
-    """The embeddings after training, in two dimensions."""
+def embeddings_section(loaded: LoadedModel, folder: Path, checkpoint: str) -> Section:
+    """The embeddings of the checkpoint, in two dimensions."""
     settings = embeddings.EmbeddingSettings(out_dir=str(folder), most=MAX_EMBEDDED_TOKENS)
     n_tokens = min(MAX_EMBEDDED_TOKENS, loaded.tokenizer.vocab_size)
     labels = common.token_labels(loaded.tokenizer, np.arange(n_tokens))
     groups = token_groups(loaded.tokenizer, range(n_tokens))
-    tables = {"after training": embeddings.read_embeddings(loaded.model, n_tokens)}
+    tables = {f"checkpoint {checkpoint}": embeddings.read_embeddings(loaded.model, n_tokens)}
     projections = embeddings.project_all(tables, settings)
     return "Embeddings", embeddings.projections_html(projections, labels, groups)
 
 
 def movie_section(folder: Path) -> Section:
-    """The animation of the embeddings, if the run has snapshots; otherwise how to get it."""
+    """An animated GIF of the embeddings during training, or how to get one."""
     title = "Embeddings during training"
     if len(embedding_snapshots.snapshot_paths(folder)) < 2:
-        advice = "Train with --snapshot_interval=50 to get an animation of the embeddings here."
+        advice = "For an animation of the embeddings here, train with snapshots: --snapshot_interval=50"
         return title, [html_page.note(advice)]
     settings = movie.MovieSettings(out_dir=str(folder), seconds=MOVIE_SECONDS, fps=MOVIE_FPS)
     frames = movie.render_frames(movie.load_movie(settings))
@@ -191,33 +197,36 @@ def architecture_section(config: GPTConfig) -> Section:
 
 
 def speed_section(records: list[dict[str, Any]], metadata: dict[str, Any]) -> Section:
-    """How fast the run was, and on which machine and versions. metadata: of `run_folder.run_metadata`."""
-    decided = metadata["decided"]
+    """Training throughput, device, versions and git commit. metadata: from `run_folder.run_metadata`."""
+    decided = metadata["decided"]  # the automatic choices
     notes = decided.get("notes", [])
     rows = speed_rows(records)
     rows += [(name, str(decided[name])) for name in ("device", "compile") if name in decided]
-    rows += [("note", str(note)) for note in (notes if isinstance(notes, list) else [])]
+    rows += [
+        ("note", str(note)) for note in (notes if isinstance(notes, list) else [])
+    ]  # may be edited by hand
     rows += [(name, str(version)) for name, version in metadata["versions"].items()]
     rows.append(("git commit", str(metadata["git_commit"])))
     return "Speed and machine", [html_page.table(rows)]
 
 
 def speed_rows(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Tokens per second, milliseconds per step, and tokens; none if there are too few records."""
-    steps = [record for record in records if {"loss", "tokens", "seconds"} <= record.keys()]
-    speeds = [
-        (after["tokens"] - before["tokens"]) / (after["seconds"] - before["seconds"])
-        for before, after in itertools.pairwise(steps)
-        if after["seconds"] > before["seconds"] and after["tokens"] > before["tokens"]
+    """Tokens per second, milliseconds per step, and training tokens; none without logged steps.
+
+    The medians of what the run logged: the time of evaluations, samples and checkpoints is not counted.
+    """
+    logged = [
+        record for record in records if {"tokens_per_second", "step_seconds", "tokens"} <= record.keys()
     ]
-    if not speeds or steps[-1]["step"] <= steps[0]["step"]:
+    if not logged:
         return []
-    tokens_per_second = statistics.median(speeds)
-    tokens_per_step = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["step"] - steps[0]["step"])
+    tokens_per_second, step_seconds = (
+        statistics.median(record[key] for record in logged) for key in ("tokens_per_second", "step_seconds")
+    )
     return [
         ("tokens per second (median over log intervals)", f"{tokens_per_second:,.0f}"),
-        ("time per step", f"{1000 * tokens_per_step / tokens_per_second:.4g} ms"),
-        ("training tokens", f"{steps[-1]['tokens']:,}"),
+        ("time per step (median)", f"{1000 * step_seconds:.4g} ms"),
+        ("training tokens at the last log line", f"{logged[-1]['tokens']:,}"),
     ]
 
 
@@ -228,7 +237,7 @@ def section_id(title: str) -> str:
 def main(resolved: Resolved[ReportSettings]) -> int:
     settings = resolved.settings
     if settings.init_from:
-        raise ValueError("a report is made from a run folder: use --out_dir instead of --init_from")
+        raise ValueError("a report needs a run folder: use --out_dir instead of --init_from")
     folder = Path(settings.out_dir)
     saved, metadata = run_folder.saved_settings(folder), run_folder.run_metadata(folder)
     records, samples = metrics_file.read_metrics(folder), metrics_file.read_samples(folder)
@@ -241,7 +250,7 @@ def main(resolved: Resolved[ReportSettings]) -> int:
         samples_section(samples),
         *text_sections(loaded, ids),
         attention_section(loaded, ids),
-        embeddings_section(loaded, folder),
+        embeddings_section(loaded, folder, settings.checkpoint),
         movie_section(folder),
         architecture_section(config),
         speed_section(records, metadata),
@@ -251,8 +260,8 @@ def main(resolved: Resolved[ReportSettings]) -> int:
     parts.append(f"<nav>{' · '.join(links)}</nav>")
     for title, content in sections:
         parts += [f'<h2 id="{section_id(title)}">{escape(title)}</h2>', *content]
-    path = common.output_path(settings, "report").with_suffix(".html")
-    html_page.write_page(path, folder.name, parts)
+    path = common.add_extension(common.output_path(settings, "report"), ".html")
+    html_page.write_page(path, folder.resolve().name, parts)
     common.save_arrays(settings.save_arrays, {"ids": ids})
     return 0
 

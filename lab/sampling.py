@@ -170,7 +170,7 @@ def main(resolved: Resolved[SamplingSettings]) -> int:
     }
     print(summary_table(results))
     path = common.output_path(settings, "sampling")
-    common.save_figure(draw_bars(results), path.with_suffix(".png"))
+    common.save_figure(draw_bars(results), common.add_extension(path, ".png"))
     note = f"Marked: each token that ends {REPEAT_LENGTH} tokens which occurred earlier in the text."
     parts = [html_page.note(note)]
     for temperature, rows in samples.items():
@@ -178,7 +178,7 @@ def main(resolved: Resolved[SamplingSettings]) -> int:
         for ids in rows[:SAMPLES_SHOWN]:
             labels = common.token_labels(loaded.tokenizer, ids)
             parts.append(marked_text(labels, repeated_tokens(ids.tolist())))
-    html_page.write_page(path.with_suffix(".html"), "Greedy and sampled text", parts)
+    html_page.write_page(common.add_extension(path, ".html"), "Greedy and sampled text", parts)
     common.save_arrays(settings.save_arrays, {temperature_name(t): rows for t, rows in samples.items()})
     return 0
 

@@ -211,12 +211,11 @@ def main(resolved: Resolved[TokenizersSettings]) -> int:
         result = f"{name}: {bits:.3f} bits per byte (loss {loss:.3f} nats per token)"
         print(result)
         parts.append(html_page.note(result))
-    path = Path(settings.to)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common.save_figure(draw_tokenizations(tokenizations), path.with_suffix(".png"))
+    path = common.output_path_in(".", settings.to, "tokenizers")
+    common.save_figure(draw_tokenizations(tokenizations), common.add_extension(path, ".png"))
     for t in tokenizations:
         parts.append(f"<h2>{escape(t.name)}: {t.bytes_per_token:.2f} bytes per token</h2>{colored_tokens(t)}")
-    html_page.write_page(path.with_suffix(".html"), "One text in three vocabularies", parts)
+    html_page.write_page(common.add_extension(path, ".html"), "One text in three vocabularies", parts)
     common.save_arrays(settings.save_arrays, {t.name: t.ids for t in tokenizations})
     return 0
 

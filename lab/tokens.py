@@ -232,9 +232,10 @@ def main(resolved: Resolved[TokenSettings]) -> int:
     prompt = common.show_whitespace(tokenizer.decode(ids))
 
     path = common.output_path(settings, "tokens")
-    common.save_figure(draw_panels(distributions, order, labels, prompt), path.with_suffix(".png"))
+    common.save_figure(draw_panels(distributions, order, labels, prompt), common.add_extension(path, ".png"))
     common.write_output(
-        path.with_suffix(".gif"), lambda temporary: write_temperature_gif(last, order, labels, temporary)
+        common.add_extension(path, ".gif"),
+        lambda temporary: write_temperature_gif(last, order, labels, temporary),
     )
     title = f"Most probable tokens after “{escape(prompt[-TITLE_CHARACTERS:])}”"
     parts = [f"<h2>{title}</h2>", temperature_slider(last, order, labels)]
@@ -243,7 +244,7 @@ def main(resolved: Resolved[TokenSettings]) -> int:
         scores = score_tokens(logits, ids)
         parts += ["<h2>Loss of each token of the text</h2>", *loss_colored_text(tokenizer, ids, scores)]
         arrays |= {"loss": scores.loss, "rank": scores.rank, "alternatives": scores.top_ids}
-    html_page.write_page(path.with_suffix(".html"), "Next tokens", parts)
+    html_page.write_page(common.add_extension(path, ".html"), "Next tokens", parts)
     common.save_arrays(settings.save_arrays, arrays)
     return 0
 

@@ -21,11 +21,11 @@ from fradique.data import documents
 from fradique.data.build import prepare_documents, prepare_text
 from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.shard_plan import DocumentJob, Job, TextJob
-from fradique.data.shard_progress import ShardCount, check_finished
+from fradique.data.shard_progress import ShardCount, check_no_unfinished_shards
 from fradique.data.text import Text, files_text, find_files
 
-HUB_SOURCE = "the Hugging Face hub"  # in meta.json
-MAX_LISTED_FILES = 30  # in the source that meta.json names
+HUB_SOURCE = "the Hugging Face hub"  # "source" in the meta.json of a corpus from the hub
+MAX_LISTED_FILES = 30  # of more files, "source" names the first and the last
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,22 @@ class CorpusSpec:
     tokenizer: str  # char | gpt2 | bpe:SIZE
     next_command: str  # the command that trains on it; {name} is the folder name of the corpus
     text: Callable[[Path], Text] | None = None  # called with `folder`, where downloads are kept
-    documents: Callable[[], Iterator[Iterable[str]]] | None = None
-    document_files: Callable[[], Sequence[documents.HubFile]] | None = None  # the same, for --shards
+    documents: Callable[[], Iterator[Iterable[str]]] | None = None  # streams them, for a run without --shards
+    # the files that contain these documents; --shards needs them, to count and divide the documents
+    document_files: Callable[[], Sequence[documents.HubFile]] | None = None
 
     @property
     def is_custom(self) -> bool:
-        """Whether the text, the tokenizer and the name are the user's."""
+        """Whether this is data/custom: the user chooses the text, the tokenizer and the name."""
         return self.text is None and self.documents is None
 
 
 def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
     """Prepare a corpus according to the command line, and return the exit status.
 
-    0: the corpus, or this worker's part of it, is finished. 2: a mistake of the user, with a message on
-    standard error. 130, 143, 129: stopped by Ctrl-C, SIGTERM, SIGHUP. If the preparation does not finish, it
-    leaves no partial files; with --shards, it keeps the finished shards.
+    0: the corpus, or this worker's part of it, is finished. 2: an error, reported on standard error. 130,
+    143, 129: stopped by Ctrl-C, SIGTERM, SIGHUP. If the preparation does not finish, it leaves no partial
+    files; with --shards, it keeps the finished shards.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _make_parser(spec).parse_args(argv)
@@ -63,7 +64,7 @@ def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
             else:
                 worker = Worker() if args.worker is None else Worker.parse(args.worker)
                 result = prepare_shards(_make_job(spec, args), out_dir, worker)
-                if isinstance(result, ShardCount):
+                if isinstance(result, ShardCount):  # other workers have not finished theirs
                     print(_format_progress(spec, out_dir, result, argv))
                 else:
                     print(_format_result(spec, out_dir, result))
@@ -72,7 +73,7 @@ def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
         if args.shards is None:
             message = "no partial files are left"
         print(f"stopped: {message}", file=sys.stderr)
-        return 130 if isinstance(stop, KeyboardInterrupt) else int(str(stop.code))
+        return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     except (ValueError, OSError, ImportError) as error:
         if args.debug == "True":
             raise
@@ -84,7 +85,7 @@ def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
 class _HelpFormatter(argparse.HelpFormatter):
     """Wraps the text to the terminal, but not within a word, a path or a flag.
 
-    An indented line of the description is a command; if it is too long, it is continued after a backslash.
+    An indented line of the description is a shell command; a long one is split with a backslash.
     """
 
     def _split_lines(self, text: str, width: int) -> list[str]:
@@ -92,10 +93,10 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = [
-            " \\\n".join(_wrap(line, width - 2, " " * 8))
+            " \\\n".join(_wrap(line, width - 2, next_indent=" " * 8))  # 2: the space and the backslash
             if line.startswith(" ")
             else "\n".join(self._split_lines(line, width))
-            for line in re.sub(r"(?<=\S)\n(?=\S)", " ", text).split("\n")
+            for line in re.sub(r"(?<=\S)\n(?=\S)", " ", text).split("\n")  # joins the lines of a paragraph
         ]
         return "\n".join(paragraphs)
 
@@ -112,7 +113,7 @@ def _make_parser(spec: CorpusSpec) -> argparse.ArgumentParser:
     )
     _add_source_flags(parser, spec)
     _add_shard_flags(parser)
-    parser.add_argument(
+    parser.add_argument(  # --debug, --debug=True or --debug=False, as in train.py
         "--debug",
         nargs="?",
         choices=("True", "False"),
@@ -126,8 +127,8 @@ def _make_parser(spec: CorpusSpec) -> argparse.ArgumentParser:
 def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None:
     """Flags for the text, its tokenizer, its splits and the folder of the corpus."""
     add = parser.add_argument
-    endings = ", ".join(documents.ENDINGS) if spec.documents else ".txt"
-    suffix = "" if spec.is_custom else ", instead of the usual source"
+    extensions = ", ".join(documents.ENDINGS) if spec.documents else ".txt"
+    note = "" if spec.is_custom else ", instead of the default source"
     add(
         "--input",
         nargs="+",
@@ -135,7 +136,7 @@ def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None
         type=Path,
         metavar="PATH",
         required=spec.is_custom,
-        help=f"files, or folders whose {endings} files are used, at any depth, sorted by name{suffix}",
+        help=f"files, or folders to search for {extensions} files at any depth, sorted by name{note}",
     )
     if spec.is_custom:
         add("--tokenizer", default=spec.tokenizer, help="char, gpt2, or bpe:SIZE (default: %(default)s)")
@@ -145,7 +146,7 @@ def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None
         type=float,
         default=0.0005 if spec.documents else 0.1,
         metavar="F",
-        help="fraction that is held out for validation (default: %(default)s)",
+        help="fraction of the text held out for validation (default: %(default)s)",
     )
     if spec.documents:
         add("--max_documents", type=int, metavar="N", help="use only the first N documents, for a trial")
@@ -162,8 +163,8 @@ def _add_shard_flags(parser: argparse.ArgumentParser) -> None:
         "--shards",
         type=int,
         metavar="N",
-        help="write the training split as N files, train_00000.bin and so on; the same command makes only "
-        "the missing files",
+        help="write the training split as N files, train_00000.bin and so on; run the same command again to "
+        "continue, existing shards are kept",
     )
     parser.add_argument(
         "--worker",
@@ -182,7 +183,7 @@ def _choose_out_dir(spec: CorpusSpec, args: argparse.Namespace) -> Path:
     if args.out_dir:
         raise ValueError("--name and --out_dir both set the folder of the corpus: use only one of them")
     if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name.endswith("."):
-        raise ValueError(f"--name {name!r} is not a plain folder name: use letters, digits, _ and -")
+        raise ValueError(f"--name {name!r} is not a plain folder name: use letters, digits, _, - and .")
     folder = spec.folder.parent / name
     if (folder / "prepare.py").exists():
         raise ValueError(f"--name {name}: {folder} has its own prepare.py: choose another name")
@@ -192,8 +193,8 @@ def _choose_out_dir(spec: CorpusSpec, args: argparse.Namespace) -> Path:
 def _prepare(spec: CorpusSpec, args: argparse.Namespace, out_dir: Path) -> dict[str, Any]:
     """Make the whole corpus in this process, and return its meta.json."""
     if args.worker is not None:
-        raise ValueError("--worker makes some of the shards: also give --shards, the same for all workers")
-    check_finished(out_dir)
+        raise ValueError("--worker needs --shards, with the same number for all workers")
+    check_no_unfinished_shards(out_dir)
     if spec.documents is None:
         return prepare_text(_open_text(spec, args), out_dir, _tokenizer(spec, args), args.val_fraction)
     _check_max_documents(args)
@@ -216,17 +217,19 @@ def _make_job(spec: CorpusSpec, args: argparse.Namespace) -> Job:
     elif spec.document_files is not None:
         source, files = HUB_SOURCE, spec.document_files()
     else:
-        raise ValueError("--shards needs files whose documents can be counted: use --input")
+        raise ValueError(
+            "this corpus cannot be made in shards from its default source: give files with --input"
+        )
     return DocumentJob(files, source, spec.tokenizer, args.val_fraction, args.shards, args.max_documents)
 
 
 def _tokenizer(spec: CorpusSpec, args: argparse.Namespace) -> str:
-    return getattr(args, "tokenizer", spec.tokenizer)
+    return getattr(args, "tokenizer", spec.tokenizer)  # only data/custom has --tokenizer
 
 
 def _check_max_documents(args: argparse.Namespace) -> None:
     if args.max_documents is not None and args.max_documents < 1:
-        raise ValueError(f"--max_documents is {args.max_documents}, and must be at least 1")
+        raise ValueError(f"--max_documents must be at least 1, not {args.max_documents}")
 
 
 def _open_text(spec: CorpusSpec, args: argparse.Namespace) -> Text:
@@ -238,7 +241,7 @@ def _open_text(spec: CorpusSpec, args: argparse.Namespace) -> Text:
 
 
 def _describe_files(files: Sequence[Path]) -> str:
-    """The source in meta.json: file names without folders, which may differ between machines."""
+    """The source in meta.json: only file names, because folders may differ between machines."""
     if len(files) > MAX_LISTED_FILES:
         return f"{files[0].name} ... {files[-1].name} ({len(files)} files)"
     return ", ".join(path.name for path in files)
@@ -247,8 +250,8 @@ def _describe_files(files: Sequence[Path]) -> str:
 def _format_result(spec: CorpusSpec, out_dir: Path, meta: dict[str, Any]) -> str:
     """A summary of a finished corpus and the command that trains on it."""
     train, val = meta["splits"]["train"], meta["splits"]["val"]
-    first, *_, last = [shard["file"] for shard in train["shards"] * 2]
-    train_files = first if first == last else f"{first} to {last}"
+    names = [shard["file"] for shard in train["shards"]]
+    train_files = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     return (
         f"{out_dir.resolve().name}: {train['tokens']:,} training tokens and {val['tokens']:,} validation "
         f"tokens from {(train['bytes'] + val['bytes']) / 1e6:.2f} MB of text; vocabulary of "
@@ -259,7 +262,7 @@ def _format_result(spec: CorpusSpec, out_dir: Path, meta: dict[str, Any]) -> str
 
 
 def _training_command(spec: CorpusSpec, out_dir: Path) -> str:
-    """`next_command` with the flags that name the folder, if it is not the usual one."""
+    """`next_command` with the flags that name the folder, if it is not the default one."""
     folder = out_dir.resolve()
     command = spec.next_command.format(name=_quote(folder.name))
     if folder != spec.folder.resolve() and "{name}" not in spec.next_command:
@@ -270,23 +273,24 @@ def _training_command(spec: CorpusSpec, out_dir: Path) -> str:
 
 
 def _format_progress(spec: CorpusSpec, out_dir: Path, count: ShardCount, argv: Sequence[str]) -> str:
-    """The progress of an unfinished corpus and the command that makes the remaining shards."""
+    """The progress of an unfinished corpus, and the command that makes all remaining shards."""
     script = str(_relative(spec.folder / "prepare.py"))
-    words = [
-        word
-        for previous, word in zip(["", *argv], argv, strict=False)
-        if previous != "--worker" and word != "--worker" and not word.startswith("--worker=")
+    arguments = [  # without --worker I/N
+        argument
+        for previous, argument in zip(["", *argv], argv, strict=False)
+        if previous != "--worker" and argument != "--worker" and not argument.startswith("--worker=")
     ]
     return (
         f"{out_dir.resolve().name}: this worker's shards are finished; {count.done} of {count.total} shards "
-        "are finished in all\n"
-        "The worker that finishes the last shard completes the corpus. If no other worker is running:\n"
-        f"next: python {' '.join(map(_quote, [script, *words]))}"
+        "are finished in total\n"
+        "The worker that finishes the last shard completes the corpus. If no other worker is running, make "
+        "the remaining shards with:\n"
+        f"next: python {' '.join(map(_quote, [script, *arguments]))}"
     )
 
 
 def _quote(word: str) -> str:
-    """`word` quoted for a shell if necessary. Unlike shlex.quote, accented letters need no quotes."""
+    """`word` quoted for a shell if necessary. Unlike shlex.quote, it leaves accented letters unquoted."""
     return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else shlex.quote(word)
 
 
@@ -296,7 +300,7 @@ def _relative(path: Path) -> Path:
 
 
 def _format_error(error: Exception) -> str:
-    """The message of an error, without Python's error numbers and class names."""
+    """The text to show for an error; for an OSError "path: reason", without the error number."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     path = f"{error.filename}: " if error.filename else ""
@@ -307,10 +311,11 @@ def _format_error(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _handle_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP (a closed terminal) raise SystemExit, so that they clean up as Ctrl-C does."""
+    """Raise SystemExit on SIGTERM and SIGHUP (closed terminal), to remove temporary files as after Ctrl-C."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
+        for handled in numbers:  # a second signal must not interrupt the cleanup
+            signal.signal(handled, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]

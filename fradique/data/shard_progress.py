@@ -12,20 +12,20 @@ WORK_FOLDER = ".shards"  # in the folder of the corpus, until the corpus is fini
 
 @dataclass(frozen=True)
 class ShardCount:
-    """The number of finished shards and of all shards."""
+    """How many shards of a corpus are finished."""
 
     done: int
-    total: int
+    total: int  # 0: unknown
 
 
 def sidecar_name(shard: int) -> str:
-    """The name of the file that records that a shard is finished."""
+    """The name of the JSON file that marks a shard as finished."""
     return f"shard_{shard:05d}.json"
 
 
 def count_shards(work_dir: Path) -> ShardCount:
     """Count the finished shards in a `.shards` folder; the total is 0 if its plan cannot be read."""
-    try:
+    try:  # "asked": what the command line asked for
         total = int(read_json(work_dir / "plan.json")["asked"]["shards"])
     except (OSError, ValueError, KeyError, TypeError):
         total = 0
@@ -33,23 +33,28 @@ def count_shards(work_dir: Path) -> ShardCount:
 
 
 def restart_hint(work_dir: Path) -> str:
-    """How to discard unfinished shards, for messages."""
+    """How to start the preparation over, for error messages."""
     return f"delete {work_dir} and the train_*.bin beside it"
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether `folder` has shards of a corpus that is not finished."""
+    """Whether a preparation in shards has started in `folder`, and has not finished."""
     return (folder / WORK_FOLDER / "plan.json").exists() and not (folder / "meta.json").exists()
 
 
-def check_finished(folder: Path) -> None:
-    """Raise ValueError, with the progress and the command that continues, if the corpus is unfinished."""
+def check_no_unfinished_shards(folder: Path) -> None:
+    """Raise ValueError with the progress and how to continue, if the corpus is unfinished."""
     if not is_unfinished(folder):
         return
     work_dir = folder / WORK_FOLDER
     count = count_shards(work_dir)
+    if not count.total:
+        raise ValueError(
+            f"the corpus {folder} is not finished, and {work_dir / 'plan.json'} is damaged. To start over, "
+            f"{restart_hint(work_dir)}"
+        )
     raise ValueError(
-        f"the corpus {folder} is not finished: {count.done} of {count.total} shards are there. Run the other "
-        f"workers, or any worker again, with the original flags (prepare.py --shards {count.total} "
-        f"--worker I/N); finished shards are not made again. To discard them, {restart_hint(work_dir)}"
+        f"the corpus {folder} is not finished: {count.done} of {count.total} shards are finished. Run "
+        f"prepare.py again with the original flags: --shards {count.total} makes all that are missing, and "
+        f"--worker I/N the shards of one worker. To start over, {restart_hint(work_dir)}"
     )

@@ -11,9 +11,9 @@ from fradique.optim.muon import Muon, split_matrix
 
 OPTIMIZERS = ("adamw", "muon")
 STATE_FIELDS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
+SCALAR_FIELDS = {"step"}  # all other fields have the shape of the parameter
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
-# On a CPU the norm of a tensor with at least LARGE_TENSOR elements is computed in NORM_ROWS rows, see _norm.
-LARGE_TENSOR, NORM_ROWS = 1 << 18, 8
+MIN_CHUNKED_NUMEL, NORM_CHUNKS = 1 << 18, 8  # see _norm
 
 
 def build_optimizers(
@@ -28,23 +28,24 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a model: [AdamW], or [Muon, AdamW] with Muon for the matrices in the blocks.
 
-    AdamW (Loshchilov & Hutter 2019) is fused where torch supports it. Frozen parameters are left out. Raises
+    AdamW (Loshchilov & Hutter 2019) is fused on cpu, cuda and mps. Frozen parameters are left out. Raises
     ValueError if all are frozen.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("every parameter is frozen: there is nothing to train")
-    muon_matrices, adamw_parameters = {}, trainable
+    muon_parameters, adamw_parameters = {}, trainable
     if name == "muon":
-        muon_matrices = {n: p for n, p in trainable.items() if is_block_parameter(n) and p.dim() == 2}
-        adamw_parameters = {n: p for n, p in trainable.items() if n not in muon_matrices}
+        muon_parameters = {n: p for n, p in trainable.items() if is_block_parameter(n) and p.dim() == 2}
+        adamw_parameters = {n: p for n, p in trainable.items() if n not in muon_parameters}
     optimizers: list[torch.optim.Optimizer] = []
-    if muon_matrices:
+    if muon_parameters:
+        # c_attn stacks the matrices of q, k and v in one weight; Muon must update each matrix on its own
         linears = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Linear)}
         splits = {
-            n: linears[n].row_splits if n in linears else (p.size(0),) for n, p in muon_matrices.items()
+            n: linears[n].row_splits if n in linears else (p.size(0),) for n, p in muon_parameters.items()
         }
-        views = [view for n, p in muon_matrices.items() for view in split_matrix(n, p, splits[n])]
+        views = [view for n, p in muon_parameters.items() for view in split_matrix(n, p, splits[n])]
         optimizers.append(
             Muon(views, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay)
         )
@@ -54,7 +55,7 @@ def build_optimizers(
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
     for opt in optimizers:
         for group in opt.param_groups:
-            group["lr_ratio"] = group["lr"] / learning_rate
+            group["lr_ratio"] = group["lr"] / learning_rate  # for set_learning_rate
     return optimizers
 
 
@@ -68,45 +69,49 @@ def parameter_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -
 
 
 def is_block_parameter(name: str) -> bool:
-    """Whether a parameter belongs to a block, and not to an embedding, the last norm or the output layer."""
-    return ".h." in name
+    """Whether the parameter is inside a transformer block."""
+    return ".h." in name  # the blocks are transformer.h.<layer>
 
 
 def assign_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Give Muon's matrix views their gradients; to call after the backward pass."""
+    """Point the .grad of each of Muon's views at its rows of the parameter's .grad.
+
+    Autograd fills only the gradients of parameters. Call this after the backward pass, before unscaling.
+    """
     for opt in optimizers:
         if isinstance(opt, Muon):
             opt.assign_gradients()
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients to a norm of at most `max_norm` (0: no clipping). Returns the norm before that.
+    """Scale the gradients to a norm of at most `max_norm` (0: no clipping). Returns the norm before clipping.
 
-    The result is that of torch.nn.utils.clip_grad_norm_, which multiplies by 1 if the norm is small enough.
-    On a CPU, where reading the norm needs no synchronization, that multiplication is skipped.
+    Same result as torch.nn.utils.clip_grad_norm_. On a CPU the multiplication by 1 is skipped if no clipping
+    is needed; on a GPU, finding that out would force a synchronization.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = _norm([p.grad for p in parameters])
-    if max_norm and (norm.device.type != "cpu" or not norm + CLIP_EPS <= max_norm):
+    if max_norm and (norm.device.type != "cpu" or not norm + CLIP_EPS <= max_norm):  # also if norm is NaN
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    """The norm over all elements of all tensors.
+    """The 2-norm over all elements of all tensors.
 
-    On a CPU torch computes the norm of a whole tensor in one thread, and those of its rows in parallel.
+    On a CPU torch computes the norm of one tensor in one thread. A large tensor is therefore viewed as
+    NORM_CHUNKS equal chunks, whose norms are computed in parallel: the norm of these norms is the same.
     """
-    rows = {
-        i: x.view(NORM_ROWS, -1)
+    chunked = {
+        i: x.view(NORM_CHUNKS, -1)
         for i, x in enumerate(tensors)
         if x.device.type == "cpu"
-        and x.numel() >= LARGE_TENSOR
-        and x.numel() % NORM_ROWS == 0
+        and x.numel() >= MIN_CHUNKED_NUMEL
+        and x.numel() % NORM_CHUNKS == 0
         and _is_contiguous_and_local(x)
     }
-    norms = [torch.linalg.vector_norm(x, dim=1) for x in rows.values()]
-    whole_tensors = [x for i, x in enumerate(tensors) if i not in rows]
+    norms = [torch.linalg.vector_norm(x, dim=1) for x in chunked.values()]
+    whole_tensors = [x for i, x in enumerate(tensors) if i not in chunked]
     return process_group.full_tensor(nn.utils.get_total_norm(norms + whole_tensors))
 
 
@@ -116,7 +121,7 @@ def _is_contiguous_and_local(x: Tensor) -> bool:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
-    """Set AdamW's learning rate, and Muon's in proportion."""
+    """Set AdamW's learning rate, and scale Muon's by the same factor."""
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
@@ -148,14 +153,15 @@ def empty_state(optimizers: list[torch.optim.Optimizer], keys: Iterable[str]) ->
     for key in keys:
         field, _, name = key.partition("/")
         p = parameters.get(name)
-        state[key] = torch.zeros(()) if p is None or field == "step" else torch.zeros_like(p)
+        state[key] = torch.zeros(()) if p is None or field in SCALAR_FIELDS else torch.zeros_like(p)
     return state
 
 
 def load_state_by_name(optimizers: list[torch.optim.Optimizer], state: dict[str, Tensor]) -> None:
     """The inverse of `state_by_name`.
 
-    Raises ValueError naming parameters that are missing or unknown, and tensors that are damaged.
+    Raises ValueError naming parameters that are missing or unknown, and tensors that are damaged; nothing is
+    loaded then.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -163,10 +169,10 @@ def load_state_by_name(optimizers: list[torch.optim.Optimizer], state: dict[str,
         by_parameter.setdefault(name, {})[field] = value
     _check_names(optimizers, by_parameter)
     for opt in optimizers:
-        names = []
         for name, parameter in _named_parameters(opt):
             _check_tensors(by_parameter.get(name, {}), name, parameter)
-            names.append(name)
+    for opt in optimizers:
+        names = [name for name, _ in _named_parameters(opt)]
         state_dict = opt.state_dict()  # torch numbers the parameters in the order of the groups
         state_dict["state"] = {i: by_parameter[name] for i, name in enumerate(names) if name in by_parameter}
         opt.load_state_dict(state_dict)
@@ -179,28 +185,34 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, T
 
 
 def _check_names(optimizers: list[torch.optim.Optimizer], by_parameter: dict[str, dict[str, Tensor]]) -> None:
-    """Raise ValueError if the state is not that of exactly the parameters of the optimizers."""
-    fields = {name: STATE_FIELDS[type(opt)] for opt in optimizers for name, _ in _named_parameters(opt)}
-    complete = {name for name, entry in by_parameter.items() if fields.get(name, set()) <= entry.keys()}
-    missing = sorted(set(fields) - complete) if by_parameter else []
-    unknown = sorted(set(by_parameter) - set(fields))
+    """Raise ValueError unless the state covers exactly the optimizers' parameters, or is empty."""
+    if not by_parameter:  # a checkpoint from before the first step
+        return
+    expected = {name: STATE_FIELDS[type(opt)] for opt in optimizers for name, _ in _named_parameters(opt)}
+    missing = sorted(name for name, keys in expected.items() if not keys <= by_parameter.get(name, {}).keys())
+    unknown = sorted(by_parameter.keys() - expected.keys())
     if missing or unknown:
         problems = (("missing", missing), ("not in the model", unknown))
         raise ValueError(
             "the optimizer state does not fit the model: "
             + "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems if names)
-            + ". A resumed run cannot change optimizer, freeze and lora_*; to do so, start a new run with "
-            "--init_from=<its folder>"
+            + ". optimizer, freeze and lora_* cannot be changed when a run is resumed. To change them, start "
+            "a new run with --init_from=<folder of this run>"
         )
 
 
 def _check_tensors(entry: dict[str, Tensor], name: str, parameter: Tensor) -> None:
-    """Raise ValueError if a parameter's state has another shape than the parameter, or is not finite."""
+    """Raise ValueError if a tensor of a parameter's state has the wrong shape, or is not finite floats."""
     for field, value in entry.items():
-        shape = () if field == "step" else parameter.shape
-        if (
-            value.shape != shape
-            or not value.is_floating_point()
-            or not process_group.local_tensor(value).isfinite().all()
-        ):
-            raise ValueError(f"the optimizer state is damaged: {field}/{name}; use an earlier checkpoint")
+        shape = torch.Size() if field in SCALAR_FIELDS else parameter.shape
+        if value.shape != shape:
+            problem = f"has shape {tuple(value.shape)}, expected {tuple(shape)}"
+        elif not value.is_floating_point():
+            problem = f"has dtype {value.dtype}, expected floating point"
+        elif not process_group.local_tensor(value).isfinite().all():
+            problem = "contains inf or nan"
+        else:
+            continue
+        raise ValueError(
+            f"the optimizer state is damaged: {field}/{name} {problem}; use an earlier checkpoint"
+        )

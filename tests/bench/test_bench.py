@@ -44,7 +44,7 @@ def test_a_step_is_compared_with_the_textbook_step(capsys):
     assert any("times as fast as the textbook step" in line for line in lines)
 
 
-def test_each_config_is_measured_with_all_flags(capsys, tmp_path):
+def test_each_config_is_measured_with_the_given_flags(capsys, tmp_path):
     for name, n_layer in (("one", 1), ("two", 2)):
         (tmp_path / f"{name}.py").write_text(f"n_layer = {n_layer}\ndataset = 'nothing_char'\n")
     configs = [str(tmp_path / "one.py"), str(tmp_path / "two.py")]
@@ -102,8 +102,8 @@ def test_generation_is_compared_with_transformers(capsys, monkeypatch):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
     arguments = ["--shape=char", "--device=cpu", "--tokens=5", "--rounds=1", "--huggingface"]
     bench_sample.main(arguments)
-    *lines, last = capsys.readouterr().out.splitlines()
-    result = json.loads(last)
+    *lines, summary = capsys.readouterr().out.splitlines()
+    result = json.loads(summary)
     weights = 4 * GPT(tiny).num_params(non_embedding=False)
     assert result["limit_tokens_per_second"] == pytest.approx(1e9 / weights)
     for batch in (1, 16):
@@ -119,19 +119,17 @@ def test_batches_are_compared_with_a_loop(monkeypatch):
 
 
 def test_reading_is_measured_from_memory(capsys, monkeypatch):
-    for name, value in (("SHARDS", ()), ("SHAPES", ((8, 2),)), ("MEMORY_TOKENS", 1000)):
+    for name, value in (("SHARDS", ()), ("SHAPES", ((8, 2),)), ("CACHED_TOKENS", 1000)):
         monkeypatch.setattr(dataloader, name, value)
     dataloader.main(["--rounds=1", "--processes=1"])
-    *lines, last = capsys.readouterr().out.splitlines()
-    rates = json.loads(last)["rates"]
-    assert [(rate["from"], rate["shards"]) for rate in rates] == [
-        ("memory", 1)
-    ]  # starting a process takes seconds
+    *lines, summary = capsys.readouterr().out.splitlines()
+    rates = json.loads(summary)["rates"]
+    assert [(rate["source"], rate["shards"]) for rate in rates] == [("memory", 1)]
     assert len(lines) == 2 and all(rate["best_mb_s"] >= rate["mb_s"] > 0 for rate in rates)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_memory_of_training_with_sparse_shards(capsys):
+def test_memory_of_training_with_sparse_shards_is_measured(capsys):
     dataloader.main(["--sparse=0.1", "--steps=2"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("small", "large"):
@@ -141,44 +139,59 @@ def test_the_memory_of_training_with_sparse_shards(capsys):
 # bench.quality
 
 
-def test_quality_reports_what_configs_reach(capsys, data_dir, tmp_path):
+def test_quality_reports_the_loss_and_time_of_each_config(capsys, data_dir, tmp_path):
     config = tmp_path / "small.py"
     config.write_text(
         "max_iters = 12\nlog_interval = 3\neval_interval = 4\neval_iters = 1\nwarmup_iters = 1\n"
     )
-    words = [str(config), *SMALL, "--compile=False", f"--data_dir={data_dir}", "--dataset=tiny"]
-    bench_quality.main([*words, "--to", "100"])
+    arguments = [str(config), *SMALL, "--compile=False", f"--data_dir={data_dir}", "--dataset=tiny"]
+    bench_quality.main([*arguments, "--to", "100"])
     lines = capsys.readouterr().out.splitlines()
     (result,) = json.loads(lines[-1])["results"]
     assert result["steps"] == 12 and result["tokens"] == 12 * 2 * 16 * 40
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2), rel=0.1)  # é is two bytes
     assert 0 < result["training_seconds"] < result["seconds"]
     assert result["to"] == {"step": 0, "tokens": 0, "training_seconds": 0.0}
-    assert f"| small |  | {result['bits_per_byte']:.3f} |" in lines
-    assert "reached --to at step 0" in lines[0]
+    assert f"| {config} |  | {result['bits_per_byte']:.3f} |" in lines
+    assert (
+        "target loss reached at step 0" in lines[0]
+        and f"(best checkpoint, step {result['best_step']})" in lines[0]
+    )
 
 
-def test_a_run_that_fails_ends_the_benchmark_with_its_message(data_dir):
+def test_a_failed_run_ends_the_benchmark_with_its_message(data_dir):
     with pytest.raises(SystemExit, match=r"status 2: .*n_embd = 15 is not divisible"):
         bench_quality.main(["config/train_python_char.py", "--n_embd=15", f"--data_dir={data_dir}"])
 
 
 def test_training_seconds_follow_the_logged_steps():
-    lines = [
+    records = [
         {"step": 0, "eval_val_loss": 5.0, "tokens": 0},
         {"step": 10, "step_seconds": 0.5},
         {"step": 20, "step_seconds": 0.25},
         {"step": 24, "eval_val_loss": 2.0, "tokens": 240},
         {"step": 30, "step_seconds": 1.0},
     ]
-    assert bench_quality.training_seconds(lines, 20) == pytest.approx(7.5)
-    assert bench_quality.training_seconds(lines, 24) == pytest.approx(9.0)
-    assert bench_quality.training_seconds(lines, 30) == pytest.approx(17.5)
-    assert bench_quality.reached(lines, 2.5) == {"step": 24, "tokens": 240, "training_seconds": 9.0}
-    assert bench_quality.reached(lines, 1.9) is None
+    assert bench_quality.training_seconds(records, 20) == pytest.approx(7.5)
+    assert bench_quality.training_seconds(records, 24) == pytest.approx(9.0)
+    assert bench_quality.training_seconds(records, 30) == pytest.approx(17.5)
+    assert bench_quality.find_target(records, 2.5) == {"step": 24, "tokens": 240, "training_seconds": 9.0}
+    assert bench_quality.find_target(records, 1.9) is None
 
 
-def test_a_row_per_config_and_corpus_a_column_per_budget():
+def test_a_missed_target_and_unknown_bytes_are_reported():
+    result = {
+        "config": "config/auto.py", "corpus": "eca", "budget": "1m", "loss": 2.0, "bits_per_byte": None,
+        "best_step": 8, "steps": 10, "training_seconds": 1.5, "seconds": 3.0, "to": None,
+        "notes": ["auto: small"],
+    }  # fmt: skip
+    text = bench_quality.report(result)
+    assert "n/a bits per byte (best checkpoint, step 8) after 10 steps" in text
+    assert text.endswith("; target loss not reached\n  auto: small")
+    assert "| n/a |" in bench_quality.table([result])
+
+
+def test_the_quality_table_has_a_column_per_budget():
     results = [
         {"config": config, "corpus": "eca", "budget": budget, "bits_per_byte": value}
         for config, budget, value in [("a", "1m", 2.0), ("a", "5m", 1.5), ("b", "5m", 1.25)]
@@ -201,8 +214,8 @@ def test_transformers_cannot_generate_beyond_the_block(capsys):
 
 
 def test_the_references_are_compared_with_torch(capsys):
-    words = ["--n_layer=1", "--n_embd=64", "--batch=2", "--block=8", "--rounds=1", "--seconds=0.05"]
-    assert bench_reference.main(words) == 0
+    arguments = ["--n_layer=1", "--n_embd=64", "--batch=2", "--block=8", "--rounds=1", "--seconds=0.05"]
+    assert bench_reference.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert result["parameters"] == 50257 * 64 + 1024 * 64 + 12 * 64 * 64 + 13 * 64 + 2 * 64

@@ -9,8 +9,8 @@ from bench import memory as bench_memory
 
 def test_the_table_has_a_row_per_size_and_kind_of_parallelism(capsys):
     bench_memory.main([])
-    *table, last = capsys.readouterr().out.splitlines()
-    rows = json.loads(last)["rows"]
+    *table, summary = capsys.readouterr().out.splitlines()
+    rows = json.loads(summary)["rows"]
     assert len(table) == 2 + 4 * 4 and len(rows) == 4 * 4 * 2 * 3
     sizes = {row["model"]: row["parameters"] for row in rows}
     assert {name: round(count / 1e6) for name, count in sizes.items()} == {
@@ -30,7 +30,7 @@ def test_the_table_has_a_row_per_size_and_kind_of_parallelism(capsys):
 
 
 def test_the_estimate_is_compared_with_the_peak_of_a_process(capsys):
-    words = [
+    arguments = [
         "--n_layer=2",
         "--n_head=2",
         "--n_embd=128",
@@ -38,10 +38,10 @@ def test_the_estimate_is_compared_with_the_peak_of_a_process(capsys):
         "--batch_size=32",
         "--dtype=float32",
     ]
-    words += ["--gradient_accumulation_steps=2", "--dataset=none_char", "--device=cpu"]
-    bench_memory.main(["--measure", *words])
-    report, last = capsys.readouterr().out.splitlines()
-    (result,) = json.loads(last)["results"]
+    arguments += ["--gradient_accumulation_steps=2", "--dataset=none_char", "--device=cpu"]
+    bench_memory.main(["--measure", *arguments])
+    report, summary = capsys.readouterr().out.splitlines()
+    (result,) = json.loads(summary)["results"]
     assert result["ratio"] == result["estimated_bytes"] / result["measured_bytes"]
     # the memory of such a small run is mostly that of the process itself
     assert result["ratio"] == pytest.approx(1, abs=0.35)

@@ -1,4 +1,4 @@
-"""The prepare.py of each corpus as a user runs it: flags, messages, exit status."""
+"""Each corpus's prepare.py, run as a command: flags, messages, exit status."""
 
 import ast
 import errno
@@ -18,12 +18,10 @@ import pytest
 from corpus_helpers import CORPORA, file_names, needs_corpora, story_spec
 from support import ROOT
 
-from fradique.data import encode, sources
+from fradique.data import encode, prepare, sources
 from fradique.data.prepare import main
 
 SCRIPTS = sorted((ROOT / "data").glob("*/prepare.py"))
-
-
 SHIPPED = {
     "custom",
     "eca",
@@ -37,13 +35,11 @@ SHIPPED = {
     "shakespeare",
     "shakespeare_char",
 }
-
-
 STORY = "Era uma vez um gato que não dormia, e uma lua: a lua de Lisboa — 🙂.\n" * 60
 
 
-def run_prepare(script: Path, *words: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error", str(script), *map(str, words)]
+def run_prepare(script: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", str(script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -83,8 +79,8 @@ def test_a_script_runs_from_any_folder_on_a_local_text(script, tmp_path, text_fi
     (tmp_path / "more").mkdir()
     for i in range(7):
         shutil.copy(text_file, tmp_path / "more" / f"{i}.txt")
-    words = ["--input", text_file, tmp_path / "more", "--val_fraction=0.5", "--out_dir", tmp_path / "made"]
-    result = run_prepare(script, *words, cwd=tmp_path)
+    flags = ["--input", text_file, tmp_path / "more", "--val_fraction=0.5", "--out_dir", tmp_path / "made"]
+    result = run_prepare(script, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert file_names(tmp_path / "made") == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     meta = json.loads((tmp_path / "made" / "meta.json").read_text(encoding="utf-8"))
@@ -112,7 +108,7 @@ def test_help_fits_the_terminal_and_breaks_no_path(script, columns, capsys, monk
     assert max(map(len, output.splitlines())) <= columns
     assert {word for word in spec.description.split() if "/" in word} <= set(output.split())
     commands = re.findall(r"^    python .*", spec.description, re.MULTILINE)
-    joined = re.sub(r" \\\n +", " ", output)  # a long command continues after a backslash
+    joined = re.sub(r" \\\n +", " ", output)  # join long commands, which continue after a backslash
     assert commands and all(command in joined.splitlines() for command in commands)
 
 
@@ -126,14 +122,14 @@ def test_help_fits_the_terminal_and_breaks_no_path(script, columns, capsys, monk
         ("go {name}", "else/other", "go other --data_dir={}/else"),
     ],
 )
-def test_the_result_ends_with_the_command_that_trains(tmp_path, capsys, next_command, out_dir, expected):
+def test_the_output_ends_with_the_training_command(tmp_path, capsys, next_command, out_dir, expected):
     spec = replace(story_spec(tmp_path / "data" / "story"), next_command=next_command)
     assert main(spec, ["--out_dir", str(tmp_path / out_dir)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[-1] == f"next: {expected.format(tmp_path)}"
 
 
-def test_the_embedded_corpus_needs_no_network_and_no_flag(clone):
+def test_the_python_corpus_needs_no_network_and_no_flag(clone):
     result = run_prepare(clone / "data" / "python_char" / "prepare.py", cwd=clone)
     assert result.returncode == 0, result.stderr
     assert "next: python train.py config/train_python_char.py" in result.stdout
@@ -154,15 +150,9 @@ def test_a_custom_text_gets_the_given_name_and_tokenizer(clone, text_file, flag,
 
 
 @needs_corpora
-def test_eca_from_a_folder_is_the_listed_works_in_order(tmp_path):
-    result = run_prepare(
-        ROOT / "data" / "eca_char" / "prepare.py",
-        "--input",
-        CORPORA / "eca",
-        "--out_dir",
-        tmp_path,
-        cwd=tmp_path,
-    )
+def test_eca_joins_the_listed_works_in_order(tmp_path):
+    script = ROOT / "data" / "eca_char" / "prepare.py"
+    result = run_prepare(script, "--input", CORPORA / "eca", "--out_dir", tmp_path, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     order = [item.name for item in sources.ECA]
     text = b"".join((CORPORA / "eca" / name).read_bytes() for name in order).decode()
@@ -172,11 +162,11 @@ def test_eca_from_a_folder_is_the_listed_works_in_order(tmp_path):
     assert "".join(chars[i] for i in ids.tolist()) == text
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--input", "missing.txt"], "error: --input: there is no file or folder missing.txt"),
         (["--input", "empty.txt"], "error: --input: empty.txt is empty"),
@@ -198,7 +188,7 @@ def test_eca_from_a_folder_is_the_listed_works_in_order(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_gets_one_message_and_leaves_no_files(clone, words, message):
+def test_an_error_gives_one_message_and_leaves_no_files(clone, arguments, message):
     folder = clone / "folder"
     folder.mkdir()
     (folder / "empty.txt").touch()
@@ -206,7 +196,7 @@ def test_a_mistake_gets_one_message_and_leaves_no_files(clone, words, message):
     (folder / "tiny.txt").write_text("a")
     (folder / "latin1.txt").write_bytes("um\ncaf\u00e9".encode("latin-1").replace(b"caf", b""))
     before = sorted(path for path in clone.rglob("*") if "__pycache__" not in path.parts)
-    result = run_prepare(clone / "data" / "custom" / "prepare.py", *words, cwd=folder)
+    result = run_prepare(clone / "data" / "custom" / "prepare.py", *arguments, cwd=folder)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert sorted(path for path in clone.rglob("*") if "__pycache__" not in path.parts) == before
@@ -251,7 +241,7 @@ def test_a_number_of_documents_below_one_is_refused(tmp_path, text_file, limit):
 # Signals
 
 
-SLOW = """
+SLOW_PREPARE = """
 import sys, time
 from pathlib import Path
 from fradique.data.prepare import CorpusSpec, main
@@ -271,9 +261,9 @@ sys.exit(main(CorpusSpec(out, "a test", "char", "go", lambda folder: Text("a tes
 
 
 def stop_prepare(folder: Path, number: signal.Signals) -> tuple[int, str]:
-    """Send a signal to a preparation while it encodes; its exit status and standard error."""
+    """Send a signal to prepare.py while it encodes. Returns its exit status and standard error."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(folder)],
+        [sys.executable, "-c", SLOW_PREPARE, str(folder)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -296,7 +286,7 @@ def test_a_signal_stops_the_preparation_and_leaves_no_files(tmp_path, number, st
     assert file_names(tmp_path) == []
 
 
-def test_the_next_run_removes_files_of_a_killed_one(tmp_path):
+def test_the_next_run_removes_the_files_of_a_killed_run(tmp_path):
     assert stop_prepare(tmp_path, signal.SIGKILL)[0] == -signal.SIGKILL
     remaining = file_names(tmp_path)
     assert len(remaining) == 1 and remaining[0].startswith(".prepare-")
@@ -311,8 +301,8 @@ def test_a_killed_preparation_keeps_the_old_corpus(tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
-def test_training_a_bpe_can_be_interrupted(tmp_path):
-    """Hugging Face's trainer runs outside Python, here for minutes; it must still react to signals."""
+def test_bpe_training_can_be_interrupted(tmp_path):
+    """Hugging Face's trainer would run for minutes here, outside Python; signals must still stop it."""
     code = (
         "import random, sys; from fradique.tokenizer import bpe\n"
         "texts = [''.join(random.Random(i).choices('acgt', k=16384)) for i in range(300)]\n"
@@ -326,3 +316,13 @@ def test_training_a_bpe_can_be_interrupted(tmp_path):
         process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=20)[1]
+
+
+def test_a_second_signal_does_not_interrupt_the_cleanup():
+    previous = signal.getsignal(signal.SIGHUP)
+    with prepare._handle_signals():
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)  # the terminal is closed meanwhile
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) is previous

@@ -1,4 +1,4 @@
-"""prepare.py --shards as a user runs it: interruptions, messages, exit status."""
+"""prepare.py --shards as a command: interruptions, messages, exit status."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def raise_interrupt():
     ids=["Ctrl-C", "SIGTERM", "full disk"],
 )
 def test_finished_shards_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys, fail, status, message):
-    prepare_shards(text_job(), tmp_path / "whole", Worker())
+    prepare_shards(text_job(), tmp_path / "reference", Worker())
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3, fail)
@@ -61,14 +61,14 @@ def test_finished_shards_are_kept_and_not_made_again(tmp_path, monkeypatch, caps
     assert not list(out.glob(".shards/part_*"))
     assert main(story_spec(out), ["--shards=7"]) == 0
     assert {name: (out / name).stat().st_mtime_ns for name in times} == times
-    assert checksums(out) == checksums(tmp_path / "whole")
+    assert checksums(out) == checksums(tmp_path / "reference")
     assert "train_00000.bin to train_00006.bin, val.bin" in capsys.readouterr().out
 
 
 def test_a_finished_corpus_is_reported_and_not_made_again(tmp_path, monkeypatch, capsys):
     assert main(story_spec(tmp_path), ["--shards=7"]) == 0
     output = capsys.readouterr().out
-    (tmp_path / ".shards").mkdir()  # as left by a worker that is killed at the very end
+    (tmp_path / ".shards").mkdir()  # as after a worker that was killed at the very end
     (tmp_path / ".shards" / "plan.json").write_text("{}")
     monkeypatch.setattr(shard_build, "encode_splits", None)
     assert main(story_spec(tmp_path), ["--shards=7", "--worker=2/3"]) == 0
@@ -79,7 +79,7 @@ def test_opening_an_unfinished_corpus_reports_its_progress(tmp_path):
     prepare_shards(text_job(), tmp_path / "data" / "book", Worker(1, 3))
     (tmp_path / "data" / "book" / "val.bin").write_bytes(b"left by a worker that was killed at the very end")
     with pytest.raises(
-        ValueError, match=r"2 of 7 shards are there. Run the other workers.*--shards 7 --worker"
+        ValueError, match=r"2 of 7 shards are finished. Run .*--shards 7 makes all .*--worker"
     ):
         open_corpus(tmp_path / "data" / "book", 8)
     with pytest.raises(ValueError, match=r"there is no corpus in") as caught:
@@ -88,7 +88,7 @@ def test_opening_an_unfinished_corpus_reports_its_progress(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--shards=7", "--worker=5/4"], "--worker 5/4: workers are counted from 0, so from 0/4 to 3/4"),
         (["--shards=7", "--worker=4/4"], "--worker 4/4: workers are counted from 0"),
@@ -96,7 +96,7 @@ def test_opening_an_unfinished_corpus_reports_its_progress(tmp_path):
         (["--shards=7", "--worker=abc"], "--worker abc: give it as I/N"),
         (["--shards=7", "--worker="], "--worker : give it as I/N"),
         (["--shards=7", "--worker=-1/2"], "--worker -1/2: give it as I/N"),
-        (["--worker=0/2"], "--worker makes some of the shards: also give --shards"),
+        (["--worker=0/2"], "--worker needs --shards"),
         (["--shards=0"], "--shards is 0, and must be 1 to 100,000"),
         (["--shards=-3"], "--shards is -3"),
         (["--shards=100001"], "--shards is 100001"),
@@ -108,8 +108,8 @@ def test_opening_an_unfinished_corpus_reports_its_progress(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_gets_one_message_and_leaves_no_files(tmp_path, capsys, words, message):
-    assert main(story_spec(tmp_path / "out"), words) == 2
+def test_an_error_gives_one_message_and_leaves_no_files(tmp_path, capsys, arguments, message):
+    assert main(story_spec(tmp_path / "out"), arguments) == 2
     output = capsys.readouterr().err
     assert f"error: {message}" in output and output.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -118,21 +118,21 @@ def test_a_mistake_gets_one_message_and_leaves_no_files(tmp_path, capsys, words,
 def test_a_stream_without_files_cannot_be_sharded(tmp_path, capsys):
     stream = CorpusSpec(tmp_path, "A test.", "gpt2", "go", documents=lambda: iter([["a"]]))
     assert main(stream, ["--shards=2"]) == 2
-    assert "error: --shards needs files whose documents can be counted" in capsys.readouterr().err
+    assert "error: this corpus cannot be made in shards from its default source" in capsys.readouterr().err
 
 
 def test_the_openwebtext_script_makes_shards_of_files(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     write_documents(tmp_path / "source")
     spec = runpy.run_path(str(ROOT / "data" / "openwebtext" / "prepare.py"))["CORPUS"]
-    words = ["--input", str(tmp_path / "source"), "--val_fraction=0.2", "--out_dir", str(tmp_path / "out")]
-    assert main(spec, [*words, "--shards=5", "--worker=0/2"]) == 0
+    flags = ["--input", str(tmp_path / "source"), "--val_fraction=0.2", "--out_dir", str(tmp_path / "out")]
+    assert main(spec, [*flags, "--shards=5", "--worker=0/2"]) == 0
     output = capsys.readouterr().out
-    assert "out: this worker's shards are finished; 3 of 5 shards are finished in all" in output
+    assert "out: this worker's shards are finished; 3 of 5 shards are finished in total" in output
     next_command = output.splitlines()[-1]
     assert next_command.startswith("next: python data/openwebtext/prepare.py --input ")
-    assert next_command.endswith(" --shards=5")  # without --worker: all shards that remain
-    assert main(spec, [*words, "--shards=5", "--worker=1/2"]) == 0
+    assert next_command.endswith(" --shards=5")  # without --worker: makes all remaining shards
+    assert main(spec, [*flags, "--shards=5", "--worker=1/2"]) == 0
     assert "train_00000.bin to train_00004.bin, val.bin" in capsys.readouterr().out
 
 
@@ -141,3 +141,10 @@ def test_help_explains_how_workers_are_counted(capsys):
         main(story_spec(Path()), ["--help"])
     output = " ".join(capsys.readouterr().out.split())
     assert "make only the shards k with k mod N = I, for an I from 0 to N-1" in output
+
+
+def test_a_damaged_plan_is_reported_with_how_to_start_over(tmp_path):
+    prepare_shards(text_job(), tmp_path / "book", Worker(1, 3))
+    (tmp_path / "book" / ".shards" / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged. To start over, delete .*\.shards"):
+        open_corpus(tmp_path / "book", 8)

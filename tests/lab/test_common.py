@@ -1,4 +1,4 @@
-"""What the lab commands share: token labels, output paths, comma-separated numbers."""
+"""Helpers of the lab commands: token labels, output paths, comma-separated numbers, error messages."""
 
 import numpy as np
 import pytest
@@ -25,17 +25,27 @@ def test_output_paths_have_no_known_extension(tmp_path):
     assert common.output_path_in("out", str(tmp_path / "v1.5"), "movie") == tmp_path / "v1.5"
 
 
+def test_extensions_keep_a_dot_in_the_name(tmp_path):
+    path = common.output_path_in("out", str(tmp_path / "run-1.5"), "report")
+    assert common.add_extension(path, ".html") == tmp_path / "run-1.5.html"
+
+
 def test_number_lists_are_parsed_and_checked():
     assert common.parse_numbers("0.5, 1,") == [0.5, 1.0]
     assert common.number_problems("t", "0,1", minimum=0.0) == []
-    for text, part in (("", "is empty"), ("1,x", "comma-separated"), ("-1", "at least 0"), ("inf", "finite")):
+    for text, message in (
+        ("", "is empty"),
+        ("1,x", "comma-separated"),
+        ("-1", "at least 0"),
+        ("inf", "finite"),
+    ):
         (problem,) = common.number_problems("t", text, minimum=0.0)
-        assert part in problem
+        assert message in problem
     (problem,) = common.number_problems("t", "0,1", minimum=0.0, exclusive=True)
     assert "above 0" in problem
 
 
-def test_a_lack_of_memory_gets_one_message_and_status_2(capsys):
+def test_out_of_memory_gives_one_message_and_status_2(capsys):
     def main(resolved):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 

@@ -1,4 +1,4 @@
-"""The report of a run: complete, small, self-contained."""
+"""The report of a run is complete, small and self-contained."""
 
 import re
 from dataclasses import replace
@@ -51,21 +51,37 @@ def test_a_report_is_complete_and_self_contained(settings, position):
     assert not list(folder.glob(".report*"))
 
 
-def test_missing_parts_are_mentioned_in_the_report(settings):
+def test_the_report_says_which_data_are_missing(settings):
     run_training(replace(settings, position="rope"))
     folder = Path(settings.out_dir)
     (folder / metrics_file.SAMPLES_FILE).unlink()
     result = run_lab("lab.report", f"--out_dir={folder}", "--start=ola")
     assert result.returncode == 0, result.stderr
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "The run has no samples" in text and "Train with --snapshot_interval=50" in text
+    assert "The run has no samples" in text and "train with snapshots: --snapshot_interval=50" in text
 
 
 def test_a_report_without_a_run_is_refused(settings, tmp_path):
     result = run_lab("lab.report", f"--out_dir={tmp_path / 'nothing'}")
     assert result.returncode == 2 and "no trained model in" in result.stderr
     result = run_lab("lab.report", "--init_from=gpt2")
-    assert result.returncode == 2 and "a report is made from a run folder" in result.stderr
+    assert result.returncode == 2 and "a report needs a run folder" in result.stderr
+
+
+def test_only_the_last_of_two_samples_of_one_step_is_open():
+    """A run that ends at a multiple of sample_interval has two samples of its last step."""
+    _, parts = report.samples_section([(10, "a"), (20, "b"), (20, "c")])
+    assert ["<details open" in part for part in parts] == [False, False, True]
+
+
+def test_the_speed_is_that_of_training_without_pauses():
+    """An evaluation between two records takes time, but not tokens per second."""
+    records = [
+        {"step": 10, "tokens": 1000, "seconds": 1.0, "tokens_per_second": 1000.0, "step_seconds": 0.1},
+        {"step": 20, "tokens": 2000, "seconds": 9.0, "tokens_per_second": 1000.0, "step_seconds": 0.1},
+    ]
+    assert [value for _, value in report.speed_rows(records)] == ["1,000", "100 ms", "2,000"]
+    assert report.speed_rows([{"step": 0, "eval_val_loss": 3.0}]) == []
 
 
 def test_the_number_of_edges_is_limited():

@@ -1,3 +1,5 @@
+"""Learning-rate schedules: values at single steps, and the total steps of a time budget."""
+
 import math
 from itertools import pairwise
 

@@ -51,7 +51,7 @@ def test_weight_decay_applies_to_matrices_but_not_to_vectors():
     assert len(decayed) == 2 + 4 * 2  # wte (tied), wpe, and four matrices per block
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_not_optimized():
     model = tiny_model()
     model.transformer["wpe"].weight.requires_grad_(False)
     for build in (adamw, muon):
@@ -59,7 +59,7 @@ def test_frozen_parameters_are_left_out():
         assert not any(p is model.transformer["wpe"].weight for g in groups for p in g["params"])
 
 
-def test_a_completely_frozen_model_is_an_error():
+def test_a_completely_frozen_model_raises():
     with pytest.raises(ValueError, match="every parameter is frozen"):
         adamw(tiny_model().requires_grad_(False))
 
@@ -83,15 +83,15 @@ def test_a_step_of_adamw_equals_its_formula():
 
 def test_muon_updates_the_matrices_in_blocks_and_adamw_the_rest():
     model = tiny_model()
-    first, second = muon(model)
-    assert isinstance(first, torch.optim.Muon) and isinstance(second, torch.optim.AdamW)
+    muon_opt, adamw_opt = muon(model)
+    assert isinstance(muon_opt, torch.optim.Muon) and isinstance(adamw_opt, torch.optim.AdamW)
     name_of = {id(p): n for n, p in model.named_parameters()}
-    inside = {f"transformer.h.{n}.{layer}.weight" for n in (0, 1) for layer in
+    muon_names = {f"transformer.h.{n}.{layer}.weight" for n in (0, 1) for layer in
               ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}  # fmt: skip
-    assert {name.partition("[")[0] for g in first.param_groups for name in g["param_names"]} == inside
-    outside = {name_of[id(p)] for g in second.param_groups for p in g["params"]}
-    assert outside == set(name_of.values()) - inside
-    assert {g["weight_decay"] for g in first.param_groups} == {0.1}
+    assert {name.partition("[")[0] for g in muon_opt.param_groups for name in g["param_names"]} == muon_names
+    adamw_names = {name_of[id(p)] for g in adamw_opt.param_groups for p in g["params"]}
+    assert adamw_names == set(name_of.values()) - muon_names
+    assert {g["weight_decay"] for g in muon_opt.param_groups} == {0.1}
 
 
 def newton_schulz(matrix):
@@ -115,15 +115,15 @@ def test_steps_of_muon_equal_its_formula():
             p.grad = torch.randn_like(p)  # well conditioned, because the iteration runs in bfloat16
             if optimizer.is_block_parameter(name) and p.dim() == 2:
                 g = p.grad.double().numpy()
-                momentum[name] = 0.9 * momentum.get(name, 0.0) + 0.1 * g  # torch uses an average
+                momentum[name] = 0.9 * momentum.get(name, 0.0) + 0.1 * g  # torch uses a running average
                 matrices = 3 if "c_attn" in name else 1  # q, k and v are separate
                 splits = np.split(0.1 * g + 0.9 * momentum[name], matrices)  # Nesterov's
                 update = np.concatenate([newton_schulz(split) for split in splits])
                 scale = 0.02 * max(1.0, p.shape[0] / matrices / p.shape[1]) ** 0.5
                 before[name] = before[name] * (1 - 0.02 * 0.1) - scale * update
         optimizer.assign_gradients(opt)
-        for muon_or_adamw in opt:
-            muon_or_adamw.step()
+        for single_optimizer in opt:
+            single_optimizer.step()
     for name in momentum:
         actual = model.get_parameter(name).detach().double().numpy()
         error = np.linalg.norm(actual - before[name]) / np.linalg.norm(before[name] - start[name])
@@ -172,8 +172,8 @@ def test_muon_splits_gate_and_value_but_not_lora_matrices():
     assert attention == [(8, 8), (4, 8), (4, 8)]
     assert [shapes[f"transformer.h.0.mlp.c_fc.weight[{i}]"] for i in range(2)] == [(24, 8), (24, 8)]
     lora.add_lora(model, 2, 4.0, "c_attn")
-    (only,) = muon(model)
-    assert only.param_groups[0]["param_names"] == [
+    (muon_optimizer,) = muon(model)
+    assert muon_optimizer.param_groups[0]["param_names"] == [
         f"transformer.h.0.attn.c_attn.lora_{matrix}" for matrix in "ab"
     ]
 
@@ -199,7 +199,7 @@ def test_training_continues_identically_with_loaded_state(build):
         assert torch.equal(a, b)
 
 
-def test_the_state_of_another_model_is_an_error():
+def test_loading_the_state_of_another_model_raises():
     model = tiny_model()
     opt = adamw(model)
     step(model, opt, 0)
@@ -217,14 +217,14 @@ def test_setting_the_learning_rate_scales_muons_in_proportion():
     (opt,) = adamw(tiny_model())
     optimizer.set_learning_rate([opt], 0.25)
     assert [g["lr"] for g in opt.param_groups] == [0.25, 0.25]
-    both = muon(tiny_model())
-    optimizer.set_learning_rate(both, 0.005)  # half of the peak
-    assert [g["lr"] for opt in both for g in opt.param_groups] == [0.01, 0.005, 0.005]
+    optimizers = muon(tiny_model())
+    optimizer.set_learning_rate(optimizers, 0.005)  # half of the peak
+    assert [g["lr"] for opt in optimizers for g in opt.param_groups] == [0.01, 0.005, 0.005]
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1e-3, 1e3])
 def test_clipping_equals_torchs(max_norm):
-    """Bit for bit, also if nothing is scaled."""
+    """Bit for bit, also if no gradient is scaled."""
     ours, theirs = tiny_model(), tiny_model()
     for model in (ours, theirs):
         torch.manual_seed(1)
@@ -245,7 +245,7 @@ def test_the_norm_of_nan_gradients_is_nan():
 
 
 def test_the_norm_of_large_gradients_is_over_all_elements(monkeypatch):
-    monkeypatch.setattr(optimizer, "LARGE_TENSOR", 64)
+    monkeypatch.setattr(optimizer, "MIN_CHUNKED_NUMEL", 64)
     shapes = (16, 8), (13, 7), (3,)  # split into rows, not divisible, small
     model = torch.nn.ParameterList(torch.zeros(shape) for shape in shapes)
     for seed, p in enumerate(model):
