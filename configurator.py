@@ -1,21 +1,19 @@
-"""Settings of a script: a frozen dataclass <- config files <- --key=value.
+"""Settings of a script: the defaults of a frozen dataclass, config files, and --key=value flags.
 
     @dataclass(frozen=True)
     class TrainSettings:
         '''python train.py [config/file.py ...] [--key=value ...]'''
-
         n_layer: int = setting(12, "number of transformer blocks", lo=1, group="model", common=True)
 
     if __name__ == "__main__":
-        sys.exit(command(main, TrainSettings))  # main(resolved: Resolved[TrainSettings])
+        sys.exit(command(main, TrainSettings))  # calls main(resolved: Resolved[TrainSettings])
 
-Later sources override earlier ones: defaults, the saved settings of a resumed run, config files from left to
-right, flags (wherever they stand). All problems are found before `main` starts, and raised as one ValueError.
-A config file is Python: it assigns settings, reads the ones so far, and may reset("a group") to the defaults.
+Later sources override earlier ones: defaults, the settings of a resumed run, config files from left to right,
+flags in any position. All problems are found before `main` starts, and raised as one ValueError. A config
+file is Python code: it assigns settings, can read the current ones, and can reset("a group") to the defaults.
 """
 
 import ast
-import dataclasses
 import difflib
 import inspect
 import math
@@ -29,7 +27,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from types import ModuleType, NoneType
@@ -37,24 +35,21 @@ from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 Values = Mapping[str, Any]
-Flag = tuple[str, str | None, str]  # key, value (None after a bare --key), the flag as typed
-Base = tuple[Values, str]  # the saved settings of a resumed run, and the file they are from
+Flag = tuple[str, str | None, str]  # key, text of the value (None after a bare --key), flag as typed
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
-SURROGATES = re.compile("[\ud800-\udfff]")  # UTF-8 cannot encode these
 MAX_CONFIG_BYTES = 1 << 20
-MAX_FLAG_CHARS = 200  # of a flag that a message repeats
-MAX_PROBLEMS = 20  # in one message
-MIN_WIDTH, MAX_WIDTH = 60, 100  # columns of --help
-LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+MAX_SHOWN_PROBLEMS, MAX_SHOWN_CHARS = 20, 200  # in an error message; the characters are those of one flag
+MIN_HELP_WIDTH, MAX_HELP_WIDTH = 60, 100  # columns
+LIBRARY_FOLDERS = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
 @dataclass(frozen=True)
 class Resolved(Generic[T]):
-    """Settings, and the source of each: "default", "config/x.py", "--key" or the file of a resumed run."""
+    """The settings of a script, and where the value of each comes from."""
 
     settings: T
-    sources: dict[str, str]
+    sources: dict[str, str]  # key -> "default", "config/x.py", "--key" or the file of a resumed run
     explicit: frozenset[str] = frozenset()  # keys set by config files and flags
 
 
@@ -65,11 +60,11 @@ def setting(
     lo: float = -math.inf,
     hi: float = math.inf,
     choices: Sequence[Any] | None = None,
-    group: str | None = None,
+    group: str | None = None,  # heading in --help; the next fields are under it too
     above: float = -math.inf,
-    common: bool = False,
+    common: bool = False,  # whether --help without =all shows the field
 ) -> Any:
-    """A dataclass field: lo <= value <= hi, value > above. `group`: heading of this and the next fields."""
+    """A dataclass field with a help text and limits: lo <= value <= hi, and value > above."""
     limits = {"lo": lo, "hi": hi, "above": above, "choices": choices}
     return field(default=default, metadata={"help": help, "group": group, "common": common, **limits})
 
@@ -88,52 +83,53 @@ class _Spec:
     group: str | None = None
     common: bool = False
 
-    def range(self) -> str:
+    def describe_limits(self) -> str:
         if math.isfinite(self.lo) and math.isfinite(self.hi):
             return f"between {self.lo} and {self.hi}"
         limits = {"at least": self.lo, "above": self.above, "at most": self.hi}
         return " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
 
-    def expected(self) -> str:
+    def describe_values(self) -> str:
         if self.choices:
             return "one of " + ", ".join(map(repr, self.choices))
-        names = " or ".join(TYPE_NAMES[kind] for kind in self.types)
-        return f"{names}, {self.range()}" if self.range() else names
+        names, limits = " or ".join(TYPE_NAMES[kind] for kind in self.types), self.describe_limits()
+        return f"{names}, {limits}" if limits else names
 
     def convert(self, value: Any) -> Any:
-        """`value` in the field's type (1e5 -> 100000, 1 -> 1.0). Raises ValueError if it does not fit."""
+        """`value` in the setting's type (1e5 -> 100000, 1 -> 1.0). Raises ValueError if it does not fit."""
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("must be finite")
-        converted = [result for kind in self.types for result in _lossless(kind, value)]
-        if not converted or (self.choices and converted[0] not in self.choices):
+        results = [result for kind in self.types for result in _try_convert(kind, value)]
+        if not results or (self.choices and results[0] not in self.choices):
             hint = _did_you_mean(str(value), {str(choice): repr(choice) for choice in self.choices or ()})
-            raise ValueError(f"must be {self.expected()}{hint}")
-        result = converted[0]
-        if isinstance(result, str) and SURROGATES.search(result):
+            raise ValueError(f"must be {self.describe_values()}{hint}")
+        result = results[0]
+        if isinstance(result, str) and re.search("[\ud800-\udfff]", result):
             raise ValueError("must be text (it contains half a surrogate pair, or bytes that are not UTF-8)")
         if isinstance(result, int | float) and not (self.lo <= result <= self.hi and result > self.above):
-            raise ValueError(f"must be {self.range()}")
+            raise ValueError(f"must be {self.describe_limits()}")
         return result
 
     def parse(self, text: str) -> Any:
-        """The value that `text` stands for; `text` itself if there is none, for `convert` to reject."""
+        """The None, boolean or number that `text` means for this setting, or else `text`. Not checked."""
         if NoneType in self.types and text.lower() == "none":
             return None
         if bool in self.types and text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]
-        for kind in (int, float) if {int, float} & {*self.types} else ():
-            with suppress(ValueError):
-                return kind(text)
+        if int in self.types or float in self.types:
+            for kind in (int, float):  # float also for an int setting, which accepts 1e5
+                with suppress(ValueError):
+                    return kind(text)
         return text
 
     def takes_word(self, word: str) -> bool:
-        """Whether `word`, which follows a flag without "=", is that flag's value."""
+        """Whether the word after a bare --key of this setting is its value, and not a config file or flag."""
         if self.types == (bool,):
             return word.lower() in BOOLEANS
         return not word.startswith("--") and not (bool in self.types and word.endswith(".py"))
 
 
-SWITCHES = {  # flags of every command that are not settings
+SWITCHES = {  # flags that every command has, and that are not settings
     "help": _Spec((bool, str), False, "show help and exit", choices=("all", True, False), group="general"),
     "print_settings": _Spec((bool,), False, "show the value and the source of each setting and exit"),
     "debug": _Spec((bool,), False, "show the traceback of an error"),
@@ -142,48 +138,48 @@ SWITCHES = {  # flags of every command that are not settings
 
 def _specs(cls: type) -> dict[str, _Spec]:
     hints, group, specs = get_type_hints(cls), None, {}
-    for field_ in dataclasses.fields(cls):
+    for field_ in fields(cls):
         types = get_args(hints[field_.name]) or (hints[field_.name],)
         assert {*types} <= {*TYPE_NAMES}, f"{cls.__name__}.{field_.name}: a setting cannot be of type {types}"
         group = field_.metadata.get("group") or group
         spec = _Spec(types, field_.default, **{**field_.metadata, "group": group})
-        specs[field_.name] = dataclasses.replace(spec, default=spec.convert(field_.default))
+        specs[field_.name] = replace(spec, default=spec.convert(field_.default))
     return specs
 
 
-def _lossless(kind: type, value: Any) -> list[Any]:
-    """[`value` as a `kind`], or [] if the conversion would lose something. A bool is not a number."""
+def _try_convert(kind: type, value: Any) -> list[Any]:
+    """[`value` as a `kind`], or [] if it is none. For int, 2.0 and NumPy's 2 are 2; 2.5 and True are none."""
     if kind not in (int, float):
         return [value] if isinstance(value, kind) else []
     if isinstance(value, Real) and not isinstance(value, bool):
-        with suppress(OverflowError, ValueError):  # float(10**400), or int(nan) of NumPy's nan
+        with suppress(OverflowError, ValueError):  # of float(10**400) and int(np.float32("nan"))
             number = kind(value)
             return [number] if math.isfinite(number) and (kind is float or number == value) else []
     return []
 
 
 def _did_you_mean(name: str, candidates: Mapping[str, str]) -> str:
-    """A hint with the value of the candidate whose key is most similar to `name`; "" if none is similar."""
-    by_lower_name = {candidate.lower(): value for candidate, value in candidates.items()}
+    """A hint for a misspelt name: the value of the most similar key of `candidates`, or "" if none is."""
+    by_lower_name = {candidate.lower(): shown for candidate, shown in candidates.items()}
     matches = difflib.get_close_matches(name.lower(), by_lower_name, n=1)
     return f" (did you mean {by_lower_name[matches[0]]}?)" if matches else ""
 
 
 class _Namespace(dict[str, Any]):
-    """The globals of a config file. Records the line that last assigned each name."""
+    """Runs a config file with itself as the globals, and records the line that last assigned each name."""
 
     def __init__(self, values: Values, path: str, specs: Mapping[str, _Spec]) -> None:
         super().__init__({"reset": self.reset, **values}, __file__=path, __name__="__config__")
         self.initial, self.path, self.specs = dict(self), path, specs
-        self.lines: dict[str, int] = {}
+        self.line_numbers: dict[str, int] = {}  # name -> line that last assigned it
         self.imported: set[str] = set()
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.lines[name] = sys._getframe(1).f_lineno
+        self.line_numbers[name] = sys._getframe(1).f_lineno  # frame 1 runs the config file
         super().__setitem__(name, value)
 
     def reset(self, group: str) -> None:
-        """What a config file calls to set every setting of a group to its default."""
+        """Set every setting of a group to its default. The config file calls this."""
         keys = [key for key, spec in self.specs.items() if group is not None and spec.group == group]
         if not keys:
             groups = {spec.group: repr(spec.group) for spec in self.specs.values() if spec.group}
@@ -191,7 +187,7 @@ class _Namespace(dict[str, Any]):
             raise ValueError(f"reset({_shorten(repr(group))}): unknown group of settings{hint}")
         for key in keys:
             super().__setitem__(key, self.specs[key].default)
-            self.lines[key] = sys._getframe(1).f_lineno
+            self.line_numbers[key] = sys._getframe(1).f_lineno
 
     def run(self) -> None:
         with Path(self.path).open("rb") as file:
@@ -207,31 +203,33 @@ class _Namespace(dict[str, Any]):
         exec(compile(tree, self.path, "exec", dont_inherit=True), self)
 
     def assigned(self) -> list[str]:
-        """Names that the file assigned, even to the same value; not names that it only read."""
-        changed = (name for name in self if self[name] is not self.initial.get(name, self))  # with `global`
-        return [name for name in dict.fromkeys([*self.lines, *changed]) if name in self]
+        """Names that the file assigned, even to the same value; not names that it only read or deleted."""
+        # Python does not call __setitem__ for an assignment to a `global` name in a function
+        changed = [name for name in self if name not in self.initial or self[name] is not self.initial[name]]
+        return [name for name in dict.fromkeys([*self.line_numbers, *changed]) if name in self]
 
     def is_helper(self, name: str) -> bool:
-        """Whether a name is not meant as a setting: _names, imports, functions, classes."""
-        helper = isinstance(self[name], ModuleType) or callable(self[name])
-        return helper or name.startswith("_") or name in self.imported
+        """Whether a name is not meant as a setting: a _name, an import, a function or a class."""
+        is_code = isinstance(self[name], ModuleType) or callable(self[name])
+        return is_code or name.startswith("_") or name in self.imported
 
 
 def _describe_failure(path: str, error: BaseException, specs: Mapping[str, _Spec]) -> str:
-    """What a config file raised and in which line, or why the file cannot be read."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    """The message for an error that a config file raised, or for a config file that cannot be read."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line_numbers = [frame.lineno for frame in frames if frame.filename == path]  # [] if no line was run
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError) and error.filename == path:
-        lines, message = [error.lineno], f"SyntaxError: {error.msg}"
-    elif isinstance(error, FileNotFoundError) and not lines:
-        message = f"no such config file{_suggest(path, specs)}"
-    elif isinstance(error, OSError) and not lines:
+        line_numbers, message = [error.lineno], f"SyntaxError: {error.msg}"
+    elif isinstance(error, FileNotFoundError) and not line_numbers:
+        message = f"no such config file{_suggest_argument(path, specs)}"
+    elif isinstance(error, OSError) and not line_numbers:
         message = error.strerror or message
-    location = f"{path} line {lines[-1]}" if lines and lines[-1] else path or "''"
-    return f"{location}: {message}"
+    line = f" line {line_numbers[-1]}" if line_numbers and line_numbers[-1] else ""
+    return f"{path or repr('')}{line}: {message}"
 
 
-def _suggest(path: str, specs: Mapping[str, _Spec]) -> str:
+def _suggest_argument(path: str, specs: Mapping[str, _Spec]) -> str:
     """A hint for an argument that is neither a flag nor an existing file: the flag or file probably meant."""
     flag = path.lstrip("-")
     name = flag.partition("=")[0].replace("-", "_")
@@ -245,12 +243,13 @@ def _suggest(path: str, specs: Mapping[str, _Spec]) -> str:
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_FLAG_CHARS else f"{text[:MAX_FLAG_CHARS]}…"
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
 
 
 def _parse_argv(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[str], list[Flag]]:
-    """The config files and the flags of a command line."""
-    files, flags, words = [], [], ["--help" if word == "-h" else word for word in reversed(argv)]
+    """The config files and the flags of a command line. A flag is --key=value, --key value or --key."""
+    files, flags = [], []
+    words = ["--help" if word == "-h" else word for word in reversed(argv)]  # the next word is the last
     while words:
         word = words.pop()
         if not word.startswith("--"):
@@ -258,7 +257,8 @@ def _parse_argv(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[s
             continue
         name, equals, value = word.partition("=")
         key = name[2:].replace("-", "_")
-        if not equals and words and specs.get(key, _Spec((bool, str))).takes_word(words[-1]):
+        spec = specs.get(key, _Spec((bool, str)))  # an unknown flag may be with or without a value
+        if not equals and words and spec.takes_word(words[-1]):
             equals, value = "=", words.pop()
         flags.append((key, value if equals else None, _shorten(name + equals + value)))
     return files, flags
@@ -271,10 +271,10 @@ class _Resolver:
         self.cls, self.base_name, self.specs = cls, base_name, _specs(cls)
         self.values = {key: spec.default for key, spec in self.specs.items()}
         self.sources = dict.fromkeys(self.specs, "default")
-        self.invalid: dict[str, str] = {}  # key -> problem with its value; a later valid value removes it
-        self.problems: list[str] = []  # all other problems
-        self.config_error: BaseException | None = None  # the first one that a config file raised
-        for key in [key for key in self.specs if key in base]:  # an older run may have keys that are gone
+        self.invalid: dict[str, str] = {}  # key -> problem with its value; a later value removes the problem
+        self.other_problems: list[str] = []
+        self.config_error: BaseException | None = None  # the first error that a config file raised
+        for key in [key for key in self.specs if key in base]:  # an older run may have other settings
             self.set(key, base[key], base_name, f"{base_name}, {key} = {reprlib.repr(base[key])}")
         files, flags = _parse_argv(argv, SWITCHES | self.specs)
         for path in files:
@@ -291,18 +291,18 @@ class _Resolver:
             self.invalid[key] = f"{location}: {error}"
 
     def read_file(self, path: str) -> None:
-        names = _Namespace(self.values, path, self.specs)
+        namespace = _Namespace(self.values, path, self.specs)
         try:
-            names.run()
+            namespace.run()
         except (Exception, SystemExit) as error:
             self.config_error = self.config_error or error
-            self.problems.append(_describe_failure(path, error, self.specs))
-        for key in names.assigned():
-            location = f"{path} line {names.lines[key]}" if key in names.lines else path
+            self.other_problems.append(_describe_failure(path, error, self.specs))
+        for key in namespace.assigned():
+            location = f"{path} line {namespace.line_numbers[key]}" if key in namespace.line_numbers else path
             if key in self.specs:
-                self.set(key, names[key], path, f"{location}, {key} = {reprlib.repr(names[key])}")
-            elif not names.is_helper(key):
-                self.unknown(location, key, self.specs, f"start names of your own with _: _{key}")
+                self.set(key, namespace[key], path, f"{location}, {key} = {reprlib.repr(namespace[key])}")
+            elif not namespace.is_helper(key):
+                self.report_unknown(location, key, self.specs, f"start names of your own with _: _{key}")
 
     def read_flag(self, key: str, text: str | None, typed: str) -> None:
         spec = self.specs.get(key)
@@ -311,25 +311,25 @@ class _Resolver:
             if text is None and bool not in spec.types:
                 self.invalid[key] = f"{typed}: needs a value, for example {typed}={spec.default!r}"
         elif key not in SWITCHES:
-            self.unknown(typed, key, SWITCHES | self.specs, "--help=all shows all settings")
+            self.report_unknown(typed, key, SWITCHES | self.specs, "--help=all shows all settings")
 
-    def unknown(self, location: str, key: str, candidates: Iterable[str], advice: str) -> None:
+    def report_unknown(self, location: str, key: str, candidates: Iterable[str], advice: str) -> None:
         hint = _did_you_mean(key, {name: repr(name) for name in candidates}) or f" ({advice})"
-        self.problems.append(f"{location}: unknown setting {_shorten(key)!r}{hint}")
+        self.other_problems.append(f"{location}: unknown setting {_shorten(key)!r}{hint}")
 
-    def settings(self) -> Any:
-        """The settings before `problems` is called; None if a value is invalid or a config file failed."""
+    def make_settings(self) -> Any:
+        """The settings, or None if a value is invalid or a config file failed. Contradictions are allowed."""
         return None if self.invalid or self.config_error else self.cls(**self.values)
 
     def finish(self) -> Resolved[Any]:
         """The checked settings. Raises one ValueError with all problems."""
-        settings = self.settings()
-        problems = [*self.problems, *self.invalid.values()]
+        settings = self.make_settings()
+        problems = [*self.other_problems, *self.invalid.values()]
         if settings is not None and hasattr(settings, "problems"):
-            problems += settings.problems()
+            problems += settings.problems()  # values that contradict each other
         if len(problems) > 1:
-            lines = [f"{len(problems)} problems with the settings:", *problems[:MAX_PROBLEMS]]
-            n_hidden = len(problems) - MAX_PROBLEMS
+            lines = [f"{len(problems)} problems with the settings:", *problems[:MAX_SHOWN_PROBLEMS]]
+            n_hidden = len(problems) - MAX_SHOWN_PROBLEMS
             problems = ["\n  - ".join(lines) + (f"\nand {n_hidden} more" if n_hidden > 0 else "")]
         if problems:
             raise ValueError(problems[0]) from self.config_error
@@ -349,14 +349,14 @@ def resolve(
 
 def format_settings(resolved: Resolved[Any]) -> str:
     """One line per setting, with its source as a comment; the text is a valid config file."""
-    lines = {key: f"{key} = {value!r}" for key, value in dataclasses.asdict(resolved.settings).items()}
-    width = min(48, max(map(len, lines.values()), default=0))
+    lines = {key: f"{key} = {value!r}" for key, value in asdict(resolved.settings).items()}
+    width = min(48, max(map(len, lines.values()), default=0))  # one long line must not widen all
     return "\n".join(f"{line:<{width}}  # {resolved.sources[key]}" for key, line in lines.items())
 
 
 def format_help(cls: type, show_all: bool = False) -> str:
     """The docstring of a settings class, and its settings: the common ones, or all if none is common."""
-    width = max(MIN_WIDTH, min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns))
+    width = max(MIN_HELP_WIDTH, min(MAX_HELP_WIDTH, shutil.get_terminal_size((MAX_HELP_WIDTH, 24)).columns))
     specs = _specs(cls)
     shown = {key: spec for key, spec in specs.items() if spec.common and not show_all} or specs
     usage, *paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
@@ -366,22 +366,22 @@ def format_help(cls: type, show_all: bool = False) -> str:
     lines = [usage]
     for text in paragraphs:
         lines += ["", text if re.search("^ ", text, re.M) else _wrap(text, width)]  # examples are indented
-    entries = shown | SWITCHES | shown  # a class with a `debug` of its own has it in its own group
-    column, heading = 6 + max(map(len, entries)), None
-    for key, spec in entries.items():
+    flags = shown | {key: spec for key, spec in SWITCHES.items() if key not in shown}
+    column, heading = len("  --") + max(map(len, flags)) + 2, None
+    for key, spec in flags.items():
         if spec.group not in (None, heading):
             heading = spec.group
             lines += ["", f"{heading}:"]
-        text = f"{spec.help} ({spec.expected()}; default `{spec.default!r}`)"
+        text = f"{spec.help} ({spec.describe_values()}; default `{spec.default!r}`)"
         lines.append(f"  --{key}".ljust(column) + _wrap(text, width, column).lstrip())
     return "\n".join(lines)
 
 
-def _wrap(text: str, width: int, column: int = 0) -> str:
-    """`text` as indented lines of at most `width`; words and `commands` are not broken."""
-    text = re.sub("`([^`]*)`", lambda match: match[1].replace(" ", "\u00a0"), text)
-    text = textwrap.fill(text, width - column, break_long_words=False, break_on_hyphens=False)
-    return textwrap.indent(text.replace("\u00a0", " "), " " * column)
+def _wrap(text: str, width: int, indent: int = 0) -> str:
+    """`text` as indented lines of at most `width` columns; words and `quoted commands` are not broken."""
+    text = re.sub("`([^`]*)`", lambda match: match[1].replace(" ", "\u00a0"), text)  # no-break spaces
+    text = textwrap.fill(text, width - indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent(text.replace("\u00a0", " "), " " * indent)
 
 
 def command(
@@ -389,18 +389,18 @@ def command(
     cls: type[T],
     argv: Sequence[str] | None = None,
     *,
-    base: Callable[[T], Base | None] | None = None,
+    base: Callable[[T], tuple[Values, str] | None] | None = None,
 ) -> int:
     """Run `main` as a shell command and return its exit status: sys.exit(command(main, Settings)).
 
     ValueError, OSError and MemoryError get one message and status 2. Other errors are bugs and propagate.
-    base: called with the settings before `problems` is. If they resume a run, it returns that run's settings
-    and their name; the command line is then resolved again on top of them.
+    base: a function of the settings. If they resume a run, it returns the saved settings of the run and the
+    name of their file, and the command line is resolved again with the saved settings as defaults.
     """
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show a character
-    flags = _parse_argv(argv, SWITCHES | _specs(cls))[1]
+    _, flags = _parse_argv(argv, SWITCHES | _specs(cls))
     switches = {key: SWITCHES[key].parse(text or "true") for key, text, _ in flags if key in SWITCHES}
     debug, status = switches.get("debug"), None
     try:
@@ -408,21 +408,21 @@ def command(
             print(format_help(cls, show_all=switches["help"] == "all"))
         else:
             resolver = _Resolver(cls, argv, {}, "")
-            settings = resolver.settings()
+            settings = resolver.make_settings()
             saved = base(settings) if base and settings is not None else None
             resolved = resolve(cls, argv, *saved) if saved else resolver.finish()
-            debug = getattr(resolved.settings, "debug", debug)
+            debug = getattr(resolved.settings, "debug", debug)  # `cls` may have a `debug` of its own
             if switches.get("print_settings"):
                 print(format_settings(resolved))
             else:
                 status = main(resolved)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130
+        return 130  # the exit status of a program that Ctrl-C ended
     except (ValueError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
-            return 141  # as a shell reports a program that SIGPIPE ended
-        traceback.print_exception(error) if debug else print(_format_error(error), file=sys.stderr)
+            return 141  # the exit status of a program that SIGPIPE ended
+        print(traceback.format_exc().rstrip() if debug else _format_error(error), file=sys.stderr)
         return 2
     return status or 0
 
@@ -431,20 +431,20 @@ def _format_error(error: ValueError | OSError | MemoryError) -> str:
     message = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
     if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
         message = f"{error.filename}: {error.strerror}"
-    # file names may contain terminal control sequences; flags may contain what cannot be encoded
+    # file names may contain terminal control sequences, and flags may contain surrogates
     text = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
-    # the message is made for the user if a `raise` of this project made it, or if it is about a file
+    # the message needs no traceback if a `raise` of this project wrote it, or if it is about a file
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    raised_here = (frame.line or "").startswith("raise") and not frame.filename.startswith(LIBRARIES)
-    expected = str(error) and (raised_here or getattr(error, "filename", None))
-    return f"error: {''.join(text)}" + ("" if expected else "\n(--debug=True shows where it was raised)")
+    raised_here = (frame.line or "").startswith("raise") and not frame.filename.startswith(LIBRARY_FOLDERS)
+    is_clear = str(error) and (raised_here or getattr(error, "filename", None))
+    return f"error: {''.join(text)}" + ("" if is_clear else "\n(--debug=True shows where it was raised)")
 
 
 def _stdout_is_closed() -> bool:
-    """Whether the closed pipe is stdout (python train.py | head) and not another one."""
+    """Whether stdout is a closed pipe (python train.py | head); if so, later output to it is discarded."""
     try:
         print(flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports an error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports an error at exit
         return True
     return False

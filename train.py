@@ -10,7 +10,7 @@ A config file is Python and is run as such: run only those that you trust.
 
 import time
 
-START = time.monotonic()  # the clock of --time_budget runs from here: importing torch is part of the wait
+START = time.monotonic()  # before the imports: --time_budget includes the seconds that importing torch takes
 
 import math
 import statistics
@@ -127,8 +127,9 @@ class TrainSettings:
     # fmt: on
 
     def problems(self) -> list[str]:
-        """Contradictions between settings that are valid by themselves."""
-        problems = [] if self.auto else model_config(self, vocab_size=1).problems()  # auto will choose these
+        """Error messages for settings that are valid one by one but contradict each other."""
+        # auto will choose the settings that these two checks are about
+        problems = [] if self.auto else model_config(self, vocab_size=1).problems()
         if not self.auto and self.decay_lr and self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             problems.append(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         try:
@@ -146,7 +147,7 @@ class TrainSettings:
             )
         if self.parallel == "fsdp" and self.optimizer == "muon":
             problems.append(
-                "optimizer = 'muon' needs whole matrices, and parallel = 'fsdp' shards them: change one of them"
+                "optimizer = 'muon' needs whole matrices, but parallel = 'fsdp' shards them: change one of the two"
             )
         if self.overwrite and self.init_from == "resume":
             problems.append("overwrite deletes the run that init_from=resume would continue: use one of them")
@@ -160,8 +161,8 @@ def main(resolved: Resolved[TrainSettings]) -> int:
 
 
 def run(resolved: Resolved[TrainSettings], oom: OomReport) -> int:
-    """`main`, without the report of an out-of-memory error."""
-    settings, notes = resolved.settings, ()
+    """`main` without its report of an out-of-memory error. Returns the exit status."""
+    settings, notes = resolved.settings, ()  # notes: what autotune chose, for the log
     with lost_ranks.report_lost_ranks():
         chosen_device = device.configure_process(
             settings.device,
@@ -171,12 +172,12 @@ def run(resolved: Resolved[TrainSettings], oom: OomReport) -> int:
         )
         settings = process_group.broadcast_from_rank0(lambda: setup.settings_after_restart(settings))
         if settings.auto and settings.init_from == "scratch" and not settings.eval_only:
-            fixed = {key: getattr(settings, key) for key in resolved.explicit}
+            fixed = {key: getattr(settings, key) for key in resolved.explicit}  # set by the user
             settings, notes = autoconfig.autotune(settings, fixed, time_step, chosen_device, START)
         t = setup.setup_training(settings, notes, device=chosen_device, started=START, oom=oom)
     try:
         status = report_evaluation(t) if t.settings.eval_only else train(t)
-        t.forward = t.model  # a DDP wrapper must go before its process group
+        t.forward = t.model  # frees the DDP wrapper, which must not outlive the process group
         t.runtime.barrier()
         return status
     finally:
@@ -187,9 +188,10 @@ def run(resolved: Resolved[TrainSettings], oom: OomReport) -> int:
 def train(t: Trainer) -> int:
     """Train, evaluate and finish. Returns the exit status: 0, or 128 + n after signal n."""
     stop = signals.StopSignal()
-    with lost_ranks.report_lost_ranks(lambda: stop.number != 0):
+    with lost_ranks.report_lost_ranks(stop_requested=lambda: stop.number != 0):
         try:
-            if loop(t, stop):
+            stopped = loop(t, stop)
+            if stopped:
                 return 128 + stop.number
         finally:
             stop.restore()
@@ -198,7 +200,7 @@ def train(t: Trainer) -> int:
 
 
 def loop(t: Trainer, stop: signals.StopSignal) -> bool:
-    """The training loop. Returns whether a signal ended it."""
+    """The training loop. Returns True if a signal ended it."""
     settings, state = t.settings, t.state
     while not is_finished(t):
         if state.step % settings.eval_interval == 0:
@@ -215,8 +217,8 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
         if settings.sample_interval and state.step % settings.sample_interval == 0:
             with t.budget.pause():
                 outputs.write_sample(t)
-        if t.log.output_closed:  # python train.py | head
-            stop.number = stop.number or signals.SIGPIPE
+        if t.log.output_closed and stop.number == 0:  # as in `python train.py | head`
+            stop.number = signals.SIGPIPE
         if stop.requested(t.runtime):
             save_and_exit(t, stop)
             return True
@@ -226,67 +228,78 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
 
 
 def learning_rate(t: Trainer) -> float:
-    """The learning rate of the next step: by its number, or by the clock with a time budget."""
+    """The learning rate of the next step.
+
+    With a time budget the length of the schedule is the number of steps that fit into it at the speed so far.
+    """
     settings, budget = t.settings, t.budget
-    total = settings.lr_decay_iters or settings.max_iters
+    total_steps = settings.lr_decay_iters or settings.max_iters
     if budget.limit is not None:
-        total = lr_schedule.estimate_total_steps(t.state.step, budget.now, max(1.0, budget.training_ends))
+        training_seconds = max(1.0, budget.training_ends)  # from the start of the run
+        total_steps = lr_schedule.estimate_total_steps(t.state.step, budget.now, training_seconds)
     return lr_schedule.learning_rate(
         t.state.step,
         schedule=settings.lr_schedule if settings.decay_lr else "constant",
         peak=settings.learning_rate,
         floor=settings.min_lr,
         warmup=settings.warmup_iters if settings.decay_lr else 0,
-        total=total,
+        total=total_steps,
         decay_frac=settings.decay_frac,
     )
 
 
 def train_step(t: Trainer, lr: float) -> tuple[Tensor, Tensor]:
-    """One update. Returns the loss of its batch and the gradient norm, as scalar tensors on the device.
+    """One update of the weights. Returns the loss of this rank's batch and the gradient norm, before clipping,
+    as scalar tensors on the device.
 
-    Dropout is seeded by (seed, step, rank), so that a step is a function of weights and settings. Raises
-    ValueError, before the weights change, if the loss or the gradient is not finite (see skip_step).
+    Dropout is seeded by (seed, step, rank), so that a resumed run makes the same steps. If the loss or the
+    gradient is not finite, skips the update or raises ValueError before it (see skip_step).
     """
     settings, runtime = t.settings, t.runtime
     runtime.seed_dropout(derive_seed(settings.seed, t.state.step, runtime.rank))
     optimizer.set_learning_rate(t.optimizers, lr)
     batches = runtime.split_microbatches(t.sampler.micro_batches(t.state.step, runtime.rank, runtime.world))
     total_loss = torch.zeros((), device=runtime.device)
-    with runtime.autocast():  # around all micro-batches: the weights are cast once
+    with runtime.autocast():  # around all micro-batches: autocast keeps its casts of the weights until it ends
         for i, batch in enumerate(batches):
             x, y = runtime.to_device(*batch)  # (B, T) each
-            if runtime.world > 1 and not runtime.sharded:  # all-reduce the gradients once, with the last
+            if runtime.world > 1 and not runtime.sharded:  # DDP: all-reduce in the last backward pass only
                 t.forward.require_backward_grad_sync = i == len(batches) - 1
-            loss = t.forward(x, y, with_logits=False)[1] / len(batches)
+            _, mean_loss = t.forward(x, y, with_logits=False)
+            loss = mean_loss / len(batches)
             with runtime.autocast(enabled=False):
                 t.scaler.scale(loss).backward()
             total_loss += loss.detach()
-    optimizer.assign_gradients(t.optimizers)
+    optimizer.assign_gradients(t.optimizers)  # Muon updates views of the parameters
     for opt in t.optimizers:
         t.scaler.unscale_(opt)
     norm = optimizer.clip_gradients(t.model, settings.grad_clip)
     accepted = skip_step.accept_step(t, total_loss, norm)
-    if accepted and (not t.scaler.is_enabled() or math.isfinite(norm)):  # float16: all optimizers, or none
+    # The GradScaler of float16 decides for each optimizer: one overflow must skip the step of all of them.
+    overflow = t.scaler.is_enabled() and not math.isfinite(norm)
+    if accepted and not overflow:
         for opt in t.optimizers:
             t.scaler.step(opt)
     t.scaler.update()
     t.model.zero_grad(set_to_none=True)
-    for opt in t.optimizers:  # also Muon's views of the gradients
+    for opt in t.optimizers:  # frees Muon's views of the gradients too
         opt.zero_grad(set_to_none=True)
     return total_loss, norm
 
 
 def time_step(t: Trainer) -> float:
-    """Seconds that a training step takes, until its loss is known."""
+    """Run one training step and return its seconds."""
     start = time.monotonic()
     loss, _ = train_step(t, learning_rate(t))
-    loss.item()
+    loss.item()  # waits for the device
     return time.monotonic() - start
 
 
 def evaluate_and_save(t: Trainer, last: bool = False) -> None:
-    """Evaluate, log, plot and save a checkpoint, once per step; the last step is saved in any case."""
+    """Evaluate, log, draw the loss curve and save a checkpoint.
+
+    A step that was evaluated already is not evaluated again. `last`: save in any case.
+    """
     state, budget = t.state, t.budget
     outputs.follow_moved_folder(t)
     if state.last_eval_step == state.step:
@@ -295,26 +308,28 @@ def evaluate_and_save(t: Trainer, last: bool = False) -> None:
         return
     with budget.pause():
         losses = evaluation.estimate_loss(t)
-        evaluated = time.monotonic()
-        window_seconds = statistics.median([s for split in losses.values() for s in split.window_seconds])
+        evaluation_end = time.monotonic()
+        # a rank may have no windows; TimeBudget.synchronize takes the maximum over the ranks
+        all_seconds = [s for split in losses.values() for s in split.window_seconds] or [0.0]
+        window_seconds = statistics.median(all_seconds)
         skip_step.check_finite(t, state.step, sum(split.loss for split in losses.values()))
         improved = record_evaluation(state, losses["val"].loss)
         outputs.log_evaluation(t, losses)
         if t.runtime.is_main:
             outputs.draw_loss_plot(t)
-        budget.evaluated(window_seconds)  # the checkpoint keeps this estimate
+        budget.evaluated(window_seconds)  # before the checkpoint, which contains the estimate
         if improved or last or t.settings.always_save_checkpoint:
             outputs.save_checkpoint(t, best=improved)
-        saving_seconds = time.monotonic() - evaluated
+        output_seconds = time.monotonic() - evaluation_end
         if budget.limit is not None and not budget.sample_seconds:
-            outputs.write_sample(t)  # the run ends with one: measure how long it takes
-    budget.evaluated(window_seconds, saving_seconds)
+            outputs.write_sample(t)  # the run ends with a sample: measure how long one takes
+    budget.evaluated(window_seconds, output_seconds)
     if state.step == 0:
         budget.begin_training()
 
 
 def record_evaluation(state: TrainState, val_loss: float) -> bool:
-    """Update the best loss and its step. Returns whether this evaluation is the best so far."""
+    """Update the best loss and its step. Returns True if this evaluation is the best so far."""
     state.last_eval_step = state.step
     improved = state.best_val_loss is None or val_loss < state.best_val_loss
     if improved:
@@ -325,7 +340,7 @@ def record_evaluation(state: TrainState, val_loss: float) -> bool:
 
 
 def is_finished(t: Trainer) -> bool:
-    """Whether max_iters or the time budget ends training here; the same answer on all ranks."""
+    """Whether training has reached max_iters or the end of its time; the same answer on all ranks."""
     if t.budget.limit is None:
         return t.state.step >= t.settings.max_iters
     t.budget.synchronize(t.runtime)
@@ -333,7 +348,7 @@ def is_finished(t: Trainer) -> bool:
 
 
 def should_early_stop(t: Trainer) -> bool:
-    """Whether early_stop_evals evaluations in a row brought no better validation loss."""
+    """Whether the last early_stop_evals evaluations all failed to improve the validation loss."""
     limit = t.settings.early_stop_evals
     if not limit or t.state.evals_since_best < limit:
         return False
@@ -342,7 +357,7 @@ def should_early_stop(t: Trainer) -> bool:
 
 
 def save_and_exit(t: Trainer, stop: signals.StopSignal) -> None:
-    """After a signal: save a checkpoint. A resumed run continues as if nothing had happened."""
+    """After a signal: save a checkpoint, and print the command that resumes the run."""
     outputs.follow_moved_folder(t)
     outputs.save_checkpoint(t)
     t.log.info(
@@ -355,11 +370,13 @@ def finish(t: Trainer) -> None:
     """Evaluate the whole validation split with the best weights, write a sample, and print the results."""
     state, budget = t.state, t.budget
     if budget.too_short:
-        finish_time, end_time = (
-            format_duration(s) for s in (budget.finish_seconds, budget.elapsed() + budget.finish_seconds)
+        finish_time = format_duration(budget.finish_seconds)
+        end_time = format_duration(budget.elapsed() + budget.finish_seconds)
+        trained = f"only {state.step} steps were made" if state.step else "no time was left to train"
+        t.log.warn(
+            f"{trained}: the last evaluations alone take {finish_time}, and the run ends after {end_time}; "
+            "use a longer --time_budget"
         )
-        trained = f"{state.step} steps were made" if state.step else "no time was left to train"
-        t.log.warn(f"{trained}: the evaluations alone take {finish_time}, until {end_time}; use a longer budget")
     if state.best_step not in (None, state.step):
         outputs.load_best_weights(t)
     metrics = evaluation.evaluate_val_split(t)
@@ -378,7 +395,10 @@ def finish(t: Trainer) -> None:
 
 
 def report_evaluation(t: Trainer) -> int:
-    """Print what eval_only asks for: both splits on the fixed windows, then the whole validation split."""
+    """For eval_only: print the losses of both splits on fixed windows, then of the whole validation split.
+
+    Returns the exit status.
+    """
     losses = evaluation.estimate_loss(t)
     t.log.info(f"train loss {losses['train'].loss:.4f}, val loss {losses['val'].loss:.4f} (fixed windows)")
     t.log.info(f"whole validation split: {evaluation.evaluate_val_split(t)}")
@@ -388,6 +408,6 @@ def report_evaluation(t: Trainer) -> int:
 if __name__ == "__main__":
     try:
         status = command(main, TrainSettings, base=setup.saved_run_settings)
-    except SystemExit as error:  # rank 0 failed, and reports it
+    except SystemExit as error:  # on ranks other than 0, after rank 0 has failed: rank 0 prints the error
         status = error.code
     process_group.exit_process(status)

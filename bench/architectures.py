@@ -3,12 +3,14 @@
     python data/machado_char/prepare.py
     python -m bench.architectures [--steps 1500] [--learning_rates 1e-3 3e-3] [--readme]
 
-The MLP width of each is chosen so that it has as many parameters as gpt2 (within half a percent). All train
-on the same batches and schedule, once per learning rate; the best loss on the whole validation split is
-reported. Speeds are measured afterwards, in turns, as medians relative to gpt2 in the same round, so that
-other load on the machine slows all of them equally. Architectures with identical settings are trained once.
-The loss of glm130b, a prefix LM, excludes the first tokens of each window, which are the hardest to
-predict.
+The MLP width of each architecture is chosen so that it has as many parameters as gpt2, within half a percent.
+All train on the same batches with the same schedule, once per learning rate. The table shows the best loss on
+the whole validation split. Architectures with identical settings are trained once. The loss of glm130b, a
+prefix LM, does not include the first tokens of each window, which are the hardest to predict.
+
+Speeds are measured after all training, in rounds: in each round every architecture trains and generates for a
+short time, and is compared with gpt2 in the same round. So other load on the machine affects all of them
+alike. The table shows medians over the rounds.
 """
 
 from __future__ import annotations
@@ -32,66 +34,76 @@ from configurator import resolve
 from fradique.io import files
 from fradique.runtime.device import configure_process
 from fradique.training import evaluation, setup
+from fradique.training.trainer import Trainer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = tuple(sorted(path.stem for path in (ROOT / "config" / "arch").glob("*.py")))
 BASELINE = "gpt2"
+# The lines of docs/ARCHITECTURES.md between which the table is.
 MARKS = ("<!-- bench.architectures -->", "<!-- end of bench.architectures -->")
 TABLE_FILE = ROOT / "docs" / "ARCHITECTURES.md"
 HEADINGS = ("architecture", "loss", "bits per byte", "learning rate", "training speed", "generation speed")
 
 
-def settings_of(name: str, flags: Sequence[str]) -> train.TrainSettings:
-    """The settings of an architecture: its file, then the flags of this benchmark."""
+def architecture_settings(name: str, flags: Sequence[str]) -> train.TrainSettings:
+    """The settings in the config file of an architecture, overridden by `flags`."""
     return resolve(train.TrainSettings, [str(ROOT / "config" / "arch" / f"{name}.py"), *flags]).settings
 
 
-def parameters(config: GPTConfig) -> int:
-    with torch.device("meta"):
+def count_parameters(config: GPTConfig) -> int:
+    with torch.device("meta"):  # allocates no memory
         return GPT(config).num_params(non_embedding=False)
 
 
-def width_for(config: GPTConfig, target: int) -> int:
+def inner_width(config: GPTConfig, target: int) -> int:
     """The n_inner, a multiple of 8, with which a model has nearly `target` parameters."""
-    at_8, at_16 = (parameters(replace(config, n_inner=inner)) for inner in (8, 16))
-    return max(8, 8 * round((target - at_8) / (at_16 - at_8) + 1))
+    at_8 = count_parameters(replace(config, n_inner=8))
+    at_16 = count_parameters(replace(config, n_inner=16))
+    per_8 = at_16 - at_8  # the number of parameters is linear in n_inner
+    return max(8, 8 * round((target - at_8) / per_8 + 1))
 
 
-def set_up(settings: train.TrainSettings, target: int | None) -> train.Trainer:
-    """A run as train.py sets it up, with about `target` parameters (None: as configured). Prints nothing."""
-    configure_process(settings.device)  # as train.py does
+def setup_run(settings: train.TrainSettings, target: int | None) -> Trainer:
+    """Set up a run as train.py does, with nearly `target` parameters. Prints nothing.
+
+    target: None for the n_inner of the settings.
+    """
+    configure_process(settings.device)
     with contextlib.redirect_stdout(io.StringIO()):
         t = setup.setup_training(settings)
         if target is None:
             return t
         t.close()
-        inner = width_for(t.model.config, target)
-        return setup.setup_training(replace(settings, n_inner=inner, overwrite=True))
+        n_inner = inner_width(t.model.config, target)
+        return setup.setup_training(replace(settings, n_inner=n_inner, overwrite=True))
 
 
-def one_step(t: train.Trainer) -> float:
+def one_step(t: Trainer) -> float:
     """Run one training step and return its loss."""
     loss, _ = train.train_step(t, train.learning_rate(t))
     t.state.step += 1
     return loss.item()
 
 
-def generate_tokens(t: train.Trainer, count: int) -> None:
+def generate_tokens(t: Trainer, count: int) -> None:
+    """Generate `count` tokens, and wait until the device has finished."""
     prompt = torch.zeros(1, 1, dtype=torch.long, device=t.runtime.device)
     with t.runtime.autocast():
-        t.model.generate(prompt, count, temperature=0)[0, -1].item()  # .item() waits for the device
+        tokens = t.model.generate(prompt, count, temperature=0)
+    tokens[0, -1].item()  # waits for the device
 
 
 @dataclass
 class Result:
-    """The best run of an architecture over the learning rates."""
+    """The run with the best learning rate, of one architecture or of several with identical settings."""
 
-    names: list[str]  # architectures with identical settings
+    names: list[str]
     loss: float
     bits_per_byte: float
     learning_rate: float
-    trainer: train.Trainer
+    trainer: Trainer
+    # training_tokens_s, training_ratio, writing_tokens_s and writing_ratio, see `measure_speeds`
     speeds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -104,26 +116,31 @@ class Result:
             "loss": self.loss,
             "bits_per_byte": self.bits_per_byte,
             "learning_rate": self.learning_rate,
-            "parameters": parameters(self.config),
+            "parameters": count_parameters(self.config),
             "n_inner": self.config.inner,
             **self.speeds,
         }
 
 
 def train_all(names: Sequence[str], rates: Sequence[str], flags: Sequence[str], folder: Path) -> list[Result]:
-    """Train each architecture with each learning rate; identical ones share a result."""
+    """Train each architecture with each learning rate, each run in a subfolder of `folder`.
+
+    `names` must contain BASELINE. Architectures with identical settings share a result.
+    """
     results: dict[GPTConfig, Result] = {}
     target = None
-    # gpt2 first: it sets the number of parameters of all
-    for name in sorted(names, key=lambda name: name != BASELINE):
+    # the baseline is first, because the others get its number of parameters
+    for name in [BASELINE, *(name for name in names if name != BASELINE)]:
         for rate in rates:
             out_dir = folder / f"{name}-{rate}"
-            settings = settings_of(name, [*flags, f"--learning_rate={rate}", f"--out_dir={out_dir}"])
-            t = set_up(settings, target)
-            shape = replace(t.model.config, n_inner=t.model.config.inner)
-            result = results.get(shape)
+            settings = architecture_settings(
+                name, [*flags, f"--learning_rate={rate}", f"--out_dir={out_dir}"]
+            )
+            t = setup_run(settings, target)
+            config = replace(t.model.config, n_inner=t.model.config.inner)  # equal if the models are equal
+            result = results.get(config)
             if result is not None and name not in result.names and rate == rates[0]:
-                result.names.append(name)
+                result.names.append(name)  # of an identical architecture, which is trained already
                 t.close()
                 break
             while t.state.step < settings.max_iters:
@@ -132,39 +149,44 @@ def train_all(names: Sequence[str], rates: Sequence[str], flags: Sequence[str], 
             t.close()
             print(f"{name}, learning rate {rate}: {metrics}", flush=True)
             if result is None or metrics.loss < result.loss:
-                results[shape] = Result([name], metrics.loss, metrics.bits_per_byte, float(rate), t)
-            target = target or parameters(t.model.config)
+                results[config] = Result([name], metrics.loss, metrics.bits_per_byte, float(rate), t)
+            target = target or count_parameters(t.model.config)
     return list(results.values())
 
 
 def measure_speeds(results: list[Result], rounds: int, steps: int, tokens: int) -> list[Result]:
-    """The results with tokens/s in training and generation, and both relative to the baseline's."""
-    # times[result][round] = tokens/s in (training, generation)
-    times: list[list[tuple[float, float]]] = [[] for _ in results]
+    """The results with their speeds: tokens/s in training and generation, and the ratios to the baseline.
+
+    In each round every architecture trains `steps` steps and generates `tokens` tokens. Medians over the
+    rounds.
+    """
+    # for each result, tokens/s in each round; "writing" is the key of generation in the JSON output
+    rates: list[dict[str, list[float]]] = [{"training": [], "writing": []} for _ in results]
     for _ in range(rounds):
-        for result, speeds in zip(results, times, strict=True):
+        for result, result_rates in zip(results, rates, strict=True):
             t = result.trainer
             start = time.perf_counter()
             for _ in range(steps):
                 one_step(t)
-            middle = time.perf_counter()
+            training_end = time.perf_counter()
             generate_tokens(t, tokens)
-            end = time.perf_counter()
-            speeds.append((steps * t.tokens_per_step / (middle - start), tokens / (end - middle)))
-    baseline = next(speeds for result, speeds in zip(results, times, strict=True) if BASELINE in result.names)
+            generation_end = time.perf_counter()
+            result_rates["training"].append(steps * t.tokens_per_step / (training_end - start))
+            result_rates["writing"].append(tokens / (generation_end - training_end))
+    (baseline,) = (rates[i] for i, result in enumerate(results) if BASELINE in result.names)
     measured = []
-    for result, speeds in zip(results, times, strict=True):
-        medians = {}
-        for i, name in enumerate(("training", "writing")):
-            medians[f"{name}_tokens_s"] = statistics.median(speed[i] for speed in speeds)
-            ratios = [speed[i] / base[i] for speed, base in zip(speeds, baseline, strict=True)]
-            medians[f"{name}_ratio"] = statistics.median(ratios)
-        measured.append(replace(result, speeds=medians))
+    for result, result_rates in zip(results, rates, strict=True):
+        speeds = {}
+        for name, values in result_rates.items():
+            ratios = [value / base for value, base in zip(values, baseline[name], strict=True)]
+            speeds[f"{name}_tokens_s"] = statistics.median(values)
+            speeds[f"{name}_ratio"] = statistics.median(ratios)
+        measured.append(replace(result, speeds=speeds))
     return measured
 
 
 def table(results: list[Result]) -> str:
-    """A Markdown table, the lowest loss first."""
+    """A Markdown table, sorted by loss."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
     for result in sorted(results, key=lambda result: result.loss):
         lines.append(
@@ -176,7 +198,7 @@ def table(results: list[Result]) -> str:
 
 
 def write_table(path: Path, text: str) -> None:
-    """Replace the table between the marks in a file. Raises ValueError if it has no marks."""
+    """Replace the text between MARKS in a file. Raises ValueError if the file does not have them."""
     before, begin, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not begin or not end:
@@ -186,23 +208,31 @@ def write_table(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure, print the table, and one line of JSON."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    add = parser.add_argument
-    add(
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
         "--names",
         nargs="+",
         choices=ARCHITECTURES,
         default=ARCHITECTURES,
         help="architectures (default: all)",
     )
-    add("--dataset", default="machado_char", help="corpus (default: %(default)s)")
-    add("--data_dir", default=str(ROOT / "data"), help="folder of the corpora")
-    add("--steps", type=int, default=1500, help="training steps of each (default: %(default)s)")
-    add("--learning_rates", nargs="+", default=["1e-3", "3e-3"], help="default: 1e-3 3e-3")
-    add("--rounds", type=int, default=5, help="rounds of the speed measurement (default: %(default)s)")
-    add("--readme", action="store_true", help="write the table to docs/ARCHITECTURES.md")
-    args, train_flags = parser.parse_known_args(argv)  # all others are settings of train.py
+    parser.add_argument("--dataset", default="machado_char", help="corpus (default: %(default)s)")
+    parser.add_argument(
+        "--data_dir", default=str(ROOT / "data"), help="folder that contains the corpora (default: data)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1500, help="training steps per run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--learning_rates", nargs="+", default=["1e-3", "3e-3"], help="each is tried (default: 1e-3 3e-3)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds of the speed measurement (default: %(default)s)"
+    )
+    parser.add_argument("--readme", action="store_true", help="write the table to docs/ARCHITECTURES.md")
+    args, train_flags = parser.parse_known_args(argv)  # train_flags: settings of train.py
     names = sorted({BASELINE, *args.names})
     flags = [
         f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--max_iters={args.steps}",

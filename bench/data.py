@@ -2,10 +2,12 @@
 
     python -m bench.data [--input FILE_OR_FOLDER ...] [--threads 2] [--rounds 5]
 
-Rates are in MB of UTF-8 text per second. Our tokenizers and the batch encoders of the libraries take turns
-on the same text, so that other load on the machine slows both; the ratio is the median over the rounds.
-Batches are read from a file of 64 million tokens, by the sampler of train.py and by a plain loop over
-windows.
+Tokenizers: MB of UTF-8 text per second, of Fradique's tokenizers and of the batch encoders of tiktoken and
+tokenizers on the same text. Sampler: million tokens per second, of the sampler of train.py and of a loop over
+windows, from a file of 64 million tokens.
+
+The two that are compared take turns, so that other load on the machine slows both. Results are medians over
+the rounds. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,26 +25,30 @@ import numpy as np
 import torch
 
 from fradique.data import dataset
-from fradique.data import sampler as samplers
+from fradique.data.sampler import Sampler
 from fradique.data.sources import python_library
 from fradique.data.text import Text, cut_pieces, files_text, find_files
-from fradique.tokenizer import bpe, tokenizer
+from fradique.tokenizer import bpe
+from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
 
 Rates = dict[str, float]
+LOADED_TOKENS = 1 << 26  # size of the token file that batches are read from
+BLOCK_SIZE, BATCH_SIZE, BATCHES = 1024, 12, 200  # tokens per window, windows per batch, batches per round
 
 
-def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
-    """Rates of the three tokenizers on `pieces`, and of the libraries that they use."""
+def measure_tokenizers(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
+    """Rates of Fradique's three tokenizers on `pieces` of text, and of the libraries that two of them use."""
     import tokenizers as huggingface
 
     megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
-    char = tokenizer.CharTokenizer("".join(sorted(set().union(*map(set, pieces)))))
-    gpt2 = tokenizer.GPT2Tokenizer()
-    tokenizer_of_corpus = tokenizer.train_bpe(pieces, 4096)
+    characters = {char for piece in pieces for char in piece}
+    char = CharTokenizer("".join(sorted(characters)))
+    gpt2 = GPT2Tokenizer()
+    trained_bpe = train_bpe(pieces, 4096)
     _, tiktoken_gpt2 = bpe.gpt2_encoding()
-    huggingface_bpe = huggingface.Tokenizer.from_str(json.dumps(tokenizer_of_corpus.to_json()["model"]))
-    short = list(cut_pieces(pieces, 4096))  # the fastest size for Hugging Face's encoder
-    tokens = sum(map(len, gpt2.encode_batch(pieces, threads)))
+    huggingface_bpe = huggingface.Tokenizer.from_str(json.dumps(trained_bpe.to_json()["model"]))
+    short_pieces = list(cut_pieces(pieces, 4096))  # the size with which Hugging Face's encoder is fastest
+    gpt2_tokens = sum(len(ids) for ids in gpt2.encode_batch(pieces, threads))
 
     def rates(ours: Callable[[], object], library: Callable[[], object] | None = None) -> Rates:
         return compare(megabytes, rounds, ours, library)
@@ -58,34 +63,31 @@ def measure(pieces: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
             lambda: tiktoken_gpt2.encode_ordinary_batch(list(pieces), num_threads=threads),
         ),
         "bpe": rates(
-            lambda: tokenizer_of_corpus.encode_batch(pieces, threads),
-            lambda: huggingface_bpe.encode_batch(short),  # it chooses the number of threads
+            lambda: trained_bpe.encode_batch(pieces, threads),
+            lambda: huggingface_bpe.encode_batch(short_pieces),  # with as many threads as it chooses
         ),
     }
-    result["gpt2"]["mtokens_s"] = result["gpt2"]["mb_s"] * tokens / megabytes / 1e6
+    result["gpt2"]["mtokens_s"] = result["gpt2"]["mb_s"] * gpt2_tokens / megabytes / 1e6
     return result
 
 
-LOADED_TOKENS, BLOCK_SIZE, BATCH_SIZE, BATCHES = 1 << 26, 1024, 12, 200
-
-
 def measure_batches(rounds: int) -> Rates:
-    """Million tokens per second in batches of 12 x 1024: from the sampler, and from a loop over windows."""
+    """Million tokens per second of the sampler (mtokens_s) and of a loop over windows (loop_mtokens_s)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.bin"
         np.random.default_rng(0).integers(50257, size=LOADED_TOKENS).astype("<u2").tofile(path)
         split = dataset.Split([path], "uint16", 50257, None)
-        sampler = samplers.Sampler(split, BLOCK_SIZE, BATCH_SIZE, 1, seed=0)
+        sampler = Sampler(split, BLOCK_SIZE, BATCH_SIZE, accumulation=1, seed=0)
         tokens = split.token_files[0]
 
-        def ours() -> None:
+        def read_with_sampler() -> None:
             for step in range(BATCHES):
                 list(sampler.micro_batches(step))
 
-        def loop() -> None:
+        def read_with_loop() -> None:
             for _ in range(BATCHES):
                 starts = torch.randint(len(tokens) - BLOCK_SIZE, (BATCH_SIZE,)).tolist()
-                for shift in (0, 1):
+                for shift in (0, 1):  # inputs, targets
                     torch.stack(
                         [
                             torch.from_numpy(tokens[i + shift : i + shift + BLOCK_SIZE].astype(np.int64))
@@ -93,20 +95,27 @@ def measure_batches(rounds: int) -> Rates:
                         ]
                     )
 
-        rates = compare(BATCHES * BATCH_SIZE * BLOCK_SIZE / 1e6, rounds, ours, loop)
-    names = {"mb_s": "mtokens_s", "library_mb_s": "loop_mtokens_s"}
-    return {names.get(name, name): value for name, value in rates.items()}
+        million_tokens = BATCHES * BATCH_SIZE * BLOCK_SIZE / 1e6
+        rates = compare(million_tokens, rounds, read_with_sampler, read_with_loop)
+    return {
+        "mtokens_s": rates["mb_s"],
+        "loop_mtokens_s": rates["library_mb_s"],
+        "ratio": rates["ratio"],
+    }
 
 
 def compare(
-    megabytes: float, rounds: int, ours: Callable[[], object], library: Callable[[], object] | None
+    amount: float, rounds: int, ours: Callable[[], object], library: Callable[[], object] | None
 ) -> Rates:
-    """MB/s of `ours` and `library`, which take turns, and their ratio: medians over the rounds."""
+    """Rates of `ours` and `library`, which take turns, and their ratio: medians over the rounds.
+
+    amount: how much one call processes, in MB or million tokens. The keys say MB in both cases.
+    """
     our_rates, library_rates = [], []
     for _ in range(rounds):
-        our_rates.append(megabytes / _seconds(ours))
+        our_rates.append(amount / _seconds(ours))
         if library is not None:
-            library_rates.append(megabytes / _seconds(library))
+            library_rates.append(amount / _seconds(library))
     if not library_rates:
         return {"mb_s": statistics.median(our_rates)}
     ratio = statistics.median(a / b for a, b in zip(our_rates, library_rates, strict=True))
@@ -117,9 +126,9 @@ def compare(
     }
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
-    work()
+    function()
     return time.perf_counter() - start
 
 
@@ -133,8 +142,10 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines = [f"{'tokenizer':10} {'threads':>7} {'MB/s':>8} {'library':>8} {'ratio':>6}"]
     for name, n_threads, rates, library in rows:
-        other = f"{rates['library_mb_s']:8.1f} {rates['ratio']:6.2f}  {library}" if "ratio" in rates else ""
-        lines.append(f"{name:10} {n_threads:7} {rates['mb_s']:8.1f} {other}".rstrip())
+        comparison = ""
+        if "ratio" in rates:
+            comparison = f" {rates['library_mb_s']:8.1f} {rates['ratio']:6.2f}  {library}"
+        lines.append(f"{name:10} {n_threads:7} {rates['mb_s']:8.1f}{comparison}")
     lines.append(
         f"gpt2: {result['gpt2']['mtokens_s']:.2f} million tokens/s; {result['text_mb']:.1f} MB of text"
     )
@@ -149,30 +160,34 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and one line of JSON."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    add = parser.add_argument
-    add("--input", nargs="+", type=Path, help="text files or folders (default: Python's standard library)")
-    add("--threads", type=int, default=2, help="threads of the BPE tokenizers (default: %(default)s)")
-    add(
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", nargs="+", type=Path, help="text files or folders (default: Python's standard library)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of the BPE tokenizers (default: %(default)s)"
+    )
+    parser.add_argument(
         "--rounds",
         type=int,
         default=5,
-        help="number of rounds; the result is their median (default: %(default)s)",
+        help="number of rounds; results are medians over them (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    text = _text(args.input)
-    result = measure(list(cut_pieces(text.chunks())), args.threads, args.rounds)
+    text = _input_text(args.input)
+    result = measure_tokenizers(list(cut_pieces(text.chunks())), args.threads, args.rounds)
     result["load"] = measure_batches(args.rounds)
     print(table(result))
     print(json.dumps({"bench": "data", **result}))
 
 
-def _text(inputs: Sequence[Path] | None) -> Text:
+def _input_text(inputs: Sequence[Path] | None) -> Text:
+    """The text of some files and folders; without any, that of Python's standard library."""
     if inputs:
-        files = find_files(inputs)
-        return files_text(files, "")
-    return python_library(Path(sysconfig.get_path("stdlib")))
+        return files_text(find_files(inputs), "")
+    return python_library(Path())  # it does not use the folder
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peak speed of this machine (matrix products, memory bandwidth), timers, and peak memory of a process."""
+"""Speed limits of this machine (matrix products, memory bandwidth), timers, and peak memory of a process."""
 
 import contextlib
 import re
@@ -15,7 +15,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def matmul_peaks(device: torch.device, size: int = 0) -> dict[str, float]:
-    """FLOP/s of a product of two square matrices of `size`, for each dtype: the best of 7 measurements."""
+    """FLOP/s of the product of two matrices (size, size), by dtype: the best of 7 measurements.
+
+    size: 0 for one that is large enough for the device to reach its full speed.
+    """
     size = size or (8192 if device.type == "cuda" else 2048)
     peaks = {}
     for name, dtype in DTYPES.items():
@@ -25,19 +28,21 @@ def matmul_peaks(device: torch.device, size: int = 0) -> dict[str, float]:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second read from memory by a sum over 256 MB."""
-    numbers = torch.ones(1 << 26, device=device)
+    """Bytes per second with which a sum over 256 MiB reads memory: the best of 7 measurements."""
+    numbers = torch.ones(1 << 26, device=device)  # float32
     return numbers.nbytes / min(times(numbers.sum, device, rounds=7))
 
 
-def times(work: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
+def times(function: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
     """Seconds of each of `rounds` calls, after one warm-up call."""
-    return [seconds(work, device) for _ in range(rounds + 1)][1:]
+    seconds(function, device)
+    return [seconds(function, device) for _ in range(rounds)]
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes until the device has finished its work."""
     start = time.perf_counter()
-    work()
+    function()
     wait(device)
     return time.perf_counter() - start
 
@@ -54,10 +59,12 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes: allocated by torch on a CUDA device, otherwise resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, AttributeError):  # ru_maxrss may be that of the parent process
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    # On Linux ru_maxrss can be the peak of the process that started this one, so VmHWM is preferred.
+    with contextlib.suppress(OSError):
+        if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS: bytes; Linux: KiB
 
 
 def describe(device: torch.device) -> str:
@@ -68,5 +75,5 @@ def describe(device: torch.device) -> str:
 
 
 def median_ratio(others: list[float], ours: list[float]) -> float:
-    """The median over rounds of others / ours, in seconds: how many times faster ours is."""
-    return statistics.median(a / b for a, b in zip(others, ours, strict=True))
+    """How many times as fast ours is: the median over the rounds of other seconds / our seconds."""
+    return statistics.median(other / our for other, our in zip(others, ours, strict=True))

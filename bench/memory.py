@@ -1,21 +1,23 @@
-"""Memory of training: a computed table for the sizes of GPT-2, and estimates compared with measured peaks.
+"""Memory of training: a table of estimates for the sizes of GPT-2, and estimates compared with measurements.
 
     python -m bench.memory
     python -m bench.memory --measure config/train_shakespeare_char_cpu.py config/train_eca_char.py
     python -m bench.memory --measure --gpt2 gpt2 --batch_size=4 --gradient_accumulation_steps=2
     python -m bench.memory --measure --processes 2 config/train_eca_char.py --n_layer=4
 
-Options of this benchmark are written with a space, settings of train.py with an equals sign. `--measure`
-runs an evaluation, three steps and a checkpoint of each config in a new process (`--processes N`: under
-torchrun), not compiled, and compares its peak memory without the imports with the estimate of
-`fradique.runtime.memory_estimate`. On CUDA both count only tensors (`torch.cuda.max_memory_allocated`). The
-last line is JSON.
+Options of this benchmark are written with a space, settings of train.py with an equals sign.
+
+`--measure` runs each config in a new process, or in N processes under torchrun (`--processes N`): an
+evaluation, three steps and a checkpoint, not compiled. The peak memory minus the memory of the imports is
+compared with the estimate of `fradique.runtime.memory_estimate`. On CUDA both numbers include only tensors
+(`torch.cuda.max_memory_allocated`). The last line is JSON.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -25,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 import train
 from bench import machine
@@ -38,62 +39,62 @@ from fradique.training.logger import format_count
 from fradique.training.trainer import Trainer
 from model import GPTConfig
 
-# GPT-2's sizes (Radford et al. 2019): layers, heads, width. The vocabulary is padded as train.py pads it.
-FAMILY = {
+# Layers, heads and width of the sizes of GPT-2 (Radford et al. 2019).
+GPT2_SIZES = {
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-SHARING = (("none", 1), ("ddp", 8), ("fsdp", 8), ("fsdp", 16))
-BATCHES = (1, 4, 12)
+PARALLELISM = (("none", 1), ("ddp", 8), ("fsdp", 8), ("fsdp", 16))  # (kind, number of GPUs)
+BATCH_SIZES = (1, 4, 12)
 STEPS = 3
 
 
 def table() -> list[dict[str, Any]]:
-    """Bytes on each device for each size of GPT-2, in bfloat16 with blocks of 1,024 tokens."""
-    return [
-        {
-            "model": name,
-            "parameters": memory_estimate.count_parameters(shape).total,
-            "parallel": parallel,
-            "cards": world,
-            "gradient_checkpointing": checkpointing,
-            "batch_size": batch,
-            "bytes": estimated.total,
-            "staying_bytes": estimated.persistent,
-        }
-        for name, (layers, heads, width) in FAMILY.items()
-        for shape in [GPTConfig(n_layer=layers, n_head=heads, n_embd=width, bias=False)]
-        for parallel, world in SHARING
-        for checkpointing in (False, True)
-        for batch in BATCHES
-        for estimated in [
-            memory_estimate.estimate_memory(
-                memory_estimate.MemoryPlan(
-                    shape,
-                    batch,
-                    5 * world,
-                    parallel=parallel,
-                    world=world,
-                    gradient_checkpointing=checkpointing,
-                )
-            )
-        ]
-    ]
+    """Estimated bytes on each GPU for each size of GPT-2, in bfloat16 with blocks of 1,024 tokens."""
+    rows = []
+    combinations = itertools.product(GPT2_SIZES.items(), PARALLELISM, (False, True), BATCH_SIZES)
+    for (name, (layers, heads, width)), (parallel, world), checkpointing, batch_size in combinations:
+        config = GPTConfig(n_layer=layers, n_head=heads, n_embd=width, bias=False)
+        plan = memory_estimate.MemoryPlan(
+            config,
+            batch_size,
+            gradient_accumulation_steps=5 * world,
+            parallel=parallel,
+            world=world,
+            gradient_checkpointing=checkpointing,
+        )
+        estimate = memory_estimate.estimate_memory(plan)
+        rows.append(
+            {
+                "model": name,
+                "parameters": memory_estimate.count_parameters(config).total,
+                "parallel": parallel,
+                "cards": world,
+                "gradient_checkpointing": checkpointing,
+                "batch_size": batch_size,
+                "bytes": estimate.total,
+                "staying_bytes": estimate.persistent,
+            }
+        )
+    return rows
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: GiB on each device, without (with) gradient checkpointing."""
-    headings = ["model", "GPUs", "weights and optimizer", *(f"batch_size={batch}" for batch in BATCHES)]
+    """A Markdown table of GiB on each GPU, without gradient checkpointing and (in parentheses) with it."""
+    headings = ["model", "GPUs", "weights and optimizer", *(f"batch_size={size}" for size in BATCH_SIZES)]
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
-    for name in FAMILY:
-        for parallel, world in SHARING:
+    for name in GPT2_SIZES:
+        for parallel, world in PARALLELISM:
             group = [r for r in rows if (r["model"], r["parallel"], r["cards"]) == (name, parallel, world)]
+            # (batch size, gradient checkpointing) -> GiB
             gib = {(r["batch_size"], r["gradient_checkpointing"]): r["bytes"] / 2**30 for r in group}
             size = f"{name}, {format_count(group[0]['parameters'])}"
             gpus = "1" if world == 1 else f"{world}, {parallel}"
-            cells = [f"{gib[batch, False]:.1f} ({gib[batch, True]:.1f})" for batch in BATCHES]
+            cells = [
+                f"{gib[batch_size, False]:.1f} ({gib[batch_size, True]:.1f})" for batch_size in BATCH_SIZES
+            ]
             lines.append(
                 f"| {size} | {gpus} | {group[0]['staying_bytes'] / 2**30:.1f} | {' | '.join(cells)} |"
             )
@@ -104,35 +105,38 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """Run an evaluation, some steps and a checkpoint; return peak memory and estimate in bytes.
+    """Run an evaluation, some steps and a checkpoint in this process.
 
-    scratch: a folder that all ranks share.
+    Returns the peak memory and its estimate, in bytes. scratch: a folder that all ranks share.
     """
-    before = machine.peak_memory(torch.device("cpu"))
+    imports_bytes = machine.peak_memory(torch.device("cpu"))
     with contextlib.redirect_stdout(io.StringIO()):
-        rank_folder = (
-            scratch / f"rank-{process_group.rank_info().rank}"
-        )  # each rank may write a random corpus
+        # a folder for each rank, because each may write a random corpus
+        rank_folder = scratch / f"rank-{process_group.rank_info().rank}"
         settings = dataclasses.replace(settings_for(argv, rank_folder), out_dir=str(scratch / "run"))
-        # as train.py does
         configure_process(settings.device, parallel=settings.parallel, backend=settings.backend)
         t = setup.setup_training(dataclasses.replace(settings, eval_iters=1, compile=False))
         device = t.runtime.device
+        on_cpu = device.type == "cpu"
+        other_bytes = imports_bytes if on_cpu else 0  # included in the peaks, but not in the estimate
         train.evaluate_and_save(t)
         for _ in range(STEPS):
             one_step(t)
         machine.wait(device)
-        peak = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
+        peak = machine.peak_memory(device) - other_bytes
         outputs.save_checkpoint(t)
-        with_checkpoint = machine.peak_memory(device) - (before if device.type == "cpu" else 0)
+        with_checkpoint = machine.peak_memory(device) - other_bytes
         plan = model_setup.memory_plan(t.settings, t.model.config, t.runtime)
         estimated = memory_estimate.estimate_memory(plan)
-        tensors = state_bytes(t) + recorded(lambda: one_step(t))[0] if device.type == "cpu" else peak
+        tensors_bytes = peak  # on a GPU the peak is that of tensors only
+        if on_cpu:
+            step_peak, _ = recorded(lambda: one_step(t))
+            tensors_bytes = state_bytes(t) + step_peak
         t.close()
-        t.forward = t.model
+        t.forward = t.model  # frees the DDP wrapper, which must not outlive the process group
         t.runtime.barrier()
         t.runtime.close()
-    estimate = estimated.total if device.type == "cpu" else estimated.allocated
+    estimate = estimated.total if on_cpu else estimated.allocated
     return {
         "config": config_name(argv),
         "machine": machine.describe(device),
@@ -140,12 +144,12 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
         "plan": {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "config"},
         "shape": dataclasses.asdict(plan.config),
         "parameters": memory_estimate.count_parameters(plan.config).total,
-        "imports_bytes": before,
+        "imports_bytes": imports_bytes,
         "measured_bytes": peak,
         "with_checkpoint_bytes": with_checkpoint,
         "estimated_bytes": estimate,
         "ratio": estimate / peak,
-        "tensors_bytes": tensors,  # of a step, as torch's profiler records them
+        "tensors_bytes": tensors_bytes,  # weights, optimizer state, and what a step allocates at its peak
         "estimated_tensors_bytes": max(
             m.allocated for m in memory_estimate.estimate_phases(plan) if m.phase != "evaluation"
         ),
@@ -156,32 +160,38 @@ def run_once(argv: Sequence[str], scratch: Path) -> dict[str, Any]:
 def state_bytes(t: Trainer) -> int:
     """Bytes of this process's weights and optimizer state."""
     tensors = [p.detach() for p in t.model.parameters()]
-    tensors += [x for optimizer in t.optimizers for state in optimizer.state.values() for x in state.values()]
-    local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors if isinstance(x, torch.Tensor))
-    return sum(x.nbytes for x in local)
+    for optimizer in t.optimizers:
+        for state in optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(process_group.local_tensor(x).nbytes for x in tensors)
 
 
 def recorded(step: Callable[[], object]) -> tuple[int, int]:
-    """Bytes of tensors that `step` allocates on a CPU, at the peak and at the end (from torch's profiler)."""
+    """Bytes of the tensors that `step` has allocated on a CPU, at the peak and at the end.
+
+    Recorded by torch's profiler.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, now
+        allocated += event.nbytes()  # negative when memory is freed
+        peak = max(peak, allocated)
+    return peak, allocated
 
 
 def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
-    """`run_once` in a new process, or in several under torchrun: the result with the highest peak."""
+    """Call `run_once` in a new process, or in several under torchrun.
+
+    Returns the result with the highest peak. Raises RuntimeError if a process fails.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "bench.memory", f"--once={scratch}", *argv]
-        if processes > 1:
-            torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-            command = [sys.executable, "-m", *torchrun, *command[2:]]
+        command = [sys.executable, *(torchrun if processes > 1 else [])]
+        command += ["-m", "bench.memory", f"--once={scratch}", *argv]
         completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     results = list(_results(completed.stdout))
     if completed.returncode or len(results) != processes:
@@ -190,7 +200,7 @@ def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
 
 
 def _results(output: str) -> Iterator[dict[str, Any]]:
-    """The JSON results in the output of several processes, whose lines may be joined."""
+    """The JSON results in the output of several processes, which may print on the same line."""
     decoder, position = json.JSONDecoder(), output.find('{"config"')
     while position >= 0:
         result, position = decoder.raw_decode(output, position)
@@ -201,7 +211,11 @@ def _results(output: str) -> Iterator[dict[str, Any]]:
 def report(result: dict[str, Any]) -> str:
     """The result as text."""
     plan, shape = result["plan"], result["shape"]
-    mib = {name.removesuffix("_bytes"): value / 2**20 for name, value in result.items() if "_bytes" in name}
+    mib = {
+        name.removesuffix("_bytes"): value / 2**20
+        for name, value in result.items()
+        if name.endswith("_bytes")
+    }
     return (
         f"{result['config']}: {format_count(result['parameters'])} parameters, {shape['n_layer']} layers, "
         f"width {shape['n_embd']}, {plan['batch_size']} x {shape['block_size']} tokens, "
@@ -219,18 +233,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--measure",
         action="store_true",
         help="run each config and compare the estimate with the measured peak",
     )
-    add("--gpt2", choices=tuple(FAMILY), help="model size for --measure")
-    add("--processes", type=int, default=1, help="number of processes under torchrun (default: %(default)s)")
-    add("--once", type=Path, help=argparse.SUPPRESS)
-    args, train_flags = parser.parse_known_args(argv)
+    parser.add_argument("--gpt2", choices=tuple(GPT2_SIZES), help="model size for --measure")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes under torchrun (default: %(default)s)"
+    )
+    parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
+    args, train_flags = parser.parse_known_args(argv)  # train_flags: configs and settings of train.py
     if args.gpt2:
-        layers, heads, width = FAMILY[args.gpt2]
+        layers, heads, width = GPT2_SIZES[args.gpt2]
         train_flags = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", *train_flags]
     if args.once:
         sys.stdout.write(json.dumps(run_once(train_flags, args.once)) + "\n")

@@ -1,11 +1,11 @@
-"""Speed of the reference implementations: NumPy and C compared with eager PyTorch, and plain Python alone.
+"""Speed of the reference implementations: NumPy and C compared with PyTorch, and plain Python alone.
 
     python -m bench.reference                      GPT-2 124M, one row of 256 tokens, forward and backward
     python -m bench.reference --n_layer 2 --rounds 5
 
-PyTorch runs `model.py` in float32, eager; NumPy and C read the same random weights from a file. They take
-turns, so that other load on the machine slows all of them equally; ratios are medians over the rounds. The
-C program is compiled first (as `make reference` does). The last line is JSON.
+PyTorch runs `model.py` in float32, not compiled. NumPy and C read the same random weights from a file. The
+implementations take turns, so that other load on the machine slows all of them; ratios are medians over the
+rounds. The C program is compiled first, as `make reference` does. The last line is JSON.
 """
 
 import argparse
@@ -31,11 +31,12 @@ from bench import machine
 from model import GPT, GPTConfig
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
-FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast")
+COMPILER_FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast")
 CPU = torch.device("cpu")
 
 
 def load_module(name: str) -> ModuleType:
+    """Import reference/<name>.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location(name, REFERENCE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,16 +44,21 @@ def load_module(name: str) -> ModuleType:
 
 
 def plain_python(seconds: float) -> float:
-    """Training tokens per second of one layer of width 16, in rows of 16 tokens, including Adam."""
+    """Train with reference/gpt_python.py for `seconds`: one layer of width 16, rows of 16 tokens, Adam.
+
+    Returns tokens per second.
+    """
     reference = load_module("gpt_python")
-    model = reference.GPT(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=16)
-    adam, ids, rows, start = reference.Adam(model), list(range(17)), 0, time.perf_counter()
+    block_size, rows_per_step = 16, 8
+    model = reference.GPT(vocab_size=64, block_size=block_size, n_layer=1, n_head=2, n_embd=16)
+    adam, ids, rows = reference.Adam(model), list(range(block_size + 1)), 0
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds:
-        for _ in range(8):
-            model.learn(ids, 1 / 8)
+        for _ in range(rows_per_step):
+            model.learn(ids, 1 / rows_per_step)
         adam.step(0.01)
-        rows += 8
-    return 16 * rows / (time.perf_counter() - start)
+        rows += rows_per_step
+    return block_size * rows / (time.perf_counter() - start)
 
 
 def write_gpt2_file(model: GPT, path: Path) -> None:
@@ -70,8 +76,8 @@ def torch_step(model: GPT, ids: torch.Tensor) -> Callable[[], float]:
     def step() -> float:
         start = time.perf_counter()
         model.zero_grad()
-        logits = model(ids[:, :-1], ids[:, 1:].contiguous())
-        logits[1].backward()
+        _, loss = model(ids[:, :-1], ids[:, 1:].contiguous())
+        loss.backward()
         return time.perf_counter() - start
 
     return step
@@ -90,29 +96,33 @@ def numpy_step(weights: Path, ids: np.ndarray) -> Callable[[], float]:
 
 
 def c_step(program: Path, weights: Path, tokens: Path, batch: int, block: int) -> Callable[[], float]:
-    """As `torch_step`, with reference/gpt2.c: the median of steps 2 and 3 (step 1 touches new memory)."""
+    """As `torch_step`, with reference/gpt2.c. Returns the median of steps 2 and 3.
+
+    Step 1 is slower, because the operating system provides its memory at first use.
+    """
     options = (f"--batch={batch}", f"--block={block}", "--steps=3")
 
     def step() -> float:
         command = [str(program), "train", str(weights), str(tokens), *options]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        rates = [float(rate) for rate in re.findall(r"([\d.]+) tokens/s", output)]
-        return batch * block / statistics.median(rates[1:])
+        tokens_per_second = [float(rate) for rate in re.findall(r"([\d.]+) tokens/s", output)]
+        return batch * block / statistics.median(tokens_per_second[1:])
 
     return step
 
 
 def build(folder: Path) -> Path | None:
     """Compile reference/gpt2.c; None if there is no C compiler."""
-    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
     program = folder / "gpt2"
-    for threads in (["-fopenmp"], []):  # Apple's clang has no OpenMP
-        command = [compiler, *FLAGS, *threads, str(REFERENCE / "gpt2.c"), "-o", str(program), "-lm"]
-        if subprocess.run(command, capture_output=bool(threads), check=not threads).returncode == 0:
-            return program
-    return None
+    for openmp in (["-fopenmp"], []):  # with OpenMP if possible: Apple's clang does not have it
+        command = [compiler, *COMPILER_FLAGS, *openmp, str(REFERENCE / "gpt2.c"), "-o", str(program), "-lm"]
+        # the second attempt shows its errors, and raises CalledProcessError if it fails
+        if subprocess.run(command, capture_output=bool(openmp), check=not openmp).returncode == 0:
+            break
+    return program
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         activation="gelu_tanh",
     )
     torch.manual_seed(0)
-    model, count = GPT(config), args.batch * args.block
+    model, tokens_per_step = GPT(config), args.batch * args.block
     ids = torch.randint(config.vocab_size, (args.batch, args.block + 1))
     result: dict[str, Any] = {
         "machine": machine.describe(CPU),
@@ -145,24 +155,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "numpy": numpy_step(folder / "model.safetensors", ids.numpy()),
         }
         if program := build(folder):
-            files = (folder / "model.safetensors", folder / "tokens.bin")
-            steps["c"] = c_step(program, *files, args.batch, args.block)
-        for name in ("pytorch", "numpy"):
-            steps[name]()  # warm-up: the first step touches new memory
+            steps["c"] = c_step(
+                program, folder / "model.safetensors", folder / "tokens.bin", args.batch, args.block
+            )
+        for name in ("pytorch", "numpy"):  # c_step has its own warm-up
+            steps[name]()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(args.rounds):
             for name, step in steps.items():
-                times = [step() for _ in range(1 if name == "c" else 3)]
+                times = [step() for _ in range(1 if name == "c" else 3)]  # c_step is a median already
                 seconds[name].append(statistics.median(times))
     for name, times in seconds.items():
         result[name] = {
-            "tokens_per_second": count / statistics.median(times),
+            "tokens_per_second": tokens_per_step / statistics.median(times),
             "ratio": machine.median_ratio(seconds["pytorch"], times),
         }
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the result, and one line of JSON. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.reference", description=__doc__.splitlines()[0])
     parser.add_argument("--n_layer", type=int, default=12, help="number of layers (default: 12)")
     parser.add_argument("--n_embd", type=int, default=768, help="width, a multiple of 64 (default: 768)")
@@ -176,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--n_embd must be a multiple of 64, and --n_layer, --batch, --block and --rounds at least 1"
         )
     result = measure(args)
-    shape = f"{result['batch']} x {result['block']} tokens"
-    print(f"{result['parameters']:,} weights, {shape}, forward and backward")
+    batch_shape = f"{result['batch']} x {result['block']} tokens"
+    print(f"{result['parameters']:,} weights, {batch_shape}, forward and backward")
     print(f"{'':10}{'tokens/s':>10}{'of PyTorch':>12}")
     for name in ("pytorch", "numpy", "c"):
         if name in result:

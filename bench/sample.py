@@ -4,10 +4,10 @@
     python -m bench.sample --shape char --nanogpt FOLDER --huggingface
     python -m bench.sample --out_dir out/eca-char --dtype bfloat16
 
-Decoding a token cannot be faster than reading all weights from memory: this limit is measured and printed
-too. `--nanogpt FOLDER` alternates with `generate` of the nanoGPT in FOLDER, `--huggingface` with that of
-transformers, with random weights of the same shape. Ratios are medians over the rounds. The last line is
-JSON.
+To decode a token, all weights must be read from memory. The limit that this sets is measured and printed too.
+`--nanogpt FOLDER` also measures `generate` of the nanoGPT in FOLDER, and `--huggingface` that of
+transformers, both with random weights of the same shape. The programs take turns; ratios are medians over the
+rounds. The last line is JSON.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import sample
 from bench import machine
-from fradique.runtime import device as devices
+from fradique.runtime.device import configure_process, setup_runtime
 from model import GPT, GPTConfig
 
 SHAPES = {
@@ -34,7 +34,10 @@ Generate = Callable[[Tensor, int], object]  # (prompt (B, T), number of new toke
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of prefill and decode (sum over all rows), their limit, and the ratios to other programs."""
+    """Tokens per second of prefill and decode, the limit of memory bandwidth, and ratios to other programs.
+
+    The tokens of all rows of a batch are counted.
+    """
     loaded = load_or_make_model(args)
     model, runtime = loaded.model, loaded.runtime
     config, device = model.config, runtime.device
@@ -49,20 +52,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.huggingface:
         others["huggingface_ratio"] = huggingface(config, device)
     parameters = count_parameters(config)
-    weights = parameters * runtime.dtype.itemsize
+    weight_bytes = parameters * runtime.dtype.itemsize
     result: dict[str, Any] = {
         "machine": machine.describe(device),
         "torch": torch.__version__,
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "parameters": parameters,
-        "limit_tokens_per_second": machine.read_bandwidth(device) / weights,
+        "limit_tokens_per_second": machine.read_bandwidth(device) / weight_bytes,
     }
     prompt = torch.randint(config.vocab_size, (1, min(512, config.block_size // 2)), device=device)
     seconds = statistics.median(machine.times(lambda: ours(prompt, 1), device, args.rounds))
     result["prefill_tokens_per_second"] = prompt.size(1) / seconds
     for batch in map(int, args.rows.split(",")):
-        start = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        our_times, other_times = alternate(ours, others, start, args.tokens, args.rounds)
+        start_token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        our_times, other_times = alternate(ours, others, start_token, args.tokens, args.rounds)
         rates = {"tokens_per_second": batch * args.tokens / statistics.median(our_times)}
         rates |= {name: machine.median_ratio(times, our_times) for name, times in other_times.items()}
         result[f"decode_{batch}"] = rates
@@ -70,34 +73,37 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def count_parameters(config: GPTConfig) -> int:
-    with torch.device("meta"):
+    with torch.device("meta"):  # allocates no memory
         return GPT(config).num_params(non_embedding=False)
 
 
 def alternate(
-    ours: Generate, others: dict[str, Generate], start: Tensor, count: int, rounds: int
+    ours: Generate, others: dict[str, Generate], prompt: Tensor, count: int, rounds: int
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Seconds of each round: of our model, and of the others by name. They take turns."""
+    """Generate `count` tokens in each round with our model and with the others, which take turns.
+
+    Returns the seconds of each round: of our model, and of the others by name.
+    """
     for generate in (ours, *others.values()):
-        generate(start, 4)
+        generate(prompt, 4)  # warm-up
     our_times: list[float] = []
     other_times: dict[str, list[float]] = {name: [] for name in others}
     for _ in range(rounds):
-        our_times.append(machine.seconds(lambda: ours(start, count), start.device))
+        our_times.append(machine.seconds(lambda: ours(prompt, count), prompt.device))
         for name, generate in others.items():
-            seconds = machine.seconds(lambda generate=generate: generate(start, count), start.device)
+            seconds = machine.seconds(lambda generate=generate: generate(prompt, count), prompt.device)
             other_times[name].append(seconds)
     return our_times, other_times
 
 
 def load_or_make_model(args: argparse.Namespace) -> sample.LoadedModel:
-    """The model of a run, or random weights of a shape, prepared as sample.py does."""
-    devices.configure_process(args.device)
+    """The model of --out_dir, or random weights of --shape, prepared for inference as in sample.py."""
+    configure_process(args.device)
     if args.out_dir:
         loaded = sample.load_model(args.out_dir, device=args.device, dtype=args.dtype)
     else:
         torch.manual_seed(0)
-        runtime = devices.setup_runtime(device=args.device, dtype=args.dtype)
+        runtime = setup_runtime(device=args.device, dtype=args.dtype)
         model = GPT(SHAPES[args.shape]).to(runtime.device).eval()
         loaded = sample.LoadedModel(model, tokenizer=None, runtime=runtime)
     return sample.prepare_for_inference(loaded, args.dtype)
@@ -105,7 +111,7 @@ def load_or_make_model(args: argparse.Namespace) -> sample.LoadedModel:
 
 def nanogpt(config: GPTConfig, folder: Path, device: torch.device) -> Generate:
     """`generate` of the nanoGPT in `folder`: float32 on a CPU, bfloat16 on CUDA, as its sample.py does."""
-    our_module = sys.modules.pop("model")  # nanoGPT's module is called model, too
+    our_module = sys.modules.pop("model")  # nanoGPT's module has the same name
     sys.path.insert(0, str(folder))
     try:
         import model
@@ -124,10 +130,10 @@ def nanogpt(config: GPTConfig, folder: Path, device: torch.device) -> Generate:
 
 
 def huggingface(config: GPTConfig, device: torch.device) -> Generate:
-    """`generate` of transformers' GPT-2 with the same shape and its KV cache."""
+    """`generate` of transformers' GPT-2 with the same shape. It uses a KV cache."""
     import transformers
 
-    shape = transformers.GPT2Config(
+    gpt2_config = transformers.GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.block_size,
         n_embd=config.n_embd,
@@ -137,7 +143,7 @@ def huggingface(config: GPTConfig, device: torch.device) -> Generate:
         eos_token_id=None,
         pad_token_id=0,
     )
-    gpt = transformers.GPT2LMHeadModel(shape).to(device).eval()
+    gpt = transformers.GPT2LMHeadModel(gpt2_config).to(device).eval()
     return lambda idx, count: gpt.generate(
         idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=0, max_new_tokens=count
     )
@@ -150,35 +156,49 @@ def report(result: dict[str, Any]) -> str:
         f"  prefill: {result['prefill_tokens_per_second']:.0f} tokens/s",
         f"  limit of memory bandwidth: {result['limit_tokens_per_second']:.0f} tokens/s for one row",
     ]
-    for batch in (int(key.removeprefix("decode_")) for key in result if key.startswith("decode_")):
-        rates = result[f"decode_{batch}"]
+    for key, rates in result.items():
+        if not key.startswith("decode_"):
+            continue
+        batch = int(key.removeprefix("decode_"))
         line = f"  decode, {batch} row{'s' if batch > 1 else ''}: {rates['tokens_per_second']:.0f} tokens/s"
         for name, other in (("nanogpt_ratio", "nanoGPT"), ("huggingface_ratio", "Hugging Face")):
             if name in rates:
-                line += f", {rates[name]:.2f} times {other}'s"
+                line += f", {rates[name]:.2f} times {other}'s speed"
         lines.append(line)
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and one line of JSON."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    add = parser.add_argument
-    add("--shape", choices=SHAPES, default="gpt2", help="random weights of this shape (default: %(default)s)")
-    add("--out_dir", help="model to measure instead: a run folder, or another value of sample.py's init_from")
-    add("--device", default="auto", help="default: %(default)s")
-    add("--dtype", default="auto", help="default: %(default)s")
-    add("--tokens", type=int, default=500, help="new tokens per round (default: %(default)s)")
-    add("--rows", default="1,16", help="batch sizes, separated by commas (default: %(default)s)")
-    add(
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="gpt2", help="random weights of this shape (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out_dir", help="model to measure instead: a run folder, or another value of sample.py's init_from"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, default=500, help="new tokens per round (default: %(default)s)")
+    parser.add_argument(
+        "--rows", default="1,16", help="batch sizes, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument(
         "--rounds",
         type=int,
         default=5,
-        help="number of rounds; the result is their median (default: %(default)s)",
+        help="number of rounds; results are medians over them (default: %(default)s)",
     )
-    add("--nanogpt", type=Path, metavar="FOLDER", help="also measure the nanoGPT in this folder")
-    add("--huggingface", action="store_true", help="also measure transformers' generate")
+    parser.add_argument(
+        "--nanogpt", type=Path, metavar="FOLDER", help="also measure the nanoGPT in this folder"
+    )
+    parser.add_argument("--huggingface", action="store_true", help="also measure transformers' generate")
     args = parser.parse_args(argv)
     if args.huggingface and not args.out_dir and args.tokens >= SHAPES[args.shape].block_size:
         parser.error("transformers cannot generate more than block_size tokens: use fewer --tokens")

@@ -1,12 +1,12 @@
-"""The baseline of bench.train: a GPT-2 training step as nanoGPT has it, in plain PyTorch.
+"""The baseline of bench.train: a training step of GPT-2 in plain PyTorch, like that of nanoGPT.
 
-It shares no code with Fradique and runs in its own process, so that our process settings (malloc, threads,
-caches) do not affect it. On a CPU: float32 and eager, as nanoGPT is there, unfused AdamW, batches cut in
-Python. On CUDA: bfloat16, compiled, fused AdamW.
+It shares no code with Fradique. It runs in its own process, so that Fradique's settings of the process
+(malloc, threads, caches) do not affect it. On a CPU, as in nanoGPT: float32, not compiled, AdamW that is not
+fused, batches assembled in Python. On CUDA: bfloat16, compiled, fused AdamW.
 
     python -m bench.textbook '{"n_layer": 4, ...}' [--nanogpt FOLDER]
 
-Each line of standard input is a number of steps to run; the answer is the line "seconds S".
+Each line of standard input is a number of steps to run. The reply is a line such as "seconds 1.23".
 """
 
 import argparse
@@ -24,29 +24,34 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    def __init__(self, c: SimpleNamespace) -> None:
+    """Causal self-attention: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
-        self.c = c
-        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=c.bias)
-        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
-            a.view(B, T, self.c.n_head, -1).transpose(1, 2) for a in self.c_attn(x).split(C, dim=2)
+            a.view(B, T, self.n_head, -1).transpose(1, 2) for a in self.c_attn(x).split(C, dim=2)
         )  # (B, n_head, T, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.c.dropout, is_causal=True)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.c.dropout)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout)
 
 
 class Block(nn.Module):
-    def __init__(self, c: SimpleNamespace) -> None:
+    """A transformer block with pre-norm: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
-        self.dropout = c.dropout
-        self.ln_1, self.ln_2 = (nn.LayerNorm(c.n_embd, bias=c.bias) for _ in range(2))
-        self.attn = Attention(c)
-        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
-        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
+        self.dropout = config.dropout
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -54,13 +59,16 @@ class Block(nn.Module):
 
 
 class BaselineGPT(nn.Module):
-    def __init__(self, c: SimpleNamespace) -> None:
+    """GPT-2: inputs x and targets y (B, T) -> logits (B, T, V) and loss."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
-        self.dropout = c.dropout
-        self.wte, self.wpe = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.block_size, c.n_embd)
-        self.blocks = nn.Sequential(*(Block(c) for _ in range(c.n_layer)))
-        self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.dropout = config.dropout
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.normal_(self.wte.weight, std=0.02)
         self.lm_head.weight = self.wte.weight
 
@@ -73,31 +81,38 @@ class BaselineGPT(nn.Module):
 class BaselineTrainer:
     """Model, optimizer and data of the baseline."""
 
-    def __init__(self, shape: dict, nanogpt: Path | None) -> None:
-        c = SimpleNamespace(**shape)
-        self.device, self.batch_size, self.block_size = torch.device(c.device), c.batch_size, c.block_size
-        self.accumulation, self.is_cuda = c.accumulation, self.device.type == "cuda"
+    def __init__(self, settings: dict, nanogpt: Path | None) -> None:
+        """settings: what bench.train.baseline_settings returns. nanogpt: a folder, to use nanoGPT's model."""
+        config = SimpleNamespace(**settings)
+        self.batch_size, self.block_size = config.batch_size, config.block_size
+        self.accumulation = config.accumulation
+        self.device = torch.device(config.device)
+        self.is_cuda = self.device.type == "cuda"
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high" if self.is_cuda else "highest")
         if nanogpt:
-            self.model, self.optimizer = self._nanogpt(c, nanogpt)
+            self.model, self.optimizer = self._nanogpt(config, nanogpt)
         else:
-            self.model = BaselineGPT(c).to(self.device)
+            self.model = BaselineGPT(config).to(self.device)
             self.optimizer = torch.optim.AdamW(
                 self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=self.is_cuda
             )
         self.forward = torch.compile(self.model) if self.is_cuda else self.model
-        self.data = torch.randint(c.vocab_size, (1 << 20,), dtype=torch.int32)
+        self.data = torch.randint(config.vocab_size, (1 << 20,), dtype=torch.int32)  # random tokens
 
-    def _nanogpt(self, c: SimpleNamespace, folder: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def _nanogpt(self, config: SimpleNamespace, folder: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model and the optimizer of the nanoGPT in `folder`."""
         sys.path.insert(0, str(folder))
         import model  # nanoGPT's model.py
 
         names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
-        gpt = model.GPT(model.GPTConfig(**{name: getattr(c, name) for name in names})).to(self.device)
-        return gpt, gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), self.device.type)
+        nanogpt_config = model.GPTConfig(**{name: getattr(config, name) for name in names})
+        gpt = model.GPT(nanogpt_config).to(self.device)
+        weight_decay, learning_rate, betas = 0.1, 1e-4, (0.9, 0.95)
+        return gpt, gpt.configure_optimizers(weight_decay, learning_rate, betas, self.device.type)
 
     def batch(self) -> tuple[Tensor, Tensor]:
+        """A random batch: inputs and targets, (B, T) each, on the device."""
         starts = torch.randint(len(self.data) - self.block_size, (self.batch_size,)).tolist()
         x = torch.stack([self.data[i : i + self.block_size].long() for i in starts])
         y = torch.stack([self.data[i + 1 : i + 1 + self.block_size].long() for i in starts])
@@ -106,26 +121,28 @@ class BaselineTrainer:
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def run(self, count: int) -> float:
-        """Run `count` steps and return the seconds they took."""
+        """Run `count` training steps and return their seconds."""
         start = time.perf_counter()
         for _ in range(count):
             for _ in range(self.accumulation):
                 x, y = self.batch()
                 with torch.autocast("cuda", torch.bfloat16) if self.is_cuda else contextlib.nullcontext():
-                    loss = self.forward(x, y)[1] / self.accumulation
+                    _, batch_loss = self.forward(x, y)
+                    loss = batch_loss / self.accumulation
                 loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        loss.item()  # waits for the device
         return time.perf_counter() - start
 
 
 class BaselineProcess:
-    """A context manager: a baseline trainer in its own process."""
+    """Context manager: a BaselineTrainer in its own process."""
 
-    def __init__(self, shape: dict, nanogpt: Path | None = None) -> None:
-        command = [sys.executable, "-m", "bench.textbook", json.dumps(shape)]
+    def __init__(self, settings: dict, nanogpt: Path | None = None) -> None:
+        """Start the process. For the arguments see `BaselineTrainer`."""
+        command = [sys.executable, "-m", "bench.textbook", json.dumps(settings)]
         if nanogpt:
             command += ["--nanogpt", str(nanogpt)]
         root = Path(__file__).resolve().parent.parent
@@ -138,29 +155,32 @@ class BaselineProcess:
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.process.stdin.close()  # the process ends when it has no more input
         self.process.wait()
         self.process.stdout.close()
 
     def run(self, count: int) -> float:
-        """Run `count` steps and return the seconds. Raises RuntimeError if the process has ended."""
+        """Run `count` training steps and return the seconds. Raises RuntimeError if the process has ended."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{count}\n")
             self.process.stdin.flush()
-        for line in self.process.stdout:
+        for line in self.process.stdout:  # other lines are the output of torch or nanoGPT
             if line.startswith("seconds "):
                 return float(line.split()[1])
         raise RuntimeError("the baseline process has ended; see its error message above")
 
 
 def main() -> None:
+    """The process of `BaselineProcess`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shape", type=json.loads)
-    parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument(
+        "settings", type=json.loads, help="JSON: sizes of the model and batch, and the device"
+    )
+    parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="use the nanoGPT in this folder")
     args = parser.parse_args()
-    trainer = BaselineTrainer(args.shape, args.nanogpt)
+    trainer = BaselineTrainer(args.settings, args.nanogpt)
     for line in sys.stdin:
         print("seconds", trainer.run(int(line)), flush=True)
 

@@ -1,13 +1,13 @@
-"""Speed of train.py's training step, in tokens per second and as a share of the machine's matrix product
-speed.
+"""Speed of train.py's training step, in tokens per second and as a share of the speed of a matrix product.
 
     python -m bench.train config/train_eca_char.py --baseline
     python -m bench.train config/train_shakespeare_char.py config/train_gpt2.py --batch_size=2 --profile
 
-Options of this benchmark are written with a space, settings of train.py with an equals sign: `--rounds 5`,
-`--n_layer=4`. Each config is measured separately. A corpus that is not prepared is replaced by random
-tokens. `--baseline` alternates with a textbook step in another process, and `--nanogpt FOLDER` with
-nanoGPT's own model; ratios are medians over the rounds. The last line is JSON.
+Options of this benchmark are written with a space (`--rounds 5`), settings of train.py with an equals sign
+(`--n_layer=4`). Each config is measured separately. A corpus that is not prepared is replaced by random
+tokens. `--baseline` also measures the textbook step of bench.textbook, and `--nanogpt FOLDER` that step with
+nanoGPT's model, each in a process of its own. The programs take turns; ratios are medians over the rounds.
+The last line is JSON.
 """
 
 import argparse
@@ -33,17 +33,21 @@ from configurator import resolve
 from fradique.runtime.device import configure_process
 from fradique.training import setup
 from fradique.training.logger import format_count
+from fradique.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUND_SECONDS = 1.0  # a round has as many steps as fit
-TRACES = Path("out")
+ROUND_SECONDS = 1.0  # how long each program runs in a round; at least one step
+TRACES = Path("out")  # folder for the profiles
 
 
 def measure(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """The speed of one config (with its flags), and its ratios to the other programs."""
+    """The speed of one config and its flags, `argv`, and the ratios to the other programs.
+
+    args: the options of this benchmark.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         settings = settings_for(argv, Path(scratch))
-        configure_process(settings.device, parallel=settings.parallel)  # as train.py does
+        configure_process(settings.device, parallel=settings.parallel)
         output = io.StringIO()
         start = time.perf_counter()
         with contextlib.redirect_stdout(output):
@@ -54,9 +58,9 @@ def measure(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
         others = {}
         with contextlib.ExitStack() as stack:
             if args.baseline:
-                others["ratio"] = stack.enter_context(textbook.BaselineProcess(baseline_shape(t)))
+                others["ratio"] = stack.enter_context(textbook.BaselineProcess(baseline_settings(t)))
             if args.nanogpt:
-                nanogpt = textbook.BaselineProcess(baseline_shape(t), args.nanogpt)
+                nanogpt = textbook.BaselineProcess(baseline_settings(t), args.nanogpt)
                 others["nanogpt_ratio"] = stack.enter_context(nanogpt)
             our_times, other_times = time_rounds(t, others, args.rounds)
         if args.profile:
@@ -67,14 +71,17 @@ def measure(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings_for(argv: Sequence[str], scratch: Path) -> train.TrainSettings:
-    """The settings of a config, with the run in `scratch`, and random tokens if its corpus is not prepared."""
+    """The settings of a config, with its run folder in `scratch`.
+
+    If its corpus is not prepared, a corpus of random tokens is written to `scratch` and used instead.
+    """
     settings = resolve(train.TrainSettings, argv).settings
-    data = Path(settings.data_dir) / settings.dataset
+    corpus = Path(settings.data_dir) / settings.dataset
     characters = settings.dataset.endswith("_char")
     settings = replace(
         settings, out_dir=str(scratch / "run"), wandb_log=False, overwrite=False, eval_only=False
     )
-    if not list(data.glob("train*.bin")):
+    if not list(corpus.glob("train*.bin")):
         write_random_corpus(scratch / "data" / "random", characters)
         settings = replace(settings, data_dir=str(scratch / "data"), dataset="random")
     return settings
@@ -87,19 +94,19 @@ def write_random_corpus(folder: Path, characters: bool) -> None:
     random = np.random.default_rng(0)
     for name in ("train", "val"):
         random.integers(n_vocab, size=1 << 18).astype("<u2").tofile(folder / f"{name}.bin")
-    if characters:  # as in nanoGPT, no tokenizer file means GPT-2's tokenizer
+    if characters:  # without a tokenizer file the tokens are those of GPT-2's BPE, as in nanoGPT
         chars = "".join(map(chr, range(33, 33 + n_vocab)))
         (folder / "tokenizer.json").write_text(json.dumps({"format": 1, "kind": "char", "chars": chars}))
 
 
-def one_step(t: train.Trainer) -> None:
+def one_step(t: Trainer) -> None:
     """Run one training step."""
     train.train_step(t, train.learning_rate(t))
     t.state.step += 1
 
 
-def baseline_shape(t: train.Trainer) -> dict[str, Any]:
-    """Sizes of the baseline GPT. It is a GPT-2 for every architecture."""
+def baseline_settings(t: Trainer) -> dict[str, Any]:
+    """The argument of BaselineTrainer: a GPT-2 of the same size, whatever the architecture."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
     return {name: getattr(t.model.config, name) for name in names} | {
         "batch_size": t.settings.batch_size,
@@ -109,34 +116,33 @@ def baseline_shape(t: train.Trainer) -> dict[str, Any]:
 
 
 def time_rounds(
-    t: train.Trainer, others: dict[str, textbook.BaselineProcess], count: int
+    t: Trainer, others: dict[str, textbook.BaselineProcess], rounds: int
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Seconds per step in each round: of our step, and of the others by name. They take turns.
 
-    All run for about the same time per round: a step after a pause is slower, and training has no pauses.
+    In a round all run for about the same time. They run several steps if these are short, because the first
+    step after a pause is slower, and training has no pauses.
     """
-    device = t.runtime.device
 
-    def run_steps(steps: int) -> float:
-        return machine.seconds(lambda: [one_step(t) for _ in range(steps)], device)
+    def run_our_steps(count: int) -> float:
+        return machine.seconds(lambda: [one_step(t) for _ in range(count)], t.runtime.device)
 
-    runs = {"": run_steps} | {name: other.run for name, other in others.items()}
-    step_seconds = {name: min(run(1), run(1)) for name, run in runs.items()}
+    programs = {"ours": run_our_steps} | {name: other.run for name, other in others.items()}
+    step_seconds = {name: min(run(1), run(1)) for name, run in programs.items()}
     round_seconds = max(ROUND_SECONDS, *step_seconds.values())
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(count):
-        for name, run in runs.items():
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, run in programs.items():
             steps = max(1, round(round_seconds / step_seconds[name]))
             times[name].append(run(steps) / steps)
-    return times.pop(""), times
+    our_times = times.pop("ours")
+    return our_times, times
 
 
-def summarize(
-    t: train.Trainer, our_times: list[float], other_times: dict[str, list[float]]
-) -> dict[str, Any]:
-    """The result of a config."""
-    step, tokens = statistics.median(our_times), t.tokens_per_step
-    flops = t.model.flops_per_token() * tokens / step
+def summarize(t: Trainer, our_times: list[float], other_times: dict[str, list[float]]) -> dict[str, Any]:
+    """The result of a config, from the seconds per step in each round (see `time_rounds`)."""
+    step_seconds, tokens = statistics.median(our_times), t.tokens_per_step
+    flops_per_second = t.model.flops_per_token() * tokens / step_seconds
     peaks = machine.matmul_peaks(t.runtime.device)
     dtype = str(t.runtime.dtype).removeprefix("torch.")
     return {
@@ -145,19 +151,19 @@ def summarize(
         "dtype": dtype,
         "compile": t.forward is not t.model,
         "parameters": t.model.num_params(non_embedding=False),
-        "step_seconds": step,
-        "tokens_per_second": tokens / step,
-        "flops": flops,
+        "step_seconds": step_seconds,
+        "tokens_per_second": tokens / step_seconds,
+        "flops": flops_per_second,
         "matmul_peaks": peaks,
-        "share_of_peak": flops / peaks.get(dtype, peaks["bfloat16"]),
+        "share_of_peak": flops_per_second / peaks.get(dtype, peaks["bfloat16"]),  # float16 is not measured
         "peak_memory_bytes": machine.peak_memory(t.runtime.device),
         **{name: machine.median_ratio(times, our_times) for name, times in other_times.items()},
         **{f"{name}_step_seconds": statistics.median(times) for name, times in other_times.items()},
     }
 
 
-def write_trace(t: train.Trainer, name: str) -> None:
-    """Profile two steps with torch, for chrome://tracing or https://ui.perfetto.dev."""
+def write_trace(t: Trainer, name: str) -> None:
+    """Profile two steps and print a summary. Write the trace, for chrome://tracing or ui.perfetto.dev."""
     with torch.profiler.profile() as profiler:
         for _ in range(2):
             one_step(t)
@@ -170,12 +176,23 @@ def write_trace(t: train.Trainer, name: str) -> None:
 
 
 def first_step_seconds(argv: Sequence[str], scratch: Path) -> float:
-    """Seconds from the start of train.py to the end of its first step: imports, set-up and a short evaluation."""
-    out = scratch / "first"
-    flags = ["--max_iters=1", "--eval_iters=1", "--compile=False", f"--out_dir={out}", "--overwrite=True"]
+    """Seconds from the start of train.py to the end of its first step.
+
+    They include imports, set-up and a short evaluation.
+    """
     settings = settings_for(argv, scratch)
-    data = [f"--data_dir={settings.data_dir}", f"--dataset={settings.dataset}", "--wandb_log=False"]
-    command = [sys.executable, "-u", "train.py", *argv, *flags, *data, "--log_interval=1"]
+    flags = [
+        "--max_iters=1",
+        "--eval_iters=1",
+        "--log_interval=1",
+        "--compile=False",
+        "--wandb_log=False",
+        "--overwrite=True",
+        f"--out_dir={scratch / 'first'}",
+        f"--data_dir={settings.data_dir}",
+        f"--dataset={settings.dataset}",
+    ]
+    command = [sys.executable, "-u", "train.py", *argv, *flags]  # -u: its lines arrive at once
     start = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -187,11 +204,12 @@ def first_step_seconds(argv: Sequence[str], scratch: Path) -> float:
 
 
 def config_name(argv: Sequence[str]) -> str:
+    """The name of the first config file, without .py; "defaults" if there is none."""
     return next((Path(a).stem for a in argv if a.endswith(".py")), "defaults")
 
 
 def split_by_config(argv: Sequence[str]) -> list[list[str]]:
-    """One list of arguments per config file, each with all the flags."""
+    """One command line per config file, each with all the flags."""
     configs = [a for a in argv if a.endswith(".py")]
     flags = [a for a in argv if not a.endswith(".py")]
     return [[config, *flags] for config in configs] or [flags]
@@ -203,8 +221,10 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"{result['config']}: {format_count(result['parameters'])} parameters, {result['dtype']}, "
         f"{'compiled' if result['compile'] else 'eager'}, on {result['machine']}",
-        f"  {1000 * result['step_seconds']:.4g} ms per step, {format_count(result['tokens_per_second'])} tokens/s",
-        f"  {format_count(result['flops'])}FLOP/s, {result['share_of_peak']:.1%} of the matrix product's (peaks: {peaks})",
+        f"  {1000 * result['step_seconds']:.4g} ms per step, "
+        f"{format_count(result['tokens_per_second'])} tokens/s",
+        f"  {format_count(result['flops'])}FLOP/s, {result['share_of_peak']:.1%} of the speed of a "
+        f"matrix product ({peaks})",
         f"  memory {result['peak_memory_bytes'] / 2**20:.0f} MiB peak; set-up and first step in this process "
         f"{result['set_up_seconds']:.1f} s",
     ]
@@ -224,20 +244,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
-    add("--baseline", action="store_true", help="alternate with the textbook step")
-    add("--nanogpt", type=Path, metavar="FOLDER", help="alternate with the nanoGPT in this folder")
-    add("--profile", action="store_true", help="write a profile of two steps to out/")
-    add("--first-step", action="store_true", help="also time train.py from its start to its first step")
-    add(
+    parser.add_argument(
+        "--baseline", action="store_true", help="also measure the textbook step of bench.textbook"
+    )
+    parser.add_argument(
+        "--nanogpt", type=Path, metavar="FOLDER", help="also measure the nanoGPT in this folder"
+    )
+    parser.add_argument("--profile", action="store_true", help="write a profile of two steps to out/")
+    parser.add_argument(
+        "--first-step", action="store_true", help="also time train.py from its start to its first step"
+    )
+    parser.add_argument(
         "--rounds",
         type=int,
         default=5,
-        help="number of rounds; the result is their median (default: %(default)s)",
+        help="number of rounds; results are medians over them (default: %(default)s)",
     )
-    args, rest = parser.parse_known_args(argv)
+    args, train_flags = parser.parse_known_args(argv)  # train_flags: configs and settings of train.py
     results = []
-    for arguments in split_by_config(rest):
+    for arguments in split_by_config(train_flags):
         result = measure(arguments, args)
         if args.first_step:
             with tempfile.TemporaryDirectory() as scratch:

@@ -5,15 +5,16 @@
 //     gpt2 train    model.safetensors tokens.bin [--block=N] [--batch=N] [--steps=N] [--learning_rate=X]
 //                                                [--gradients=FILE] [--out=FILE]
 //
-// It reads the file that Hugging Face keeps for any size of GPT-2 (Radford et al. 2019) by itself, and tokens as
-// raw little-endian uint16. `make reference` builds it; with -fopenmp it uses all cores. NOTES.md, beside this
-// file, derives each backward pass.
+// It reads a model.safetensors of Hugging Face for any size of GPT-2 (Radford et al. 2019), with its own parser, and
+// tokens as raw little-endian uint16. `make reference` builds it; with -fopenmp it uses all cores. NOTES.md in this
+// folder derives each backward pass.
 //
-// `f` writes y; `f_backward` takes dy, the gradient of the loss with respect to y, writes dx (the layer norm's adds to
-// it: it ends a branch of the stream), and *adds* the gradients of the weights. All numbers are float32, and matrices lie row by row.
+// `f` writes y; `f_backward` takes dy, the gradient of the loss with respect to y, writes dx, and *adds* the
+// gradients of the weights. layer_norm_backward adds to dx, because dx also has the gradient of the residual
+// connection. All numbers are float32, and matrices are row-major.
 //
-// Shapes: B batch, T time (tokens), C width, H heads, D = C / H, V vocabulary, N = B T. Linear layers keep their
-// weights as GPT-2 does, (in, out).
+// Shapes: B batch, T time (tokens), C width, H heads, D = C / H, V vocabulary, N = B T. The weights of linear layers
+// are (in, out), as in GPT-2's files.
 
 #define _POSIX_C_SOURCE 200809L
 #include <fcntl.h>
@@ -52,7 +53,7 @@ _Noreturn static void fail(const char *format, ...) {
     exit(1);
 }
 
-static void *room(size_t count, size_t size) {  // zeros, where a vector may lie
+static void *room(size_t count, size_t size) {  // zeros, aligned for vectors
     if (size && count > (SIZE_MAX - 63) / size) fail("%zu numbers do not fit in memory", count);
     size_t bytes = (count * size + 63) / 64 * 64;
     void *memory = aligned_alloc(64, bytes ? bytes : 64);
@@ -64,24 +65,24 @@ static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 static float *floats(size_t count) { return room(count, sizeof(float)); }
 
-// safetensors: eight bytes (how long the header is), the header (JSON), the numbers. The header comes from outside:
-// nothing in it is believed before it is checked, and nothing is read past its end.
+// safetensors: eight bytes (the length of the header), the header (JSON), the numbers. The header is untrusted:
+// every value is checked before it is used, and nothing is read past its end.
 
 enum { MOST_DIMS = 8, LONGEST_HEADER = 100000000 };
 
 typedef struct {
-    const char *name;  // in the header, without its quotes; not ended by a 0
+    const char *name;  // in the header, without quotes; not null-terminated
     size_t length;
     const char *dtype;
-    size_t dims, shape[MOST_DIMS], begin, end;  // of the numbers, counted from the header's end
-    bool used;                                  // GPT-2 has it
+    size_t dims, shape[MOST_DIMS], begin, end;  // offsets of the numbers from the end of the header
+    bool used;                                  // it belongs to GPT-2
 } Tensor;
 
 typedef struct {
     Tensor *tensors;
     size_t count;
     const uint8_t *numbers;
-    const char *error;  // what is wrong with the file; NULL: nothing
+    const char *error;  // what is wrong with the file, or NULL
 } Index;
 
 typedef struct {
@@ -98,7 +99,7 @@ static void skip_space(Reader *r) {
     while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' || *r->at == '\r' || *r->at == '\t')) r->at++;
 }
 
-static bool next_is(Reader *r, char c) {  // take c, if it comes next
+static bool next_is(Reader *r, char c) {  // consumes c if it comes next
     skip_space(r);
     if (r->at == r->end || *r->at != c) return false;
     r->at++;
@@ -112,7 +113,7 @@ static bool read_string(Reader *r, const char **start, size_t *length) {
     *start = r->at;
     while (r->at < r->end && *r->at != '"') {
         if ((unsigned char)*r->at < 0x20) return refuse(r, "a name in its header holds a control character");
-        if (*r->at == '\\' && ++r->at == r->end) break;  // what follows a backslash is no end
+        if (*r->at == '\\' && ++r->at == r->end) break;  // an escaped quote does not end the name
         r->at++;
     }
     if (r->at == r->end) return refuse(r, "its header ends inside a name");
@@ -205,7 +206,8 @@ static Index refused(Index index, const char *error) {
     return (Index){.error = error};
 }
 
-// The tensors of a file of `size` bytes, by name; they fill it without gap or overlap. Free `tensors` in the end.
+// The tensors of a file of `size` bytes, sorted by name. They must fill the file without gap or overlap. The caller
+// frees `tensors`.
 static Index read_index(const uint8_t *file, size_t size) {
     Index index = {0};
     uint64_t length = 0;
@@ -222,7 +224,7 @@ static Index read_index(const uint8_t *file, size_t size) {
         const char *name, *ignored;
         size_t name_length, ignored_length;
         if (!read_string(&r, &name, &name_length) || !expect(&r, ':')) break;
-        if (same(name, name_length, "__metadata__")) {  // strings, each with a string
+        if (same(name, name_length, "__metadata__")) {  // an object of strings
             expect(&r, '{');
             for (bool inside = !r.error && !next_is(&r, '}'); inside;) {
                 if (!read_string(&r, &ignored, &ignored_length) || !expect(&r, ':')) break;
@@ -263,10 +265,10 @@ static Index read_index(const uint8_t *file, size_t size) {
     return index;
 }
 
-#ifdef FUZZ  // clang -fsanitize=fuzzer,address,undefined -DFUZZ: any bytes, read as a file
+#ifdef FUZZ  // clang -fsanitize=fuzzer,address,undefined -DFUZZ: reads arbitrary bytes as a file
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     Index index = read_index(bytes, size);
-    unsigned sum = 0;  // touch all that the index says is there
+    unsigned sum = 0;  // read every byte that the index refers to
     for (size_t i = 0; i < index.count; i++) {
         for (size_t k = 0; k < index.tensors[i].length; k++) sum += (unsigned char)index.tensors[i].name[k];
         for (size_t k = index.tensors[i].begin; k < index.tensors[i].end; k++) sum += index.numbers[k];
@@ -276,18 +278,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
 }
 #endif
 
-// The weights: one stretch of memory, and where each tensor begins in it. Gradients, and the two means that AdamW
-// keeps, lie the same way.
+// The weights: one block of memory, and a pointer to each tensor in it. The gradients and the two running means of
+// AdamW have the same layout.
 
 typedef struct { size_t V, block, C, H, L; } Shape;  // vocabulary, longest context, width, heads, layers
 
 enum { LN_1, LN_1_BIAS, ATTN, ATTN_BIAS, PROJ, PROJ_BIAS, LN_2, LN_2_BIAS, FC, FC_BIAS, OUT, OUT_BIAS, PARTS };
-static const struct { const char *name; size_t rows, columns; } PART[PARTS] = {  // in widths C; rows 0: a vector
+static const struct { const char *name; size_t rows, columns; } PART[PARTS] = {  // in multiples of C; rows 0: a vector
     {"ln_1.weight", 0, 1}, {"ln_1.bias", 0, 1}, {"attn.c_attn.weight", 1, 3}, {"attn.c_attn.bias", 0, 3},
     {"attn.c_proj.weight", 1, 1}, {"attn.c_proj.bias", 0, 1}, {"ln_2.weight", 0, 1}, {"ln_2.bias", 0, 1},
     {"mlp.c_fc.weight", 1, 4}, {"mlp.c_fc.bias", 0, 4}, {"mlp.c_proj.weight", 4, 1}, {"mlp.c_proj.bias", 0, 1},
 };
-enum { WTE, WPE, LN_F, LN_F_BIAS, LAYERS };  // then the parts of layer 0, of layer 1, …
+enum { WTE, WPE, LN_F, LN_F_BIAS, LAYERS };  // followed by the tensors of layer 0, layer 1, …
 
 typedef struct { char name[64]; size_t rows, columns; } Kind;  // a tensor's name and shape; rows 0: (columns,)
 
@@ -323,7 +325,7 @@ static void free_weights(Weights w) { free(w.memory), free(w.at); }
 
 static float **layer(Weights w, size_t l) { return w.at + LAYERS + l * PARTS; }
 
-static Tensor *find(Index index, const char *name) {  // with or without Hugging Face's "transformer."
+static Tensor *find(Index index, const char *name) {  // with or without the prefix "transformer."
     for (int prefixed = 0; prefixed < 2; prefixed++) {
         char whole[96];
         snprintf(whole, sizeof whole, "%s%s", prefixed ? "transformer." : "", name);
@@ -341,7 +343,7 @@ static const Tensor *table(Index index, const char *path, const char *name) {
     return tensor;
 }
 
-// A tensor of a GPT-2, which must have the shape that its name asks for.
+// Find a tensor of GPT-2, and check its dtype and shape.
 static Tensor *checked(Index index, const char *path, Kind kind) {
     Tensor *tensor = find(index, kind.name);
     if (!tensor) fail("%s holds no GPT-2: %s is missing", path, kind.name);
@@ -371,17 +373,17 @@ static Weights load(const char *path, Shape *s, size_t heads) {
 
     const Tensor *wte = table(index, path, "wte.weight"), *wpe = table(index, path, "wpe.weight");
     *s = (Shape){.V = wte->shape[0], .C = wte->shape[1], .block = wpe->shape[0]};
-    s->H = heads ? heads : s->C < 64 ? 1 : s->C / 64;  // every GPT-2 has heads of 64
+    s->H = heads ? heads : s->C < 64 ? 1 : s->C / 64;  // the heads of every GPT-2 are 64 wide
     if (s->C % s->H) fail("a width of %zu does not go into %zu heads: set --heads=N", s->C, s->H);
     char first[64];
     do snprintf(first, sizeof first, "h.%zu.ln_1.weight", s->L);
     while (find(index, first) && ++s->L);
     if (!s->L) fail("%s holds no GPT-2: there is no layer 0 in it", path);
 
-    // all shapes are checked before there is memory for any: together they are no more than the file holds
+    // all shapes are checked before any memory is allocated: the total is then at most the size of the file
     for (size_t i = 0; i < tensors_of(*s); i++) checked(index, path, kind_of(*s, i));
     for (size_t i = 0; i < index.count; i++) {
-        Tensor extra = index.tensors[i];  // masks, and the output layer, are in some files too
+        Tensor extra = index.tensors[i];  // some files also have masks and the output layer
         if (extra.used || ends_in(extra, ".attn.bias") || ends_in(extra, ".attn.masked_bias")) continue;
         if (!ends_in(extra, "lm_head.weight"))
             fail("%s holds what GPT-2 has not: %.*s", path, (int)least(extra.length, 80), extra.name);
@@ -396,14 +398,14 @@ static Weights load(const char *path, Shape *s, size_t heads) {
     return w;
 }
 
-// A file is written beside its name, and has it when it is whole.
+// A file is written as PATH.part, and renamed when it is complete.
 static char *part_of(const char *path) {
     char *part = room(strlen(path) + 6, 1);
     sprintf(part, "%s.part", path);
     return part;
 }
 
-// Whether a file can be written is told before the training that it will hold.
+// Fail before the training if the file for its result cannot be written.
 static void try_writing(const char *path) {
     char *part = part_of(path);
     FILE *file = fopen(part, "wb");
@@ -437,8 +439,8 @@ static void save(const char *path, Shape s, Weights w) {
     free(header), free(part);
 }
 
-// Matrix products: C (M, N) = A (M, K) B (K, N). Blocks of both are laid out so that the innermost loop reads them
-// in the order in which they lie, and keeps MR x NR sums in registers (Goto & van de Geijn 2008).
+// Matrix products: C (M, N) = A (M, K) B (K, N). Blocks of A and B are repacked so that the innermost loop reads them
+// sequentially, and has MR x NR sums in registers (Goto & van de Geijn 2008).
 
 #if defined(__AVX512F__)
 enum { LANES = 16, MR = 12, NV = 2 };
@@ -450,19 +452,20 @@ enum { LANES = 4, MR = 4, NV = 2 };
 enum { NR = NV * LANES, KC = 768 };
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-typedef struct { const float *at; size_t row, column; } View;  // neighbours in a column, in a row, stand so far apart
+typedef struct { const float *at; size_t row, column; } View;  // strides: to the next row, to the next column
 
 static View rows_of(const float *at, size_t width) { return (View){at, width, 1}; }
 static View transposed(const float *at, size_t width) { return (View){at, 1, width}; }
 
-// `count` rows of a view from row i on, columns k to k + depth: by turns one number of each; 0 for rows that lack.
+// Pack `count` rows of a view from row i on, columns k to k + depth, into out (depth, width): column by column, with
+// 0 for the missing width - count rows.
 static void lay_out(View v, size_t i, size_t count, size_t k, size_t depth, size_t width, float *out) {
     const float *from = v.at + i * v.row + k * v.column;
     if (v.row == 1 && count == width) {
         for (size_t d = 0; d < depth; d++) memcpy(out + d * width, from + d * v.column, width * sizeof(float));
         return;
     }
-    enum { NEAR = 16 };  // as many numbers as lie in a line of the cache: from each row, then from each row the next
+    enum { NEAR = 16 };  // one cache line of numbers of each row, then the next cache line of each row
     for (size_t near = 0; near < depth; near += NEAR)
         for (size_t r = 0; r < width; r++)
             for (size_t d = near; d < least(depth, near + NEAR); d++)
@@ -485,7 +488,7 @@ static void tile(size_t depth, const float *a, const float *b, float *c, size_t 
         for (size_t j = 0; j < columns; j++) c[i * width + j] = out[i][j] + (adds ? c[i * width + j] : 0.0f);
 }
 
-// One row, or a few, and all of B: nothing is read twice, so nothing is laid out.
+// For few rows of A: B is read once for each row, so packing would not pay.
 static void few_rows(size_t M, size_t N, size_t K, View a, View b, float *c, size_t width, bool adds) {
     enum { SHARE = 256 };  // columns
     PARALLEL_FOR
@@ -493,7 +496,7 @@ static void few_rows(size_t M, size_t N, size_t K, View a, View b, float *c, siz
         size_t from = share * SHARE, to = least(N, from + SHARE);
         for (size_t i = 0; i < M; i++) {
             float *out = c + i * width;
-            if (b.row == 1) {  // the numbers of a column lie side by side
+            if (b.row == 1) {  // columns are contiguous
                 for (size_t j = from; j < to; j++) {
                     Lanes sums[4] = {0};
                     const float *column = b.at + j * b.column;
@@ -511,7 +514,7 @@ static void few_rows(size_t M, size_t N, size_t K, View a, View b, float *c, siz
             } else {
                 if (!adds) memset(out + from, 0, (to - from) * sizeof(float));
                 size_t k = 0;
-                for (; b.column == 1 && k + 4 <= K; k += 4) {  // four rows at once, so that out is seldom touched
+                for (; b.column == 1 && k + 4 <= K; k += 4) {  // four rows of B for each pass over out
                     const float *x = a.at + i * a.row + k * a.column, *row = b.at + k * b.row;
                     float x0 = x[0], x1 = x[a.column], x2 = x[2 * a.column], x3 = x[3 * a.column];
                     for (size_t j = from; j < to; j++)
@@ -527,7 +530,7 @@ static void few_rows(size_t M, size_t N, size_t K, View a, View b, float *c, siz
     }
 }
 
-// C = A B, or C += A B where it `adds`; `width` is how far C's rows stand apart.
+// C = A B, or C += A B if `adds`; `width` is the row stride of C.
 static void product(size_t M, size_t N, size_t K, View a, View b, float *c, size_t width, bool adds) {
     if (M < 4) {
         few_rows(M, N, K, a, b, c, width, adds);
@@ -535,7 +538,7 @@ static void product(size_t M, size_t N, size_t K, View a, View b, float *c, size
     }
     View b_columns = {b.at, b.column, b.row};
     size_t a_panels = (M + MR - 1) / MR, b_panels = (N + NR - 1) / NR;
-    bool a_whole = M <= N;  // the smaller one is laid out once for all, the other panel by panel as it is used
+    bool a_whole = M <= N;  // the smaller factor is packed whole, the other one panel by panel
     float *whole = floats((a_whole ? a_panels * MR : b_panels * NR) * least(K, KC));
     for (size_t k = 0; k < K; k += KC) {
         size_t depth = least(K - k, KC);
@@ -565,9 +568,9 @@ static void product(size_t M, size_t N, size_t K, View a, View b, float *c, size
     free(whole);
 }
 
-// Operations, each beside its backward pass.
+// Operations, each followed by its backward pass.
 
-// y = x W + b: x (N, I), w (I, O), b (O,) -> y (N, O); or y += where it `adds`.
+// y = x W + b: x (N, I), w (I, O), b (O,) -> y (N, O); or y += if `adds`.
 static void linear(float *y, const float *x, const float *w, const float *b, size_t N, size_t I, size_t O, bool adds) {
     PARALLEL_FOR
     for (size_t n = 0; n < N; n++)
@@ -575,7 +578,7 @@ static void linear(float *y, const float *x, const float *w, const float *b, siz
     product(N, O, I, rows_of(x, I), rows_of(w, O), y, O, true);
 }
 
-// out (C,) += Σ_n a (N, C), or Σ_n a b where there is a b.
+// out (C,) += Σ_n a (N, C), or Σ_n a b if b is not NULL.
 static void sum_rows(float *out, const float *a, const float *b, size_t N, size_t C) {
     enum { SHARE = 64 };
     PARALLEL_FOR
@@ -631,8 +634,8 @@ static void layer_norm_backward(float *dx, float *dg, float *db, const float *dy
     sum_rows(db, dy, NULL, N, C);
 }
 
-// GPT-2's gelu is x (1 + tanh(u)) / 2 with u = √(2/π) (x + 0.044715 x³) (Hendrycks & Gimpel 2016), and
-// (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)): that is s.
+// GPT-2's gelu is x (1 + tanh(u)) / 2 with u = √(2/π) (x + 0.044715 x³) (Hendrycks & Gimpel 2016). Returns
+// s = (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)).
 static float gelu_gate(float x) {
     return 1.0f / (1.0f + expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
 }
@@ -651,8 +654,8 @@ static void gelu_backward(float *dy, const float *x, size_t count) {
     }
 }
 
-// p_i = exp(z_i) / Σ_j exp(z_j) of the first `count` of z; the rest becomes 0. In place. The largest is taken away.
-// Returns log Σ_j exp(z_j).
+// p_i = exp(z_i) / Σ_j exp(z_j) of the first `count` of `all` elements; the others become 0. In place. The largest z
+// is subtracted first. Returns log Σ_j exp(z_j).
 static double softmax(float *z, size_t count, size_t all) {
     float largest = -FLT_MAX;
     double total = 0;
@@ -671,7 +674,7 @@ static void softmax_backward(float *dp, const float *p, size_t count, float scal
 }
 
 // y = P v, P = softmax(q kᵀ / √D), causal, in each head: qkv (B, S, 3C) -> y (N, C), p (B, H, T, S). The queries
-// are the last T of the S positions, and query t sees the keys up to its own.
+// are the last T of the S positions; a query attends to its own key and earlier ones.
 static void attention(float *y, float *p, const float *qkv, size_t B, size_t T, size_t S, size_t C, size_t H) {
     size_t D = C / H, first = S - T;
     float scale = 1.0f / sqrtf((float)D);
@@ -717,7 +720,7 @@ static void embedding(float *x, const uint16_t *ids, const float *wte, const flo
         for (size_t c = 0; c < C; c++) x[n * C + c] = wte[ids[n] * C + c] + wpe[(start + n % T) * C + c];
 }
 
-// dwte[id_n] += dx_n: a token that occurs twice learns twice.  dwpe[position] += dx_n.
+// dwte[id_n] += dx_n, once for each occurrence of a token.  dwpe[position] += dx_n.
 static void embedding_backward(float *dwte, float *dwpe, const float *dx, const uint16_t *ids, size_t N, size_t T, size_t C) {
     for (size_t n = 0; n < N; n++)
         for (size_t c = 0; c < C; c++) {
@@ -748,14 +751,14 @@ static void cross_entropy_backward(float *p, const uint16_t *targets, size_t N, 
     }
 }
 
-// The model. What a layer leaves for its backward pass, or for the tokens that follow, lies in a `Layer`.
+// The model. A `Layer` has the activations that the backward pass, or the following tokens, need.
 
 typedef struct {
     float *x, *a, *n_1, *inverse_1, *qkv, *p, *y;          // (N, C) (N, C) (N, C) (N,) (N, 3C) (B, H, T, S) (N, C)
     float *middle, *m, *n_2, *inverse_2, *wide, *bent;     // (N, C) (N, C) (N, C) (N,) (N, 4C) (N, 4C)
 } Layer;
 
-typedef enum { FORGET, KEEP, CONTINUE } Purpose;  // loss alone; a backward pass; one row that goes on, token by token
+typedef enum { FORGET, KEEP, CONTINUE } Purpose;  // loss only; backward pass follows; KV cache of one row
 
 typedef struct {
     Layer *layers;
@@ -789,14 +792,14 @@ static void free_run(Shape s, Run run) {
     for (size_t l = 0; l < s.L; l++) {
         Layer r = run.layers[l];
         if (!l || run.purpose != FORGET) free(r.qkv);
-        if (l && run.purpose != KEEP) continue;  // the rest is layer 0's
+        if (l && run.purpose != KEEP) continue;  // all other memory is that of layer 0
         float *own[] = {r.x, r.a, r.n_1, r.inverse_1, r.p, r.y, r.middle, r.m, r.n_2, r.inverse_2, r.wide, r.bent};
         for (size_t i = 0; i < sizeof own / sizeof *own; i++) free(own[i]);
     }
     free(run.layers), free(run.x), free(run.f), free(run.n_f), free(run.inverse_f), free(run.logits);
 }
 
-// Ids (B, T) -> f (N, C), of which logits are made. Of one row that continues, `start` tokens are there already.
+// Ids (B, T) -> f (N, C), the input of the output layer. With purpose CONTINUE, `start` tokens are in the KV cache.
 static void forward(Shape s, Weights w, Run *run, const uint16_t *ids, size_t B, size_t T, size_t start) {
     size_t N = B * T, C = s.C;
     float *stream = run->x;
@@ -827,7 +830,7 @@ static double loss_of(Shape s, Weights w, Run *run, const uint16_t *ids, const u
     return cross_entropy(run->logits, targets, B * T, s.V);
 }
 
-// Back through all that `loss_of` did, last things first: adds to the gradients g.
+// The operations of `loss_of` in reverse order; adds to the gradients g.
 static void backward(Shape s, Weights w, Weights g, Run *run, const uint16_t *ids, const uint16_t *targets, size_t B,
                      size_t T) {
     size_t N = B * T, C = s.C;
@@ -895,7 +898,7 @@ static uint16_t *read_tokens(const char *path, size_t *count, size_t V) {
     uint8_t *bytes = room(*count, 2);
     if (fread(bytes, 2, *count, file) != *count) fail("%s cannot be read", path);
     for (size_t i = 0; i < *count; i++) {
-        ids[i] = (uint16_t)(bytes[2 * i] | bytes[2 * i + 1] << 8);  // the low byte first, whatever this machine does
+        ids[i] = (uint16_t)(bytes[2 * i] | bytes[2 * i + 1] << 8);  // little-endian on every machine
         if (ids[i] >= V) fail("%s holds the token %u, and the model knows %zu", path, ids[i], V);
     }
     free(bytes);
@@ -929,7 +932,7 @@ static void train(Shape s, Weights w, const uint16_t *ids, size_t count, Options
     uint16_t *batch = room(2 * o.batch * o.block, 2), *targets = batch + o.batch * o.block;
     for (size_t step = 1; step <= o.steps; step++) {
         double begun = now();
-        for (size_t b = 0; b < o.batch; b++, next++) {  // windows side by side, from the first again after the last
+        for (size_t b = 0; b < o.batch; b++, next++) {  // consecutive windows, again from the first after the last
             const uint16_t *from = ids + next % windows * o.block;
             memcpy(batch + b * o.block, from, o.block * 2), memcpy(targets + b * o.block, from + 1, o.block * 2);
         }
@@ -949,13 +952,13 @@ static void train(Shape s, Weights w, const uint16_t *ids, size_t count, Options
     free_run(s, run), free(batch), free_weights(g), free_weights(m), free_weights(v);
 }
 
-// The likeliest token each time. Each step reads one token and the keys and values of those before it; where the
-// block is full, the last half of it is read anew and the rest forgotten.
+// Greedy generation. With the KV cache, each step computes one token. When the block is full, a new cache is computed
+// from the last half block of tokens.
 static void generate(Shape s, Weights w, const uint16_t *prompt, Options o) {
     if (s.V > 65536) fail("tokens of 16 bits are 65,536 at most, and the model knows %zu", s.V);
     Run run = make_run(s, s.block, 1, CONTINUE);
     float *p = run.layers[0].p;
-    size_t known = o.prompt, length = 0;  // tokens there, and those among them that the run has seen
+    size_t known = o.prompt, length = 0;  // tokens so far, and tokens in the KV cache
     uint16_t *ids = room(known + o.count, 2), *window = ids;
     memcpy(ids, prompt, known * 2);
     if (known > s.block) window += known - s.block;

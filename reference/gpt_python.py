@@ -1,13 +1,13 @@
-"""A GPT in plain Python: numbers in lists, and nothing else.
+"""A GPT in plain Python: lists of numbers, no library.
 
     python reference/gpt_python.py --input book.txt --steps 300
 
 A decoder-only transformer (Vaswani et al. 2017; its layers are GPT-2's, Radford et al. 2019) that reads a
-text, learns to foretell its next character by backpropagation and Adam, and writes some. It imports the
-standard library alone. NOTES.md, beside this file, derives each backward pass.
+text, learns to predict its next character by backpropagation and Adam, and generates text. It imports only
+the standard library. NOTES.md in this folder derives each backward pass.
 
-Every operation stands beside its backward pass. `f(x, w)` gives y; `f_backward(dy, …)` takes dy, the gradient
-of the loss with respect to y, *adds* the gradients of the weights to dw, and returns dx.
+Each operation is followed by its backward pass. `f(x, w)` returns y; `f_backward(dy, …)` takes dy, the
+gradient of the loss with respect to y, *adds* the gradients of the weights to dw, and returns dx.
 
 Shapes: T tokens, C width, H heads, D = C / H, V characters. A matrix (n, m) is a list of n rows of m numbers;
 a bias is a matrix of one row, (1, C).
@@ -27,7 +27,7 @@ from pathlib import Path
 Vector = list[float]
 Matrix = list[Vector]
 EPS = 1e-5  # added to the variance in a layer norm
-SIZES = {"steps": 300, "batch": 4, "block": 16, "layers": 1, "heads": 2, "width": 32}  # of a run, unless told
+SIZES = {"steps": 300, "batch": 4, "block": 16, "layers": 1, "heads": 2, "width": 32}  # defaults
 
 
 def dot(a: Vector, b: Vector) -> float:
@@ -40,13 +40,13 @@ def transpose(a: Matrix) -> Matrix:
 
 
 def matmul(a: Matrix, b: Matrix) -> Matrix:
-    """a (n, m), b (m, k) -> (n, k): every row of a with every column of b."""
+    """a (n, m), b (m, k) -> (n, k): the dot product of each row of a with each column of b."""
     columns = transpose(b)
     return [[dot(row, column) for column in columns] for row in a]
 
 
 def plus(a: Matrix, b: Matrix) -> Matrix:
-    """Sum. Backward: the gradient of the sum is the gradient of both."""
+    """Sum. Backward: the gradient of the sum is the gradient of each term."""
     return [list(map(add, x, y)) for x, y in zip(a, b, strict=True)]
 
 
@@ -61,37 +61,37 @@ def linear(x: Matrix, w: Matrix, b: Matrix) -> Matrix:
 
 def linear_backward(dy: Matrix, x: Matrix, w: Matrix, dw: Matrix, db: Matrix) -> Matrix:
     """dW = dyᵀ x,  db = Σ_t dy,  dx = dy W."""
-    over_time = transpose(dy)  # (O, T): what reached each output
-    dw[:] = plus(dw, matmul(over_time, x))
-    db[:] = plus(db, [[sum(dy_o) for dy_o in over_time]])
+    by_output = transpose(dy)  # (O, T)
+    dw[:] = plus(dw, matmul(by_output, x))
+    db[:] = plus(db, [[sum(dy_o) for dy_o in by_output]])
     return matmul(dy, w)
 
 
 def layer_norm(x: Matrix, g: Matrix, b: Matrix) -> tuple[Matrix, tuple[Matrix, Vector]]:
     """y = g n + b, where n = (x - μ) / σ of each row:  x (T, C), g and b (1, C) -> (T, C), and n and 1/σ."""
-    n, inverse = [], []
+    n, inverse_std = [], []
     for row in x:
         mean = sum(row) / len(row)
         centred = [value - mean for value in row]
-        inverse.append(1 / math.sqrt(dot(centred, centred) / len(row) + EPS))
-        n.append([value * inverse[-1] for value in centred])
-    return [list(map(add, map(mul, row, g[0]), b[0])) for row in n], (n, inverse)
+        inverse_std.append(1 / math.sqrt(dot(centred, centred) / len(row) + EPS))
+        n.append([value * inverse_std[-1] for value in centred])
+    return [list(map(add, map(mul, row, g[0]), b[0])) for row in n], (n, inverse_std)
 
 
-def layer_norm_backward(dy: Matrix, kept: tuple, g: Matrix, dg: Matrix, db: Matrix) -> Matrix:
+def layer_norm_backward(dy: Matrix, saved: tuple, g: Matrix, dg: Matrix, db: Matrix) -> Matrix:
     """dg = Σ_t dy n,  db = Σ_t dy,  dn = g dy,  dx = (dn - mean(dn) - n mean(n dn)) / σ."""
     dx = []
-    for dy_t, n, inverse in zip(dy, *kept, strict=True):
+    for dy_t, n, inverse_std in zip(dy, *saved, strict=True):
         dg[0] = list(map(add, dg[0], map(mul, dy_t, n)))
         db[0] = list(map(add, db[0], dy_t))
         dn = list(map(mul, dy_t, g[0]))
         mean, along = sum(dn) / len(dn), dot(dn, n) / len(dn)
-        dx.append([(d - mean - value * along) * inverse for d, value in zip(dn, n, strict=True)])
+        dx.append([(d - mean - value * along) * inverse_std for d, value in zip(dn, n, strict=True)])
     return dx
 
 
 def softmax(scores: Vector) -> Vector:
-    """p_i = exp(z_i) / Σ_j exp(z_j). The largest score is taken away first: the same p, and no overflow."""
+    """p_i = exp(z_i) / Σ_j exp(z_j). The largest score is subtracted first: the same p, and no overflow."""
     largest = max(scores)
     powers = [math.exp(z - largest) for z in scores]
     total = sum(powers)
@@ -108,7 +108,7 @@ def attend(q: Matrix, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
     """One head, y = P v with P = softmax(q kᵀ / √D):  q, k, v (T, D) -> (T, D), and P (T, T)."""
     T, scale = len(q), 1 / math.sqrt(len(q[0]))
     scores = times(matmul(q, transpose(k)), scale)  # (T, T)
-    # the causal mask: token t sees keys 0 … t, and the weight of what comes later is 0
+    # the causal mask: token t attends to keys 0 … t, and the weight of later keys is 0
     p = [softmax(row[: t + 1]) + [0.0] * (T - t - 1) for t, row in enumerate(scores)]
     return matmul(p, v), p
 
@@ -116,37 +116,37 @@ def attend(q: Matrix, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
 def attend_backward(dy: Matrix, q: Matrix, k: Matrix, v: Matrix, p: Matrix) -> list[Matrix]:
     """dv = Pᵀ dy,  dP = dy vᵀ,  dS = softmax'(dP) / √D,  dq = dS k,  dk = dSᵀ q."""
     scale = 1 / math.sqrt(len(q[0]))
-    dp = matmul(dy, transpose(v))  # (T, T); where p is 0, so is what follows
+    dp = matmul(dy, transpose(v))  # (T, T); where p is 0, ds is 0 too
     ds = times([softmax_backward(dp_t, p_t) for dp_t, p_t in zip(dp, p, strict=True)], scale)
     return [matmul(ds, k), matmul(transpose(ds), q), matmul(transpose(p), dy)]
 
 
 def attention(qkv: Matrix, heads: int) -> tuple[Matrix, list]:
-    """Each head attends with its own D columns of q, k and v:  (T, 3C) -> (T, C), and what each head kept."""
-    thirds = columns_apart(qkv, 3)  # q, k, v: (T, C) each
-    kept = []
-    for q, k, v in zip(*(columns_apart(part, heads) for part in thirds), strict=True):
+    """Each head attends with D columns of q, k and v:  (T, 3C) -> (T, C), and q, k, v, p of each head."""
+    thirds = split_columns(qkv, 3)  # q, k, v: (T, C) each
+    results = []
+    for q, k, v in zip(*(split_columns(matrix, heads) for matrix in thirds), strict=True):
         y, p = attend(q, k, v)
-        kept.append((y, (q, k, v, p)))
-    return side_by_side([y for y, _ in kept]), [saved for _, saved in kept]
+        results.append((y, (q, k, v, p)))
+    return join_columns([y for y, _ in results]), [head_saved for _, head_saved in results]
 
 
-def attention_backward(dy: Matrix, kept: list) -> Matrix:
-    """Each head's share of dy goes back through that head: (T, C) -> (T, 3C)."""
-    parts = columns_apart(dy, len(kept))
-    each = [attend_backward(part, *saved) for part, saved in zip(parts, kept, strict=True)]
-    return side_by_side([part for third in zip(*each, strict=True) for part in third])
+def attention_backward(dy: Matrix, saved: list) -> Matrix:
+    """Each head's columns of dy go through attend_backward: (T, C) -> (T, 3C)."""
+    dheads = split_columns(dy, len(saved))
+    gradients = [attend_backward(dhead, *head_saved) for dhead, head_saved in zip(dheads, saved, strict=True)]
+    return join_columns([dhead for third in zip(*gradients, strict=True) for dhead in third])
 
 
-def columns_apart(x: Matrix, parts: int) -> list[Matrix]:
-    """(T, n) -> that many of (T, n / parts). Backward: side_by_side."""
-    width = len(x[0]) // parts
-    return [[row[i * width : (i + 1) * width] for row in x] for i in range(parts)]
+def split_columns(x: Matrix, count: int) -> list[Matrix]:
+    """(T, n) -> `count` matrices (T, n / count). Backward: join_columns."""
+    width = len(x[0]) // count
+    return [[row[i * width : (i + 1) * width] for row in x] for i in range(count)]
 
 
-def side_by_side(parts: list[Matrix]) -> Matrix:
-    """That many of (T, n / parts) -> (T, n). Backward: columns_apart."""
-    return [list(chain(*rows)) for rows in zip(*parts, strict=True)]
+def join_columns(matrices: list[Matrix]) -> Matrix:
+    """Matrices (T, n / count) -> (T, n). Backward: split_columns."""
+    return [list(chain(*rows)) for rows in zip(*matrices, strict=True)]
 
 
 def relu(x: float) -> float:
@@ -177,21 +177,21 @@ def embedding(ids: list[int], wte: Matrix, positions: Matrix, scale: float) -> M
 
 
 def embedding_backward(dx: Matrix, ids: list[int], dwte: Matrix, dwpe: Matrix, scale: float) -> None:
-    """dwte[id_t] += scale dx_t: a character that occurs twice learns twice. dwpe[t] += dx_t."""
+    """dwte[id_t] += scale dx_t, once for each occurrence of a character. dwpe[t] += dx_t."""
     for t, i in enumerate(ids):
         dwte[i] = [d + scale * dx_i for d, dx_i in zip(dwte[i], dx[t], strict=True)]
         dwpe[t] = list(map(add, dwpe[t], dx[t]))
 
 
 def sinusoids(T: int, C: int) -> Matrix:
-    """(T, C): sin(t / 10000^(2i/C)) and its cosine by turns (Vaswani et al. 2017, §3.5). Nothing to learn."""
+    """(T, C): sin(t / 10000^(2i/C)) and its cosine, alternating (Vaswani et al. 2017, §3.5). Not trained."""
     angles = [[t / 10000 ** (2 * i / C) for i in range(C // 2)] for t in range(T)]
     return [[f(angle) for angle in row for f in (math.sin, math.cos)] for row in angles]
 
 
 def cross_entropy(logits: Matrix, targets: list[int]) -> tuple[float, Matrix]:
-    """-log p of each target, their mean in nats:  (T, V), (T,) -> loss, and p (T, V)."""
-    p = [softmax(row) for row in logits]  # the largest is 1 / Σ_j exp(z_j - max z): log p is found from it
+    """The mean of -log p of the targets, in nats:  (T, V), (T,) -> loss, and p (T, V)."""
+    p = [softmax(row) for row in logits]  # the largest p is 1 / Σ_j exp(z_j - max z); log p follows
     logs = [z[i] - max(z) + math.log(max(p_t)) for z, p_t, i in zip(logits, p, targets, strict=True)]
     return -sum(logs) / len(targets), p
 
@@ -218,10 +218,10 @@ LOSSES["squared_error"] = (squared_error, squared_error_backward)
 
 
 class GPT:
-    """The model: its weights, how they make logits of ids, and how the gradient comes back to them.
+    """The model: weights, forward pass and backward pass.
 
-    `weights` and `gradients` hold a matrix for each of GPT-2's names (`h.0.attn.c_attn.weight`, …); those of
-    linear layers are (out, in). The output layer is the embedding again (`wte.weight`; Press & Wolf 2017).
+    `weights` and `gradients` have a matrix for each of GPT-2's names (`h.0.attn.c_attn.weight`, …); those of
+    linear layers are (out, in). The output layer is tied to the embedding (`wte.weight`; Press & Wolf 2017).
     """
 
     def __init__(
@@ -230,19 +230,19 @@ class GPT:
     ) -> None:  # fmt: skip
         self.block_size, self.n_head = block_size, n_head
         self.blocks = [f"h.{layer}." for layer in range(n_layer)]
-        self.bend, self.bend_backward = ACTIVATIONS[activation]
+        self.activation, self.activation_backward = ACTIVATIONS[activation]
         self.loss, self.loss_backward = LOSSES[loss]
-        self.learned = position == "learned"
-        self.scale = 1.0 if self.learned else math.sqrt(n_embd)  # lifts tokens to the size of the sines
+        self.learned_positions = position == "learned"
+        self.scale = 1.0 if self.learned_positions else math.sqrt(n_embd)  # Vaswani et al. 2017, §3.4
         self.positions = sinusoids(block_size, n_embd)
         rng, C = random.Random(seed), n_embd
         shapes = {"wte": (vocab_size, C), "wpe": (block_size, C), "ln_f": (1, C)}
-        for at in self.blocks:
-            shapes |= {at + "ln_1": (1, C), at + "attn.c_attn": (3 * C, C), at + "attn.c_proj": (C, C)}
-            shapes |= {at + "ln_2": (1, C), at + "mlp.c_fc": (4 * C, C), at + "mlp.c_proj": (C, 4 * C)}
+        for h in self.blocks:
+            shapes |= {h + "ln_1": (1, C), h + "attn.c_attn": (3 * C, C), h + "attn.c_proj": (C, C)}
+            shapes |= {h + "ln_2": (1, C), h + "mlp.c_fc": (4 * C, C), h + "mlp.c_proj": (C, 4 * C)}
         self.weights = {}
         for name, (rows, width) in shapes.items():
-            # GPT-2's 0.02 is for greater widths. What is summed up in the stream begins smaller (§2.3)
+            # GPT-2's 0.02 is for larger widths. Residual projections start smaller (Radford et al., §2.3)
             std = 0.1 / math.sqrt(2 * n_layer if "c_proj" in name else 1)
             norm = "ln_" in name
             draw = (lambda _: 1.0) if norm else (lambda std: rng.gauss(0.0, std))
@@ -251,80 +251,80 @@ class GPT:
                 self.weights[name + ".bias"] = [[0.0] * (width if norm else rows)]
         self.gradients = {name: times(weight, 0.0) for name, weight in self.weights.items()}
 
-    def pair(self, name: str, of: dict[str, Matrix] | None = None) -> tuple[Matrix, Matrix]:
-        of = of or self.weights
-        return of[name + ".weight"], of[name + ".bias"]
+    def params(self, name: str, tensors: dict[str, Matrix] | None = None) -> tuple[Matrix, Matrix]:
+        tensors = tensors or self.weights
+        return tensors[name + ".weight"], tensors[name + ".bias"]
 
     def forward(self, ids: list[int]) -> tuple[Matrix, list]:
-        """(T,) -> logits (T, V), and what the backward pass needs."""
-        places = self.weights["wpe.weight"] if self.learned else self.positions
-        x, kept = embedding(ids, self.weights["wte.weight"], places, self.scale), [ids]  # (T, C)
-        for at in self.blocks:
-            x, saved = self.block(at, x)
-            kept.append(saved)
-        x, norm = layer_norm(x, *self.pair("ln_f"))
-        kept.append((x, norm))
-        return matmul(x, transpose(self.weights["wte.weight"])), kept
+        """(T,) -> logits (T, V), and the values that the backward pass needs."""
+        positions = self.weights["wpe.weight"] if self.learned_positions else self.positions
+        x, saved = embedding(ids, self.weights["wte.weight"], positions, self.scale), [ids]  # (T, C)
+        for prefix in self.blocks:
+            x, block_saved = self.block(prefix, x)
+            saved.append(block_saved)
+        x, norm = layer_norm(x, *self.params("ln_f"))
+        saved.append((x, norm))
+        return matmul(x, transpose(self.weights["wte.weight"])), saved
 
-    def backward(self, dlogits: Matrix, kept: list) -> None:
-        """The gradient of the logits (T, V), back through all that `forward` did, last things first."""
-        ids, *blocks, (x, norm) = kept
+    def backward(self, dlogits: Matrix, saved: list) -> None:
+        """`forward` in reverse order: from dlogits (T, V), add the gradient of each weight to `gradients`."""
+        ids, *blocks, (x, norm) = saved
         dwte = self.gradients["wte.weight"]
         dwte[:] = plus(dwte, matmul(transpose(dlogits), x))
         dx = matmul(dlogits, self.weights["wte.weight"])
-        dx = self.back(layer_norm_backward, "ln_f", dx, norm)
-        for at, saved in zip(reversed(self.blocks), reversed(blocks), strict=True):
-            dx = self.block_backward(at, dx, saved)
-        places = self.gradients["wpe.weight"] if self.learned else times(self.positions, 0.0)
-        embedding_backward(dx, ids, dwte, places, self.scale)
+        dx = self.backprop(layer_norm_backward, "ln_f", dx, norm)
+        for prefix, block_saved in zip(reversed(self.blocks), reversed(blocks), strict=True):
+            dx = self.block_backward(prefix, dx, block_saved)
+        positions = self.gradients["wpe.weight"] if self.learned_positions else times(self.positions, 0.0)
+        embedding_backward(dx, ids, dwte, positions, self.scale)
 
-    def block(self, at: str, x: Matrix) -> tuple[Matrix, tuple]:
-        """x + attention(norm(x)), and to that + mlp(norm(that)):  (T, C) -> (T, C)."""
-        a, norm_1 = layer_norm(x, *self.pair(at + "ln_1"))
-        qkv = linear(a, *self.pair(at + "attn.c_attn"))  # (T, 3C)
+    def block(self, prefix: str, x: Matrix) -> tuple[Matrix, tuple]:
+        """x = x + attention(norm(x)), then x + mlp(norm(x)):  (T, C) -> (T, C)."""
+        a, norm_1 = layer_norm(x, *self.params(prefix + "ln_1"))
+        qkv = linear(a, *self.params(prefix + "attn.c_attn"))  # (T, 3C)
         y, heads = attention(qkv, self.n_head)
-        x = plus(x, linear(y, *self.pair(at + "attn.c_proj")))
-        m, norm_2 = layer_norm(x, *self.pair(at + "ln_2"))
-        wide = linear(m, *self.pair(at + "mlp.c_fc"))  # (T, 4C)
-        bent = [list(map(self.bend, row)) for row in wide]
-        x = plus(x, linear(bent, *self.pair(at + "mlp.c_proj")))
-        return x, (a, norm_1, heads, y, m, norm_2, wide, bent)
+        x = plus(x, linear(y, *self.params(prefix + "attn.c_proj")))
+        m, norm_2 = layer_norm(x, *self.params(prefix + "ln_2"))
+        hidden = linear(m, *self.params(prefix + "mlp.c_fc"))  # (T, 4C)
+        act = [list(map(self.activation, row)) for row in hidden]
+        x = plus(x, linear(act, *self.params(prefix + "mlp.c_proj")))
+        return x, (a, norm_1, heads, y, m, norm_2, hidden, act)
 
-    def block_backward(self, at: str, dx: Matrix, kept: tuple) -> Matrix:
-        """Line by line what `block` did, from the last to the first."""
-        a, norm_1, heads, y, m, norm_2, wide, bent = kept
-        dbent = self.back(linear_backward, at + "mlp.c_proj", dx, bent)
-        dwide = [list(map(self.bend_backward, *rows)) for rows in zip(dbent, wide, strict=True)]
-        dm = self.back(linear_backward, at + "mlp.c_fc", dwide, m)
-        dx = plus(dx, self.back(layer_norm_backward, at + "ln_2", dm, norm_2))
-        dy = self.back(linear_backward, at + "attn.c_proj", dx, y)
+    def block_backward(self, prefix: str, dx: Matrix, block_saved: tuple) -> Matrix:
+        """The lines of `block` in reverse order: (T, C) -> (T, C)."""
+        a, norm_1, heads, y, m, norm_2, hidden, act = block_saved
+        dact = self.backprop(linear_backward, prefix + "mlp.c_proj", dx, act)
+        dhidden = [list(map(self.activation_backward, *rows)) for rows in zip(dact, hidden, strict=True)]
+        dm = self.backprop(linear_backward, prefix + "mlp.c_fc", dhidden, m)
+        dx = plus(dx, self.backprop(layer_norm_backward, prefix + "ln_2", dm, norm_2))
+        dy = self.backprop(linear_backward, prefix + "attn.c_proj", dx, y)
         dqkv = attention_backward(dy, heads)
-        da = self.back(linear_backward, at + "attn.c_attn", dqkv, a)
-        return plus(dx, self.back(layer_norm_backward, at + "ln_1", da, norm_1))
+        da = self.backprop(linear_backward, prefix + "attn.c_attn", dqkv, a)
+        return plus(dx, self.backprop(layer_norm_backward, prefix + "ln_1", da, norm_1))
 
-    def back(self, backward: Callable, name: str, dy: Matrix, kept: Matrix | tuple) -> Matrix:
+    def backprop(self, backward: Callable, name: str, dy: Matrix, saved: Matrix | tuple) -> Matrix:
         """The backward pass of a layer with weight and bias."""
-        return backward(dy, kept, self.weights[name + ".weight"], *self.pair(name, self.gradients))
+        return backward(dy, saved, self.weights[name + ".weight"], *self.params(name, self.gradients))
 
-    def learn(self, ids: list[int], share: float = 1.0) -> float:
-        """Foretell ids[1:] of ids[:-1], add `share` of the gradients of the loss to `gradients`: the loss."""
-        logits, kept = self.forward(ids[:-1])
-        loss, saved = self.loss(logits, ids[1:])
-        self.backward(times(self.loss_backward(saved, ids[1:]), share), kept)
+    def learn(self, ids: list[int], fraction: float = 1.0) -> float:
+        """The loss of predicting ids[1:] from ids[:-1]; adds `fraction` of its gradients to `gradients`."""
+        logits, saved = self.forward(ids[:-1])
+        loss, loss_saved = self.loss(logits, ids[1:])
+        self.backward(times(self.loss_backward(loss_saved, ids[1:]), fraction), saved)
         return loss
 
-    def write(self, ids: list[int], count: int, rng: random.Random, temperature: float = 0.8) -> list[int]:
-        """Draw `count` more ids, each from what the last `block_size` foretell."""
+    def generate(self, ids: list[int], count: int, rng: random.Random, temperature: float = 0.8) -> list[int]:
+        """Sample `count` more ids, each predicted from the last `block_size`. Returns old and new ids."""
         for _ in range(count):
             outputs = self.forward(ids[-self.block_size :])[0][-1]  # (V,)
-            if self.loss is squared_error:  # least where outputs are the probabilities themselves
+            if self.loss is squared_error:  # the outputs are the probabilities
                 outputs = [math.log(max(y, 1e-9)) for y in outputs]
             ids = [*ids, *rng.choices(range(len(outputs)), softmax([z / temperature for z in outputs]))]
         return ids
 
 
 class Adam:
-    """m and v, running means of g and g², move each weight by about the learning rate (Kingma & Ba 2015)."""
+    """m and v are running means of g and g²; a step is about the learning rate (Kingma & Ba 2015)."""
 
     def __init__(self, model: GPT, beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-8) -> None:
         self.model, self.beta1, self.beta2, self.eps, self.steps = model, beta1, beta2, eps, 0
@@ -335,64 +335,64 @@ class Adam:
         """w -= lr m̂ / (√v̂ + ε), where m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ) (algorithm 1); then g = 0."""
         self.steps += 1
         rate = learning_rate / (1 - self.beta1**self.steps)
-        unbias, keep1, keep2 = 1 / (1 - self.beta2**self.steps), 1 - self.beta1, 1 - self.beta2
+        v_correction, alpha1, alpha2 = 1 / (1 - self.beta2**self.steps), 1 - self.beta1, 1 - self.beta2
         for name, weight in self.model.weights.items():
             gradient, m, v = self.model.gradients[name], self.m[name], self.v[name]
             for r, g in enumerate(gradient):
-                m[r] = [self.beta1 * a + keep1 * b for a, b in zip(m[r], g, strict=True)]
-                v[r] = [self.beta2 * a + keep2 * b * b for a, b in zip(v[r], g, strict=True)]
-                moved = zip(weight[r], m[r], v[r], strict=True)
-                weight[r] = [w - rate * a / (math.sqrt(unbias * b) + self.eps) for w, a, b in moved]
+                m[r] = [self.beta1 * a + alpha1 * b for a, b in zip(m[r], g, strict=True)]
+                v[r] = [self.beta2 * a + alpha2 * b * b for a, b in zip(v[r], g, strict=True)]
+                triples = zip(weight[r], m[r], v[r], strict=True)
+                weight[r] = [w - rate * a / (math.sqrt(v_correction * b) + self.eps) for w, a, b in triples]
                 gradient[r] = [0.0] * len(g)
 
 
 def options() -> argparse.ArgumentParser:
-    told = argparse.ArgumentParser(description="Train a GPT in plain Python on a text, and let it write.")
-    told.add_argument("--input", type=Path, required=True, help="a text file, UTF-8")
+    parser = argparse.ArgumentParser(description="Train a GPT in plain Python on a text, and generate text.")
+    parser.add_argument("--input", type=Path, required=True, help="a text file, UTF-8")
     for name, value in (SIZES | {"write": 200, "seed": 1337, "learning_rate": 0.01}).items():
-        told.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
     choices = {"position": ("learned", "sinusoidal"), "activation": tuple(ACTIVATIONS), "loss": tuple(LOSSES)}
-    for name, kinds in choices.items():
-        told.add_argument(f"--{name}", choices=kinds, default=kinds[0], help=f"default: {kinds[0]}")
-    return told
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0], help=f"default: {values[0]}")
+    return parser
 
 
 def main() -> None:
-    given = options().parse_args()
+    args = options().parse_args()
     sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character of the text
     try:
-        text = given.input.read_text(encoding="utf-8")
+        text = args.input.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{given.input} cannot be read as UTF-8 text: {error}")
-    if least := [f"--{name}" for name in SIZES if getattr(given, name) < 1]:
-        sys.exit(f"{', '.join(least)} must be at least 1")
-    if given.width % given.heads or given.width % 2:
-        sys.exit(f"--width {given.width} must be even, and a multiple of --heads {given.heads}")
-    if len(text) <= given.block:
-        sys.exit(f"{given.input} has {len(text)} characters; --block {given.block} needs {given.block + 1}")
-    if not 0 < given.learning_rate < 10:
-        sys.exit(f"--learning_rate {given.learning_rate} must be above 0 and less than 10")
-    characters, rng = sorted(set(text)), random.Random(given.seed)
-    number = {character: i for i, character in enumerate(characters)}
-    data = [number[character] for character in text]
-    shape = (len(characters), given.block, given.layers, given.heads, given.width)
-    model = GPT(*shape, given.position, given.activation, given.loss, given.seed)
-    adam, begun, losses = Adam(model), time.perf_counter(), []
+        sys.exit(f"{args.input} cannot be read as UTF-8 text: {error}")
+    if too_small := [f"--{name}" for name in SIZES if getattr(args, name) < 1]:
+        sys.exit(f"{', '.join(too_small)} must be at least 1")
+    if args.width % args.heads or args.width % 2:
+        sys.exit(f"--width {args.width} must be even, and a multiple of --heads {args.heads}")
+    if len(text) <= args.block:
+        sys.exit(f"{args.input} has {len(text)} characters; --block {args.block} needs {args.block + 1}")
+    if not 0 < args.learning_rate < 10:
+        sys.exit(f"--learning_rate {args.learning_rate} must be above 0 and less than 10")
+    characters, rng = sorted(set(text)), random.Random(args.seed)
+    id_of = {character: i for i, character in enumerate(characters)}
+    data = [id_of[character] for character in text]
+    shape = (len(characters), args.block, args.layers, args.heads, args.width)
+    model = GPT(*shape, args.position, args.activation, args.loss, args.seed)
+    adam, start_time, losses = Adam(model), time.perf_counter(), []
     size = sum(len(row) for weight in model.weights.values() for row in weight)
     print(f"{len(text):,} characters, {len(characters)} of them different; {size:,} weights")
-    if given.loss == "cross_entropy":
-        by_count = -sum(n / len(text) * math.log(n / len(text)) for n in Counter(text).values())
-        print(f"loss of guesses: blind {math.log(len(characters)):.3f}, by frequency {by_count:.3f}")
-    for step in range(1, given.steps + 1):
-        starts = [rng.randrange(len(data) - given.block) for _ in range(given.batch)]
-        batch = [model.learn(data[i : i + given.block + 1], 1 / given.batch) for i in starts]
-        losses = [*losses[-19:], sum(batch) / given.batch]
-        adam.step(given.learning_rate * min(step / 20, 1.1 - step / given.steps))  # up in 20 steps, then down
-        if step % 20 == 0 or step == given.steps:
-            speed = step * given.batch * given.block / (time.perf_counter() - begun)
+    if args.loss == "cross_entropy":
+        by_frequency = -sum(n / len(text) * math.log(n / len(text)) for n in Counter(text).values())
+        print(f"loss of guesses: blind {math.log(len(characters)):.3f}, by frequency {by_frequency:.3f}")
+    for step in range(1, args.steps + 1):
+        starts = [rng.randrange(len(data) - args.block) for _ in range(args.batch)]
+        batch = [model.learn(data[i : i + args.block + 1], 1 / args.batch) for i in starts]
+        losses = [*losses[-19:], sum(batch) / args.batch]
+        adam.step(args.learning_rate * min(step / 20, 1.1 - step / args.steps))  # linear warmup and decay
+        if step % 20 == 0 or step == args.steps:
+            speed = step * args.batch * args.block / (time.perf_counter() - start_time)
             mean = sum(losses) / len(losses)
             print(f"step {step:4d}  loss {mean:.4f}  {speed:,.0f} characters/s", flush=True)
-    print("".join(characters[i] for i in model.write(data[:1], given.write, rng)))
+    print("".join(characters[i] for i in model.generate(data[:1], args.write, rng)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small models with random parameters: of every file in config/arch, and of any config."""
+"""Small models with random parameters, for every file in config/arch and for any config."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,11 +21,11 @@ TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 
 @pytest.fixture(scope="session")
 def architecture(tmp_path_factory) -> Callable[..., GPTConfig]:
-    """A function: name, flags -> the config of config/arch/<name>.py, small and with block_size 16."""
+    """A function (name, **flags) -> a small config of config/arch/<name>.py with block_size 16."""
     training = tmp_path_factory.mktemp("config") / "train_small.py"
     training.write_text("block_size = 16\n")
 
-    def read(name: str, **flags: object) -> GPTConfig:
+    def load_config(name: str, **flags: object) -> GPTConfig:
         sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32} | ({"prefix_len": 4} if name == "glm130b" else {})
         flags = sizes | flags
         argv = [
@@ -35,7 +35,7 @@ def architecture(tmp_path_factory) -> Callable[..., GPTConfig]:
         ]
         return model_config(resolve(TrainSettings, argv).settings, vocab_size=31)
 
-    return read
+    return load_config
 
 
 def scatter(model: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:

@@ -21,13 +21,13 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def signals_are_heard():
-    """A suite that was started in the background ignores Ctrl-C and the end of its terminal, and so would the
-    processes that tests start, and stop by these signals."""
+def default_signal_handlers():
+    """A suite that runs in the background ignores SIGINT and SIGHUP, and so would the processes that it
+    starts, and that some tests stop by these signals."""
     for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
         if signal.getsignal(number) is signal.SIG_IGN:
-            heard = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, heard)
+            handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Helpers for the tests of corpora: texts, documents, token files, splits, and what is read from them."""
+"""Helpers for the corpus tests: make texts, documents, token files and splits, and read them."""
 
 import gzip
 import hashlib
@@ -26,7 +26,7 @@ STORY = "Era uma vez um gato que não dormia, e uma lua: a lua de Lisboa — �
 
 
 def text_of(string: str, chunk: int = 50) -> Text:
-    """A text that comes in chunks of `chunk` characters."""
+    """A text that is read in chunks of `chunk` characters."""
     return Text("a test", len(string), lambda: (string[i : i + chunk] for i in range(0, len(string), chunk)))
 
 
@@ -47,7 +47,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def write_documents(folder):
-    """Write documents in files of all kinds, and return them in order."""
+    """Write documents to files of all kinds; return the documents in order."""
     folder.mkdir(exist_ok=True)
     rng = random.Random(0)
     docs = [" ".join(rng.choices(STORY.split(), k=rng.randint(0, 40))) for _ in range(120)]
@@ -75,7 +75,7 @@ def story_spec(folder: Path) -> CorpusSpec:
 
 
 def write_token_files(folder, sizes, dtype="<u2"):
-    """One file of random tokens for each of `sizes`; their paths."""
+    """Write one file of random tokens for each of `sizes`; return the paths."""
     paths = []
     for i, size in enumerate(sizes):
         paths.append(folder / f"train_{i:05d}.bin")
@@ -83,14 +83,17 @@ def write_token_files(folder, sizes, dtype="<u2"):
     return paths
 
 
-def make_split(folder, sizes, vocab_size=1000):
-    """A split of files with `sizes` tokens whose values count up across the files, modulo vocab_size."""
-    paths, first = [], 0
+def make_split(folder, sizes, vocab_size=1000, gap=0):
+    """Write files of `sizes` tokens and return them as a split.
+
+    The tokens of a file count up modulo vocab_size, and jump by `gap` at the next file.
+    """
+    paths, first_token = [], 0
     for i, size in enumerate(sizes):
         path = folder / f"train_{i:05d}.bin"
-        (np.arange(first, first + size) % vocab_size).astype("<u2").tofile(path)
+        (np.arange(first_token, first_token + size) % vocab_size).astype("<u2").tofile(path)
         paths.append(path)
-        first += size
+        first_token += size + gap
     return Split(paths, "uint16", vocab_size, None)
 
 
@@ -99,7 +102,7 @@ def make_sampler(split, block_size, seed, batch_size=1, accumulation=1):
 
 
 def sampled_windows(sampler: Sampler, first: int, count: int) -> list[Window]:
-    """Windows number first to first + count - 1 of a sampler's sequence."""
+    """The windows first to first + count - 1 of a sampler's sequence."""
     return list_windows(sampler.locations(np.arange(first, first + count)), sampler.block_size)
 
 

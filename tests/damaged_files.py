@@ -1,4 +1,4 @@
-"""Helpers for tests/hostile: change one value of a file, and check the message of the error."""
+"""Helpers for tests/hostile: damage files, and check error messages."""
 
 import json
 from pathlib import Path

@@ -7,8 +7,6 @@ import threading
 import pytest
 
 PAGE = "O mar é grande.\n".encode() * 100
-
-
 PAGE_SHA256 = hashlib.sha256(PAGE).hexdigest()
 
 

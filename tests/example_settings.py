@@ -1,4 +1,4 @@
-"""A settings class for the tests of configurator.py, and short ways to resolve it."""
+"""A settings class for the tests of configurator.py, and helpers that resolve it."""
 
 from dataclasses import dataclass
 from pathlib import Path

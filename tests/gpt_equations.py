@@ -51,7 +51,7 @@ def reference_logits(model, idx, prefix=0):
         x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
         return x * weights[f"transformer.{name}.weight"] + weights.get(f"transformer.{name}.bias", 0)
 
-    def rotate(x):  # RoPE: pairs of numbers as complex numbers, times e^(i angle)
+    def rotate(x):  # RoPE: pairs of elements as complex numbers, times e^(i angle)
         angle = np.outer(np.arange(T), c.rope_theta ** (-2 * np.arange(d // 2) / d))
         z = (x[:, : d // 2] + 1j * x[:, d // 2 :]) * np.exp(1j * angle)
         return np.concatenate([z.real, z.imag], axis=1)
@@ -93,9 +93,9 @@ def reference_logits(model, idx, prefix=0):
         x = x + weights["transformer.wpe.weight"][:T]
     if c.position == "sinusoidal":
         angle = np.outer(np.arange(T), 10000.0 ** (-2 * np.arange(C // 2) / C))
-        waves = np.empty((T, C))
-        waves[:, 0::2], waves[:, 1::2] = np.sin(angle), np.cos(angle)
-        x = math.sqrt(C) * x + waves
+        sinusoids = np.empty((T, C))
+        sinusoids[:, 0::2], sinusoids[:, 1::2] = np.sin(angle), np.cos(angle)
+        x = math.sqrt(C) * x + sinusoids
     if c.embd_norm:
         x = norm("ln_e", x)
     for layer in range(c.n_layer):
@@ -115,5 +115,5 @@ def reference_logits(model, idx, prefix=0):
 def cross_entropy(logits, targets):
     """Mean loss of logits (N, V) for targets (N,)."""
     shifted = logits - logits.max(-1, keepdims=True)
-    picked = np.take_along_axis(shifted, targets[:, None], axis=1)[:, 0]
-    return (np.log(np.exp(shifted).sum(-1)) - picked).mean()
+    target_logits = np.take_along_axis(shifted, targets[:, None], axis=1)[:, 0]
+    return (np.log(np.exp(shifted).sum(-1)) - target_logits).mean()

@@ -29,27 +29,28 @@ SETTINGS = {
     "lab.tokenizers": tokenizers.TokenizersSettings,
     "lab.tokens": tokens.TokenSettings,
 }
-INVENTED = {"config/arch/mine.py", "data/NAME", "reference/build/gpt2"}  # examples, and what `make` builds
+# examples, and a file that `make` builds
+NOT_IN_THE_REPOSITORY = {"config/arch/mine.py", "data/NAME", "reference/build/gpt2"}
 
 
 def commands(text):
-    """The Python commands of a page, in blocks and in backticks: lists of words, from the script on."""
+    """The Python commands of a page, in blocks and in backticks: the script or module and its arguments."""
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    lines += [" ".join(words.split()) for words in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    lines += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
     for line in lines:
         call = re.search(r"(?:python[\w.]*|torchrun)\s+(.*)", line.split("   #")[0])
         if call and "…" not in line and "<" not in line and "'" not in line and "bench.py" not in line:
-            words = shlex.split(call[1].split(" | ")[0])
-            starts = [i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"]
+            arguments = shlex.split(call[1].split(" | ")[0])
+            starts = [i for i, arg in enumerate(arguments) if arg.endswith(".py") or arg == "-m"]
             if starts:
-                start = starts[0] + (words[starts[0]] == "-m")
-                yield words[start:]
+                start = starts[0] + (arguments[starts[0]] == "-m")
+                yield arguments[start:]
 
 
-COMMANDS = sorted({tuple(words) for text in TEXTS.values() for words in commands(text)})
-OF_SETTINGS = [words for words in COMMANDS if SETTINGS.get(words[0])]
-OTHERS = [words for words in COMMANDS if not SETTINGS.get(words[0])]
+COMMANDS = sorted({tuple(command) for text in TEXTS.values() for command in commands(text)})
+SETTINGS_COMMANDS = [command for command in COMMANDS if SETTINGS.get(command[0])]
+OTHER_COMMANDS = [command for command in COMMANDS if not SETTINGS.get(command[0])]
 
 
 def test_the_readme_fits_ten_kilobytes():
@@ -76,19 +77,19 @@ def test_links_and_pictures_exist(page):
             assert anchor in anchors(path.read_text(encoding="utf-8")), target
 
 
-def test_many_commands_are_found():
-    assert len(OF_SETTINGS) > 40 and len(OTHERS) > 20
+def test_the_pages_contain_many_commands():
+    assert len(SETTINGS_COMMANDS) > 40 and len(OTHER_COMMANDS) > 20
 
 
-@pytest.mark.parametrize("words", OF_SETTINGS, ids=" ".join)
-def test_settings_in_documented_commands_are_valid(words, monkeypatch):
+@pytest.mark.parametrize("command", SETTINGS_COMMANDS, ids=" ".join)
+def test_settings_in_documented_commands_are_valid(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    resolve(SETTINGS[words[0]], words[1:])
+    resolve(SETTINGS[command[0]], command[1:])
 
 
-@pytest.mark.parametrize("words", OTHERS, ids=" ".join)
-def test_documented_commands_and_their_flags_exist(words):
-    name, *arguments = words
+@pytest.mark.parametrize("command", OTHER_COMMANDS, ids=" ".join)
+def test_documented_commands_and_their_flags_exist(command):
+    name, *arguments = command
     if name in ("pip", "pytest", "venv"):
         return
     module = name.replace(".", "/")
@@ -112,7 +113,7 @@ def test_modules_and_tests_in_the_text_exist():
         for name in re.findall(
             r"`((?:fradique|tests|lab|bench|reference|docs|config|data)/[\w./-]*\w)/?`", text
         ):
-            assert (ROOT / name).exists() or name in INVENTED, (page, name)
+            assert (ROOT / name).exists() or name in NOT_IN_THE_REPOSITORY, (page, name)
         for name in re.findall(r"`?python -m ((?:lab|bench)\.\w+)", text):
             importlib.import_module(name)
 
@@ -133,7 +134,7 @@ def test_portuguese_pages_write_decimal_commas():
         assert re.findall(r"\d\.\d\d?\b(?!\d)", text) == []
 
 
-def test_every_architecture_has_a_row_and_the_measured_table_has_its_marks():
+def test_architectures_md_has_a_row_for_every_architecture():
     text = TEXTS["docs/ARCHITECTURES.md"]
     for name in architectures.ARCHITECTURES:
         assert f"| `{name}` |" in text

@@ -1,4 +1,4 @@
-"""The import order: which package may import which, that there are no cycles, and no import side effects."""
+"""Imports: the order of the packages, no cycles, few dependencies, no pickles and no side effects."""
 
 import ast
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 from support import ROOT, imported_names
 
-# From left to right as in CONTRIBUTING.md. A module imports from its own package and from earlier rows only;
+# The order in CONTRIBUTING.md, one step per row. A module imports from its own package and from earlier rows;
 # packages of the same row do not import each other.
 ORDER = (
     ("configurator", "fradique.io"),
@@ -30,7 +30,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(FILES)
 }
-THIRD_PARTY_OF = {  # what these may import beside the standard library and the project
+ALLOWED_THIRD_PARTY = {  # besides the standard library and the project
     "configurator": set(),
     "model": {"torch"},
     "fradique.nn": {"torch"},
@@ -48,45 +48,45 @@ def package_of(module):
 IMPORTS = {module: imported_names(path, MODULES) for module, path in MODULES.items()}
 
 
-def test_every_package_has_a_place_in_the_order():
+def test_every_package_is_in_the_import_order():
     assert {package_of(module) for module in MODULES} - {"fradique"} == set(LEVEL)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_packages_to_its_left(module):
-    own = package_of(module)
-    others = {package_of(name) for name in IMPORTS[module] if name in MODULES} - {own}
-    assert {name for name in others if LEVEL[name] >= LEVEL[own]} == set()
+def test_a_module_imports_only_from_earlier_packages(module):
+    package = package_of(module)
+    imported = {package_of(name) for name in IMPORTS[module] if name in MODULES} - {package}
+    assert {name for name in imported if LEVEL[name] >= LEVEL[package]} == set()
 
 
-def test_no_module_imports_itself_through_others():
-    result, path = set(), []
+def test_there_are_no_import_cycles():
+    visited, stack = set(), []
 
     def visit(module):
-        assert module not in path, " -> ".join([*path[path.index(module) :], module])
-        if module not in result:
-            path.append(module)
+        assert module not in stack, " -> ".join([*stack[stack.index(module) :], module])
+        if module not in visited:
+            stack.append(module)
             for name in sorted(IMPORTS[module] & MODULES.keys()):
                 visit(name)
-            result.add(path.pop())
+            visited.add(stack.pop())
 
     for module in MODULES:
         visit(module)
 
 
-def test_the_reference_imports_nothing_of_the_project():
+def test_the_reference_does_not_import_the_project():
     for path in ROOT.glob("reference/**/*.py"):
         assert not {package_of(name) for name in imported_names(path)} & {*LEVEL, "fradique"}, path
 
 
-@pytest.mark.parametrize("package", THIRD_PARTY_OF)
-def test_low_packages_need_little_beside_the_standard_library(package):
+@pytest.mark.parametrize("package", ALLOWED_THIRD_PARTY)
+def test_low_level_packages_have_few_dependencies(package):
     for module in (m for m in MODULES if package_of(m) == package):
         top = {name.split(".")[0] for name in IMPORTS[module] if name not in MODULES}
-        assert top - set(sys.stdlib_module_names) <= THIRD_PARTY_OF[package], module
+        assert top - set(sys.stdlib_module_names) <= ALLOWED_THIRD_PARTY[package], module
 
 
-def test_nothing_is_pickled_and_what_is_unpickled_is_restricted():
+def test_nothing_is_pickled_and_torch_load_is_restricted():
     for name, path in MODULES.items():
         text = path.read_text(encoding="utf-8")
         assert "pickle.load(" not in text and "pickle.dump" not in text and "torch.save(" not in text, name
@@ -95,11 +95,12 @@ def test_nothing_is_pickled_and_what_is_unpickled_is_restricted():
                 assert "weights_only=True" in ast.unparse(call), name
 
 
-def test_every_corpus_has_a_short_prepare():
+def test_prepare_scripts_have_at_most_40_lines():
     for path in ROOT.glob("data/*/prepare.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path
 
 
+# What an importer process imports first, by the beginning of the names of the modules that it then imports.
 PRELOADED = {
     "": "numpy, torch, torch.distributed, safetensors.torch, tqdm, torch.nn.parallel",
     "fradique.distributed.fsdp": "torch.distributed.checkpoint, torch.distributed.tensor, "
@@ -108,34 +109,34 @@ PRELOADED = {
     "lab": "matplotlib.figure, matplotlib.axes, matplotlib.backends.backend_agg, plotly.graph_objects, "
     "plotly.offline, sklearn.manifold, sklearn.decomposition",
 }
-# One process imports what others have made, once. For each module that it is told, a copy of it imports that.
-QUIET = """
+# Imports third-party packages once. For each module name on stdin, a fork of the process imports the module.
+IMPORTER = """
 import importlib, os, sys, traceback, warnings
 import {third_party}
 
-def look(module):
-    opened = []
-    def watch(event, words):
-        if event == "open" and isinstance(words[0], str) and (
-            not words[0].endswith((".py", ".pyc")) and "__pycache__" not in words[0]):
-            opened.append(words[0])
+def check_import(module):
+    effects = []
+    def audit(event, arguments):
+        if event == "open" and isinstance(arguments[0], str) and (
+            not arguments[0].endswith((".py", ".pyc")) and "__pycache__" not in arguments[0]):
+            effects.append(arguments[0])
         if event in ("subprocess.Popen", "os.putenv", "socket.connect", "os.mkdir"):
-            opened.append(event)
-    sys.addaudithook(watch)
+            effects.append(event)
+    sys.addaudithook(audit)
     before = dict(os.environ)
     importlib.import_module(module)
-    assert not opened, opened
+    assert not effects, effects
     assert dict(os.environ) == before
     import torch
     assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 
 for line in sys.stdin:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which libraries start
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking a process that has threads
         pid = os.fork()
     if not pid:
         try:
-            look(line.strip())
+            check_import(line.strip())
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
@@ -148,30 +149,31 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def importers():
-    """Kind of module -> the process that imports such modules, once there is one."""
-    started = {}
-    yield started
-    for process in started.values():
+    """The importer processes, by their key in PRELOADED; each is started when it is first needed."""
+    processes = {}
+    yield processes
+    for process in processes.values():
         process.communicate()
 
 
-def what_importing_says(importers, module):
-    kind = next((k for k in PRELOADED if k and module.startswith(k)), "")
+def import_in_fork(importers, module):
+    """Import a module in a fork of an importer process: (status, output)."""
+    kind = next((key for key in PRELOADED if key and module.startswith(key)), "")
     if kind not in importers:
         third_party = ", ".join(filter(None, (PRELOADED[""], kind and PRELOADED[kind])))
-        command = [sys.executable, "-c", QUIET.format(third_party=third_party)]
+        command = [sys.executable, "-c", IMPORTER.format(third_party=third_party)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         importers[kind] = subprocess.Popen(command, text=True, cwd=ROOT, **pipes)
-    process, said = importers[kind], []
+    process, output = importers[kind], []
     process.stdin.write(f"{module}\n")
     process.stdin.flush()
     while not (line := process.stdout.readline()).startswith("status "):
-        assert line, said
-        said.append(line)
-    return int(line.split()[1]), "".join(said)[:-1]  # but for the end of the line before the status
+        assert line, output
+        output.append(line)
+    return int(line.split()[1]), "".join(output)[:-1]  # without the newline printed before the status
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "fradique.pretrained.__main__"])
-def test_importing_a_module_touches_nothing_and_prints_nothing(importers, module):
-    """No file, no environment variable, no process, no device, no output: audited from inside."""
-    assert what_importing_says(importers, module) == (0, "")
+def test_importing_a_module_has_no_side_effects(importers, module):
+    """No file, environment variable, process, device or output, as Python's audit hooks show."""
+    assert import_in_fork(importers, module) == (0, "")

@@ -1,4 +1,4 @@
-"""The wheel that pyproject.toml describes holds every module, and runs without the repository."""
+"""The wheel that pyproject.toml describes contains every module, and runs without the repository."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_w
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel's content, unpacked; built from a copy, so that nothing is left in the repository."""
+    """The folder of the unpacked wheel, built from a copy so that nothing is written to the repository."""
     pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools")
     source, dist, site = (tmp_path_factory.mktemp(name) for name in ("source", "dist", "site"))
     for name in [*sorted(MODULES), "pyproject.toml", "README.md", "LICENSE"]:
@@ -31,9 +31,9 @@ def wheel(tmp_path_factory):
     return site
 
 
-def test_the_wheel_holds_every_module(wheel):
-    packed = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*.py")}
-    assert packed == MODULES
+def test_the_wheel_contains_every_module(wheel):
+    modules = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*.py")}
+    assert modules == MODULES
 
 
 def test_the_wheel_trains_and_samples_outside_the_repository(wheel, data_dir, tmp_path):
@@ -66,12 +66,12 @@ def test_the_wheel_trains_and_samples_outside_the_repository(wheel, data_dir, tm
     assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
-def test_every_package_that_is_imported_is_a_dependency():
-    """Of what the modules import at their top, all that is not optional comes with the installation."""
+def test_every_imported_package_is_a_dependency():
+    """pyproject.toml names each third-party package that a module imports, or a package that requires it."""
     names = {name.split(".")[0] for path in MODULES for name in imported_names(ROOT / path)}
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     provided = {"sklearn": "scikit-learn", "PIL": "matplotlib", "pyarrow": "datasets", "fsspec": "datasets"}
     provided |= {"mpl_toolkits": "matplotlib"}
-    own = {path.split("/")[0].removesuffix(".py") for path in MODULES} | {"reference"}
-    for name in names - set(sys.stdlib_module_names) - own:
+    project = {path.split("/")[0].removesuffix(".py") for path in MODULES} | {"reference"}
+    for name in names - set(sys.stdlib_module_names) - project:
         assert provided.get(name, name).replace("_", "-") in text.replace("_", "-"), name

@@ -1,4 +1,4 @@
-"""The size of files and functions: what a reader meets in one piece stays small."""
+"""Limits on the length of files and functions."""
 
 import ast
 

@@ -26,14 +26,14 @@ def randomize(model, std=0.2):
 
 
 def gpt2_model(**changes):
-    """transformers' GPT-2, random."""
+    """A GPT-2 of transformers with random weights."""
     torch.manual_seed(0)
     config = GPT2Config(**GPT2_SIZES | {"bos_token_id": 0, "eos_token_id": 0} | changes)
     return randomize(GPT2LMHeadModel(config))
 
 
 def save_gpt2(folder="hf", **changes):
-    """A folder that transformers saved, and its model."""
+    """Save a random GPT-2 with transformers. Returns the folder and the model."""
     model = gpt2_model(**changes)
     model.save_pretrained(folder)
     return Path(folder), model
@@ -88,7 +88,7 @@ def nanogpt_state(bias=True):
     shapes["transformer.wpe.weight"] = (NANOGPT_ARGS["block_size"], C)
     shapes["lm_head.weight"] = (NANOGPT_ARGS["vocab_size"], C)
     state = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
-    return state | {"transformer.wte.weight": state["lm_head.weight"]}  # tied: one tensor with two names
+    return state | {"transformer.wte.weight": state["lm_head.weight"]}  # tied: one tensor, two names
 
 
 def save_nanogpt(path="ckpt.pt", state=None, args=(), zipped=True, **content):

@@ -1,4 +1,7 @@
-"""Read and rewind metrics.jsonl, the log of a run, and samples.txt, its generated text."""
+"""Read and rewind metrics.jsonl (the log of a run) and samples.txt (the text that the model generated).
+
+Rewinding removes what a run wrote after the step from which it resumes.
+"""
 
 import json
 import re
@@ -10,26 +13,20 @@ from fradique.io import files
 
 METRICS_FILE, SAMPLES_FILE, WANDB_ID_FILE = "metrics.jsonl", "samples.txt", "wandb_id.txt"
 SAMPLE_HEADER = "=== step {step} ===\n"
-SAMPLE_START = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
-NUMERIC_FIELDS = (
-    "tokens",
-    "seconds",
-    "loss",
-    "eval_train_loss",
-    "eval_val_loss",
-    "final_loss",
-)  # of a record
+SAMPLE_HEADER_LINE = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
+# Fields of a record that must be numbers if they are present.
+NUMERIC_FIELDS = ("tokens", "seconds", "loss", "eval_train_loss", "eval_val_loss", "final_loss")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first."""
+    """The valid records of a run, oldest first."""
     return list(iterate_metrics(folder))
 
 
 def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run one at a time, oldest first.
+    """The valid records of a run one at a time, oldest first.
 
-    Lines that are not valid records are skipped, such as a last line that a crash cut short.
+    Other lines are skipped: a crash can leave an incomplete last line.
     """
     for line in _read_lines(folder / METRICS_FILE):
         try:
@@ -48,35 +45,41 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether `record` is an object with a step, and its numeric fields are finite numbers."""
+    """Whether `record` is a dict with a step, and its numeric fields are finite numbers."""
     if not isinstance(record, dict) or not files.is_count(record.get("step")):
         return False
-    bits = record.get("final_bits_per_byte")  # null if the number of bytes of the text is unknown
-    return (bits is None or _is_number(bits)) and all(
-        _is_number(record[name]) for name in NUMERIC_FIELDS if name in record
-    )
+    bits_per_byte = record.get("final_bits_per_byte")  # None if the number of bytes of the text is unknown
+    if bits_per_byte is not None and not _is_finite_number(bits_per_byte):
+        return False
+    return all(_is_finite_number(record[name]) for name in NUMERIC_FIELDS if name in record)
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float (not a bool) that fits into a float."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 def rewind_metrics(folder: Path, step: int) -> None:
-    """Remove records and samples after `step`, and the final ones: a resumed run writes them again."""
+    """Remove the records and samples after `step`, and those of the end of the run.
+
+    A finished run ends with a record that has the field final_loss, and with a final sample. A run that
+    resumes at `step` writes them again.
+    """
     records = read_metrics(folder)
-    finished = any("final_loss" in record and record["step"] == step for record in records)
-    earlier_records = [record for record in records if record["step"] <= step and "final_loss" not in record]
-    files.write_text(folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in earlier_records))
+    finished_at_step = any("final_loss" in record and record["step"] == step for record in records)
+    kept_records = [record for record in records if record["step"] <= step and "final_loss" not in record]
+    files.write_text(folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept_records))
     if (folder / SAMPLES_FILE).exists():
-        samples = read_samples(folder)
-        if finished and samples and samples[-1][0] == step:
-            samples.pop()  # the final sample
-        kept_text = (SAMPLE_HEADER.format(step=n) + text for n, text in samples if n <= step)
-        files.write_text(folder / SAMPLES_FILE, "".join(kept_text))
+        kept_samples = [(n, text) for n, text in read_samples(folder) if n <= step]
+        if finished_at_step and kept_samples and kept_samples[-1][0] == step:
+            kept_samples.pop()  # the final sample
+        text = "".join(SAMPLE_HEADER.format(step=n) + text for n, text in kept_samples)
+        files.write_text(folder / SAMPLES_FILE, text)
 
 
 def read_samples(folder: Path) -> list[tuple[int, str]]:
     """The samples of a run as (step, text), oldest first."""
-    path = folder / SAMPLES_FILE
-    parts = SAMPLE_START.split("".join(_read_lines(path)))
-    return [(int(step), text) for step, text in zip(parts[1::2], parts[2::2], strict=True)]
+    text = "".join(_read_lines(folder / SAMPLES_FILE))
+    _, *fields = SAMPLE_HEADER_LINE.split(text)  # [before the first header, step, sample, step, sample, ...]
+    steps, samples = fields[::2], fields[1::2]
+    return [(int(step), sample) for step, sample in zip(steps, samples, strict=True)]

@@ -1,8 +1,9 @@
-"""Make a corpus from a text or from documents, in bounded memory; every data/<corpus>/prepare.py uses this.
+"""Prepare a corpus from a text or from documents in one process, for the scripts data/<corpus>/prepare.py.
 
-A text is read twice: once to index it, which counts its characters and collects the alphabet, and once to
-encode it; a BPE is trained in between. Documents are read once. All files are made in a folder `.prepare-*`
-inside the corpus's folder and renamed at the end, meta.json last: a corpus with a meta.json is complete.
+A text is read once to count its characters and collect its alphabet, once more to train a BPE if the corpus
+needs one, and once to encode it. Documents are read once. Memory does not grow with the text. All files are
+written to a temporary folder inside the corpus's folder and moved at the end, meta.json last. A corpus with a
+meta.json is therefore complete.
 """
 
 from __future__ import annotations
@@ -24,41 +25,41 @@ from fradique.data.encode import (
     check_splits,
     encode_splits,
     make_tokenizer,
-    show_chars,
     split_pieces,
+    track_chars,
 )
 from fradique.data.text import Text, cut_pieces
 from fradique.data.text_index import index_text
 from fradique.io import folder_lock
 from fradique.io.files import fsync, write_json
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, parse_spec, save_tokenizer
 
-FORMAT = 1  # of meta.json
-STALE_SECONDS = 3600  # age at which a temporary folder without a lock file is taken for abandoned
+FORMAT = 1  # version of the format of meta.json
+STALE_SECONDS = 3600  # a temporary folder without a lock file that is older than this is removed
 
 
 def prepare_text(
     text: Text, out_dir: Path, tokenizer: str = "char", val_fraction: float = 0.1
 ) -> dict[str, Any]:
-    """Make a corpus from `text` in `out_dir`, and return its meta.json.
+    """Make a corpus from `text` in `out_dir`, and return the content of its meta.json.
 
     The first int(n_chars * (1 - val_fraction)) characters are the training split, as in nanoGPT, and the rest
-    is the validation split. `tokenizer` is "char", "gpt2" or "bpe:SIZE". Raises ValueError for a mistake of
-    the user and OSError if files cannot be written; `out_dir` is then unchanged.
+    is the validation split. `tokenizer` is "char", "gpt2" or "bpe:SIZE". Raises ValueError if an argument or
+    the text cannot be used, and OSError if files cannot be read or written; `out_dir` is then unchanged.
     """
-    spec = tokenizers.parse_spec(tokenizer)
+    spec = parse_spec(tokenizer)
     check_val_fraction(val_fraction)
-    with _temporary_folder(out_dir) as folder:
+    with _temporary_folder(out_dir) as temp_dir:
         index = index_text(text)
         n_train = int(index.chars * (1 - val_fraction))
         encoder = make_tokenizer(spec, text, n_train, index.alphabet)
         with progress_bar(index.chars, "encoding", "char") as bar:
             pieces = split_pieces(cut_pieces(text.chunks()), n_train)
-            splits = encode_splits(show_chars(pieces, bar), encoder, folder)
+            splits = encode_splits(track_chars(pieces, bar), encoder, temp_dir)
         check_splits(splits)
         if sum(split["bytes"] for split in splits.values()) != index.bytes:
             raise ValueError("the text changed while it was read: prepare it again")
-        return _finish(folder, out_dir, encoder, text.source, splits)
+        return _finish(temp_dir, out_dir, encoder, text.source, splits)
 
 
 def prepare_documents(
@@ -69,21 +70,22 @@ def prepare_documents(
     val_fraction: float = 0.0005,
     max_documents: int | None = None,
 ) -> dict[str, Any]:
-    """Make a corpus from `documents`, each an iterable of pieces of text, and return its meta.json.
+    """Make a corpus from `documents` in `out_dir`, and return the content of its meta.json.
 
-    Each document is followed by <|endoftext|>. Its split depends only on its number. Raises as `prepare_text`
-    does.
+    A document is an iterable of pieces of text. The token <|endoftext|> is written after it. Whether it is in
+    the training or the validation split depends only on its number, counted from 0. `source` is a description
+    for meta.json. Raises the errors of `prepare_text`.
     """
     check_document_tokenizer(tokenizer)
     check_val_fraction(val_fraction)
-    with _temporary_folder(out_dir) as folder:
-        encoder = tokenizers.GPT2Tokenizer()
+    with _temporary_folder(out_dir) as temp_dir:
+        encoder = GPT2Tokenizer()
         with progress_bar(max_documents, "encoding", "document") as bar:
             numbered = enumerate(itertools.islice(documents, max_documents))
-            pieces = _show_documents(document_pieces(numbered, val_fraction), bar)
-            splits = encode_splits(pieces, encoder, folder)
+            pieces = _track_documents(document_pieces(numbered, val_fraction), bar)
+            splits = encode_splits(pieces, encoder, temp_dir)
         check_splits(splits)
-        return _finish(folder, out_dir, encoder, source, splits)
+        return _finish(temp_dir, out_dir, encoder, source, splits)
 
 
 def check_document_tokenizer(tokenizer: str) -> None:
@@ -101,7 +103,7 @@ def check_val_fraction(val_fraction: float) -> None:
 def document_pieces(
     documents: Iterable[tuple[int, Iterable[str]]], val_fraction: float
 ) -> Iterator[SplitPiece]:
-    """The pieces of numbered documents, each with the split that its number determines."""
+    """The pieces of numbered documents, each with the document's split; (split, None) ends a document."""
     for number, document in documents:
         split = "val" if uniform_hash(number) < val_fraction else "train"
         for piece in cut_pieces(document):
@@ -115,32 +117,26 @@ def uniform_hash(index: int) -> float:
     return int.from_bytes(digest.digest(), "little") / 2**64
 
 
-def _show_documents(pieces: Iterable[SplitPiece], bar: Any) -> Iterator[SplitPiece]:
-    """Yield `pieces`, and advance the progress bar at the end of each document."""
-    for piece in pieces:
-        yield piece
-        bar.update(piece[1] is None)
+def _track_documents(pieces: Iterable[SplitPiece], bar: Any) -> Iterator[SplitPiece]:
+    """Yield `pieces`, and advance the tqdm `bar` by one at the end of each document."""
+    for split, piece in pieces:
+        yield split, piece
+        if piece is None:
+            bar.update(1)
 
 
 def _finish(
-    folder: Path,
-    out_dir: Path,
-    tokenizer: tokenizers.Tokenizer,
-    source: str,
-    splits: dict[str, dict[str, Any]],
+    temp_dir: Path, out_dir: Path, tokenizer: Tokenizer, source: str, splits: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write tokenizer.json and meta.json, and move all files from `folder` to `out_dir`."""
+    """Write tokenizer.json and meta.json, and move all files from `temp_dir` to `out_dir`."""
     meta = make_metadata(tokenizer, source, splits)
-    tokenizers.save_tokenizer(tokenizer, folder / "tokenizer.json")
-    write_json(folder / "meta.json", meta)
-    token_files = [shard["file"] for split in splits.values() for shard in split["shards"]]
-    _install(folder, out_dir, ["tokenizer.json", *reversed(token_files), "meta.json"])
+    save_tokenizer(tokenizer, temp_dir / "tokenizer.json")
+    write_json(temp_dir / "meta.json", meta)
+    _install(temp_dir, out_dir, ["tokenizer.json", "val.bin", "train.bin", "meta.json"])
     return meta
 
 
-def make_metadata(
-    tokenizer: tokenizers.Tokenizer, source: str, splits: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def make_metadata(tokenizer: Tokenizer, source: str, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The content of meta.json."""
     return {
         "format": FORMAT,
@@ -152,11 +148,11 @@ def make_metadata(
     }
 
 
-def _install(folder: Path, out_dir: Path, names: list[str]) -> None:
-    """Delete the corpus in `out_dir`, then move `names` from `folder` to it, in this order.
+def _install(temp_dir: Path, out_dir: Path, names: list[str]) -> None:
+    """Delete the corpus in `out_dir`, then move the files `names` from `temp_dir` to it, in this order.
 
-    If this is interrupted, no corpus is left rather than a partial one. If the process is killed, no token
-    file is left without its tokenizer, so tokens are never decoded with another one.
+    After an exception, `out_dir` has none of these files. If the process is killed, it may have the first of
+    them; tokenizer.json is before the token files, so that they are never decoded with an older tokenizer.
     """
     (out_dir / "meta.json").unlink(missing_ok=True)
     for path in out_dir.glob("*.bin"):
@@ -165,7 +161,7 @@ def _install(folder: Path, out_dir: Path, names: list[str]) -> None:
     fsync(out_dir)
     try:
         for name in names:
-            (folder / name).replace(out_dir / name)
+            (temp_dir / name).replace(out_dir / name)
     except BaseException:
         for name in names:
             (out_dir / name).unlink(missing_ok=True)
@@ -175,15 +171,15 @@ def _install(folder: Path, out_dir: Path, names: list[str]) -> None:
 
 @contextlib.contextmanager
 def _temporary_folder(out_dir: Path) -> Iterator[Path]:
-    """A locked temporary folder in `out_dir`, removed at the end.
+    """Make a temporary folder in `out_dir`, lock it against `_remove_abandoned`, and remove it at the end.
 
-    `out_dir` is created if it is missing, and removed again if it stays empty.
+    `out_dir` is created if it is missing, and is then removed at the end if it is empty.
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise ValueError(f"{out_dir} is a file, not a folder: choose another folder with --out_dir")
     is_new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
-    # a random name, because machines that share the disk may have processes with the same id
+    # a random name: process ids are not unique if several machines share the disk
     folder = out_dir / f".prepare-{uuid.uuid4().hex}"
     lock = None
     try:
@@ -196,15 +192,16 @@ def _temporary_folder(out_dir: Path) -> Iterator[Path]:
             lock.release()
         shutil.rmtree(folder, ignore_errors=True)
         if is_new:
-            with contextlib.suppress(OSError):  # not empty: it contains the corpus now
+            with contextlib.suppress(OSError):  # it is not empty: the corpus was made
                 out_dir.rmdir()
 
 
 def _remove_abandoned(out_dir: Path) -> None:
-    """Remove the temporary folders of killed processes; a new one may not have its lock file yet."""
+    """Remove the temporary folders of killed processes, which nobody has locked."""
     for path in out_dir.glob(".prepare-*"):
         with contextlib.suppress(OSError):
             has_lock_file = (path / folder_lock.LOCK_FILE).exists()
-            is_stale = has_lock_file or time.time() - path.stat().st_mtime > STALE_SECONDS
-            if is_stale and folder_lock.lock_holder(path) is None:
+            is_old = time.time() - path.stat().st_mtime > STALE_SECONDS
+            # a new folder without a lock file belongs to a process that is about to lock it
+            if (has_lock_file or is_old) and folder_lock.lock_holder(path) is None:
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,12 +1,14 @@
-"""Documents, one at a time, from Parquet, JSON Lines and text files or from the Hugging Face hub.
+"""Read documents from Parquet, JSON Lines and text files, or from a data set on the Hugging Face hub.
 
-A document is an iterable of pieces of text: one piece for a row of a table, several for a large text file.
+A document is an iterable of pieces of text. A row of a table or a line of JSON is one piece. A large text
+file has several.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import json
 import struct
 import zlib
@@ -17,9 +19,11 @@ from typing import Any, BinaryIO, TypeAlias
 
 from fradique.data.text import not_utf8_error, read_file
 
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
-MAX_LINE_BYTES = 64 << 20  # of JSON Lines
-FIELD = "text"  # the column or key with the text of a document
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")  # of the names of files with documents
+MAX_LINE_BYTES = 64 << 20  # in a .jsonl file
+FIELD = "text"  # the Parquet column or JSON key with the text of a document
+BATCH_ROWS = 256  # rows of a Parquet file in memory at a time
+CONVERTED = "refs/convert/parquet"  # a branch that the hub adds to each data set, with its data as Parquet
 
 Document: TypeAlias = Iterable[str]
 
@@ -28,51 +32,54 @@ Document: TypeAlias = Iterable[str]
 class HubFile:
     """A Parquet file on the Hugging Face hub; only the parts that are read are downloaded.
 
-    It has the part of Path's interface that reading needs: `name` and `open`.
+    `name` and `open` are used as those of a Path.
     """
 
-    url: str  # with the commit
+    url: str  # contains the commit, so the content cannot change
     size: int  # bytes
 
     @property
     def name(self) -> str:
-        """The file name, the last part of the URL."""
+        """The file name at the end of the URL."""
         return self.url.rsplit("/", 1)[-1]
 
     def open(self, mode: str) -> BinaryIO:
-        """Open the file for reading ("rb")."""
+        """Open the file for reading; `mode` is "rb"."""
         import fsspec
 
         return fsspec.open(self.url, mode).open()
 
 
 def local_documents(files: Sequence[Path]) -> Iterator[Document]:
-    """The documents of `files` in order: each row of a .parquet, line of a .jsonl(.gz), or whole .txt.
+    """The documents of `files` in order: each row of a .parquet, each line of a .jsonl(.gz), each whole .txt.
 
-    Raises ValueError naming the file, and the line or byte, if a file is damaged or not of its kind.
+    Raises ValueError naming the file, and where possible the line or byte, if a file is damaged or does not
+    have the format that its name ends in.
     """
     for path in files:
         yield from read_documents(path)
 
 
 def read_documents(file: Path | HubFile, first: int = 0) -> Iterator[Document]:
-    """The documents of one file from number `first`. Raises as `local_documents` does."""
+    """The documents of a file from number `first`, counted from 0. Raises the errors of `local_documents`."""
     name = file.name.lower()
     if name.endswith(".parquet"):
-        yield from ((text,) for text in _parquet_texts(file, first))
+        for text in _parquet_texts(file, first):
+            yield (text,)
     elif name.endswith((".jsonl", ".jsonl.gz")):
-        yield from ((text,) for text in _json_lines_texts(file, first))
+        for text in _json_lines_texts(file, first):
+            yield (text,)
     elif name.endswith(".txt"):
-        if not first:
+        if first == 0:
             yield read_file(file)
     else:
-        raise ValueError(f"{file} is none of {', '.join(ENDINGS)}")
+        raise ValueError(f"{file} ends in none of {', '.join(ENDINGS)}")
 
 
 def count_documents(file: Path | HubFile) -> int:
-    """The number of documents in a file. Raises as `local_documents` does.
+    """The number of documents in a file. Raises the errors of `local_documents`.
 
-    A .parquet states it in its metadata; the lines of a .jsonl are counted without parsing them.
+    A .parquet file has the number in its metadata. The lines of a .jsonl file are counted, but not parsed.
     """
     name = file.name.lower()
     if name.endswith(".parquet"):
@@ -80,25 +87,26 @@ def count_documents(file: Path | HubFile) -> int:
             return table.metadata.num_rows
     if name.endswith((".jsonl", ".jsonl.gz")):
         return sum(1 for _ in _read_lines(file))
-    return 1
+    return 1  # a .txt file is one document
 
 
 def hub_documents(name: str) -> Iterator[Document]:
     """Stream the documents of a data set on the Hugging Face hub; nothing is written to the disk.
 
-    Raises ValueError if it cannot be reached or the connection fails.
+    Raises ValueError if the hub cannot be reached or the connection fails.
     """
     try:
         from datasets import load_dataset
 
-        # the hub makes this branch for each data set; it needs no loading script
-        for row in load_dataset(name, revision="refs/convert/parquet", split="train", streaming=True):
+        # other branches may need a loading script, which is code that the data set's author wrote
+        for row in load_dataset(name, revision=CONVERTED, split="train", streaming=True):
             yield (row[FIELD],)
-    except Exception as error:  # from requests, huggingface_hub, datasets, fsspec, pyarrow...
+    except Exception as error:  # datasets and the packages that it uses raise errors of many types
         raise _stream_error(name, error) from error
 
 
 def _stream_error(name: str, error: Exception) -> ValueError:
+    """The error for a data set or file `name` on the hub that could not be read because of `error`."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return ValueError(
         f"the data set {name} cannot be streamed from the Hugging Face hub ({reason}). Check the network, "
@@ -109,49 +117,55 @@ def _stream_error(name: str, error: Exception) -> ValueError:
 def hub_files(name: str) -> list[HubFile]:
     """The files of a data set on the Hugging Face hub, in order, at the current commit.
 
-    Raises ValueError if it cannot be reached.
+    Raises ValueError if the hub cannot be reached.
     """
     try:
         import fsspec
         from datasets import load_dataset_builder
 
-        builder = load_dataset_builder(name, revision="refs/convert/parquet")
-        urls = [str(url) for url in builder.config.data_files["train"]]
-        return [HubFile(url, int(fsspec.core.url_to_fs(url)[0].size(url))) for url in urls]
-    except Exception as error:  # as in hub_documents
+        builder = load_dataset_builder(name, revision=CONVERTED)
+        files = []
+        for url in map(str, builder.config.data_files["train"]):
+            file_system, _ = fsspec.core.url_to_fs(url)
+            files.append(HubFile(url, int(file_system.size(url))))
+        return files
+    except Exception as error:  # of many types, as in hub_documents
         raise _stream_error(name, error) from error
 
 
 @contextlib.contextmanager
 def _open_parquet(file: Path | HubFile) -> Iterator[Any]:
-    """Open a Parquet file that has the column FIELD. Raises ValueError if it cannot be read."""
+    """Open a Parquet file. Raises ValueError if it cannot be read or has no column FIELD."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        # read in small steps, because a row group can be as large as the file
         with (
             contextlib.nullcontext(file) if isinstance(file, Path) else file.open("rb") as source,
+            # without these options a whole row group would be in memory, which can be as large as the file
             pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table,
         ):
-            if FIELD not in (columns := table.schema_arrow.names):
+            columns = table.schema_arrow.names
+            if FIELD not in columns:
                 raise ValueError(f"{file} has no column {FIELD!r}, only {', '.join(columns)}")
             yield table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}") from error
-    except Exception as error:  # network errors of a file on the hub
+    except Exception as error:
         if isinstance(error, ValueError) or isinstance(file, Path):
             raise
-        raise _stream_error(file.url, error) from error
+        raise _stream_error(file.url, error) from error  # an error of the network, which can have many types
 
 
 def _parquet_texts(file: Path | HubFile, first: int) -> Iterator[str]:
+    """The texts of the rows from number `first`. Earlier row groups are not read."""
     with _open_parquet(file) as table:
-        row, group = 0, 0
-        while group < table.num_row_groups and row + table.metadata.row_group(group).num_rows <= first:
-            row, group = row + table.metadata.row_group(group).num_rows, group + 1
-        groups = range(group, table.num_row_groups)
-        for batch in table.iter_batches(256, row_groups=groups, columns=[FIELD], use_threads=False):
+        n_rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        row, group = 0, 0  # the first row and the first row group that are read
+        while group < len(n_rows) and row + n_rows[group] <= first:
+            row, group = row + n_rows[group], group + 1
+        groups = range(group, len(n_rows))
+        for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=[FIELD], use_threads=False):
             for text in batch.column(0).to_pylist():
                 if not isinstance(text, str):
                     raise ValueError(f"{file}, row {row}: {FIELD!r} is {type(text).__name__}, not text")
@@ -161,13 +175,14 @@ def _parquet_texts(file: Path | HubFile, first: int) -> Iterator[str]:
 
 
 def _json_lines_texts(path: Path, first: int) -> Iterator[str]:
-    for document, (line_number, offset, line) in enumerate(_read_lines(path)):
-        if document >= first:
-            yield _parse_line(line, path, line_number, offset)
+    """The texts of the lines from number `first`, where blank lines do not count."""
+    lines = itertools.islice(_read_lines(path), first, None)
+    for line_number, offset, line in lines:
+        yield _parse_line(line, path, line_number, offset)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """The lines that are not blank: line number from 1, byte offset of the line, and its bytes."""
+    """The lines that are not blank, each as (line number from 1, byte offset of the line, bytes)."""
     line_number, offset = 0, 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
@@ -186,7 +201,7 @@ def _parse_line(line: bytes, path: Path, line_number: int, offset: int) -> str:
     """The text of a line of JSON that begins at byte `offset` of `path`."""
     try:
         text = json.loads(line.decode("utf-8"))[FIELD]
-        text.encode()  # "\\ud800" is valid JSON, but not a character
+        text.encode()  # raises an error if the text has a lone surrogate, which JSON allows, or is not a str
         return text
     except UnicodeDecodeError as error:
         raise not_utf8_error(path, offset + error.start, line[error.start]) from None

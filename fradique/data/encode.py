@@ -1,4 +1,4 @@
-"""Text -> token files: make the tokenizer of a corpus, and encode its splits in bounded memory."""
+"""Encode text into token files: make the tokenizer of a corpus, and write its splits in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ import numpy as np
 
 from fradique.data.console import print_note, progress_bar
 from fradique.data.text import PIECE_CHARS, Text, cut_pieces
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 
 SPLITS = ("train", "val")
 MIN_TOKENS = 2  # in a split: a block of one token and its target
-FEW_TOKENS = 1000  # in the validation split: with fewer, its loss means little
+FEW_TOKENS = 1000  # with fewer tokens in the validation split, a note says that its loss means little
 MAX_THREADS = 16
-SAMPLE_CHARS = 64 << 20  # characters that a BPE is trained on, at most
-SAMPLE_WORD_BYTES = 4 << 20  # distinct words in these; the trainer needs about 100 times as much memory
-SAMPLE_PIECE = 1 << 14  # characters in a piece of the sample; `tokenizers` buffers 256 pieces
+SAMPLE_CHARS = 64 << 20  # most characters that a BPE is trained on
+SAMPLE_WORD_BYTES = 4 << 20  # most bytes of distinct words in the sample; training takes 100 times the memory
+SAMPLE_PIECE = 1 << 14  # characters in a piece of the sample: small, because `train_bpe` buffers 256 pieces
+PIECE_OVERHEAD = 100  # characters that use about as much memory as the Python objects of a piece
 
-SplitPiece: TypeAlias = tuple[str, str | None]  # a split and a piece of its text; None: end of a document
+# A split and a piece of its text. None instead of a text marks the end of a document.
+SplitPiece: TypeAlias = tuple[str, str | None]
 
 
-def make_tokenizer(
-    spec: str | tuple[str, int], text: Text, n_train: int, alphabet: str
-) -> tokenizers.Tokenizer:
-    """Make the tokenizer that `spec`, a result of `parse_spec`, asks for.
+def make_tokenizer(spec: str | tuple[str, int], text: Text, n_train: int, alphabet: str) -> Tokenizer:
+    """Make a tokenizer. `spec` is a result of `parse_spec`: "char", "gpt2" or ("bpe", vocab_size).
 
     A character tokenizer has the characters of `alphabet`; a BPE is trained on the first `n_train` characters
     of `text`.
     """
     if spec == "char":
-        return tokenizers.CharTokenizer(alphabet)
+        return CharTokenizer(alphabet)
     if spec == "gpt2":
-        return tokenizers.GPT2Tokenizer()
+        return GPT2Tokenizer()
     _, vocab_size = spec
     sample = BPESample(text, n_train)
-    tokenizer = tokenizers.train_bpe(sample, vocab_size)
+    tokenizer = train_bpe(sample, vocab_size)
     if sample.n_chars < n_train:
         print_note(
             f"the BPE was trained on a sample of {sample.n_chars:,} of {n_train:,} characters, spread over "
@@ -54,14 +54,15 @@ def make_tokenizer(
 
 
 class BPESample:
-    """Pieces of the first `n_train` characters of a text, to train a BPE on; all of them, if it is small.
+    """The text that a BPE is trained on, in pieces: a sample of the first `n_train` characters of `text`.
 
-    From a larger text, up to SAMPLE_CHARS characters are taken, spread evenly over the text; fewer if the
-    distinct words, which the trainer counts in memory, exceed SAMPLE_WORD_BYTES.
+    The sample contains all of these characters if they are few. From a large text it takes pieces spread
+    evenly over the text, up to SAMPLE_CHARS characters. It takes fewer if its distinct words, which the
+    trainer keeps in memory, would exceed SAMPLE_WORD_BYTES.
     """
 
     def __init__(self, text: Text, n_train: int) -> None:
-        self.n_chars = 0  # in the pieces yielded so far
+        self.n_chars = 0  # characters yielded so far
         self._text, self._n_train = text, n_train
 
     def __iter__(self) -> Iterator[str]:
@@ -69,13 +70,16 @@ class BPESample:
         n_read = self.n_chars = word_bytes = 0
         pieces = cut_pieces(self._text.chunks(), SAMPLE_PIECE, SAMPLE_PIECE)
         with progress_bar(self._n_train, "sampling", "char") as bar:
-            for split, piece in show_chars(split_pieces(pieces, self._n_train), bar):
+            for split, piece in track_chars(split_pieces(pieces, self._n_train), bar):
                 if split != "train":
                     return
                 n_read += len(piece)
-                fraction = n_read / self._n_train
-                max_word_bytes = (1 + fraction) / 2 * SAMPLE_WORD_BYTES
-                if self.n_chars > fraction * SAMPLE_CHARS or word_bytes > max_word_bytes:
+                fraction_read = n_read / self._n_train
+                # both limits grow with the part that was read, so that the end of the text is sampled too;
+                # the limit of the words starts at half, because most words of a text are new at its beginning
+                max_chars = fraction_read * SAMPLE_CHARS
+                max_word_bytes = (1 + fraction_read) / 2 * SAMPLE_WORD_BYTES
+                if self.n_chars > max_chars or word_bytes > max_word_bytes:
                     continue
                 new_words = set(piece.split()) - words
                 words |= new_words
@@ -86,36 +90,42 @@ class BPESample:
 
 def split_pieces(pieces: Iterable[str], n_train: int) -> Iterator[SplitPiece]:
     """Assign the first `n_train` characters to train and the rest to val."""
+    n_left = n_train  # characters of train that are still to come
     for piece in pieces:
-        if n_train > 0:
-            yield "train", piece[:n_train]
-        if n_train < len(piece):
-            yield "val", piece[max(0, n_train) :]
-        n_train -= len(piece)
+        if n_left > 0:
+            yield "train", piece[:n_left]
+        if n_left < len(piece):
+            yield "val", piece[max(0, n_left) :]
+        n_left -= len(piece)
 
 
-def show_chars(pieces: Iterable[SplitPiece], bar: Any) -> Iterator[SplitPiece]:
-    """Yield `pieces`, and advance the progress bar by the characters in each."""
-    for piece in pieces:
-        yield piece
-        bar.update(len(piece[1] or ""))
+def track_chars(pieces: Iterable[SplitPiece], bar: Any) -> Iterator[SplitPiece]:
+    """Yield `pieces`, and advance the tqdm `bar` by the characters in each."""
+    for split, piece in pieces:
+        yield split, piece
+        bar.update(len(piece or ""))
 
 
 def encode_splits(
-    pieces: Iterable[SplitPiece], tokenizer: tokenizers.Tokenizer, folder: Path
+    pieces: Iterable[SplitPiece], tokenizer: Tokenizer, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Encode `pieces` into train.bin and val.bin in `folder`; the "splits" of meta.json."""
+    """Encode `pieces` into train.bin and val.bin in `folder`. Returns the value of "splits" in meta.json.
+
+    Raises ValueError if a character is not in the vocabulary of `tokenizer`.
+    """
     threads = min(_available_cores(), MAX_THREADS)
+    # only documents need this token, and a tokenizer without it encodes no documents
     end_of_text = np.array([tokenizer.end_of_text or 0], dtype=tokenizer.dtype)
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(TokenFileWriter(folder / f"{split}.bin")) for split in SPLITS}
-        for batch in batch_pieces(pieces, 4 * threads * PIECE_CHARS):
-            encoded = iter(tokenizer.encode_batch([text for _, text in batch if text is not None], threads))
-            for split, text in batch:
-                if text is None:
+        for batch in batch_pieces(pieces, 4 * threads * PIECE_CHARS):  # 4 pieces per thread balance the load
+            texts = [piece for _, piece in batch if piece is not None]
+            encoded_texts = iter(tokenizer.encode_batch(texts, threads))
+            for split, piece in batch:
+                if piece is None:
                     files[split].write(end_of_text, 0)
                 else:
-                    files[split].write(next(encoded), len(text.encode()))
+                    files[split].write(next(encoded_texts), len(piece.encode()))
     return {
         split: {"tokens": file.tokens, "bytes": file.bytes, "shards": [file.entry()]}
         for split, file in files.items()
@@ -123,12 +133,12 @@ def encode_splits(
 
 
 def batch_pieces(pieces: Iterable[SplitPiece], max_chars: int) -> Iterator[list[SplitPiece]]:
-    """Group `pieces` into lists of about `max_chars` characters."""
+    """Group `pieces` into lists of about `max_chars` characters; the last list may be empty."""
     batch: list[SplitPiece] = []
     size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1] or "") + 100  # documents may be tiny or empty, and each takes memory itself
+    for split, piece in pieces:
+        batch.append((split, piece))
+        size += len(piece or "") + PIECE_OVERHEAD  # there may be many empty documents
         if size >= max_chars:
             yield batch
             batch, size = [], 0
@@ -143,7 +153,7 @@ def _available_cores() -> int:
 
 
 class TokenFileWriter:
-    """Writes one file of little-endian token ids, and counts and hashes what it writes."""
+    """Writes one file of little-endian token ids. Computes its size and its SHA-256 on the way."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.tokens, self.bytes = path, 0, 0
@@ -161,7 +171,7 @@ class TokenFileWriter:
         self.bytes += n_bytes
 
     def __exit__(self, *error: object) -> None:
-        with self._file:
+        with self._file:  # closes the file even if it cannot be synced
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -172,12 +182,15 @@ class TokenFileWriter:
 
 
 def check_splits(splits: dict[str, dict[str, Any]]) -> None:
-    """Raise ValueError if a split has no room for a block; print a note if the validation split is small."""
+    """Raise ValueError if a split is too short for one block; print a note if the validation split is small.
+
+    `splits` is the value of "splits" in meta.json.
+    """
     for name, split in splits.items():
         if split["tokens"] < MIN_TOKENS:
             raise ValueError(
                 f"the text is too small: its {name} split has {split['tokens']} tokens, and a block needs at "
-                f"least {MIN_TOKENS}. Give it more text, or change --val_fraction"
+                f"least {MIN_TOKENS}. Use more text, or change --val_fraction"
             )
     if splits["val"]["tokens"] < FEW_TOKENS:
         print_note(

@@ -1,14 +1,15 @@
-"""Make one corpus of numbered shards with many workers, on one machine or on many that share a folder.
+"""Prepare a corpus in shards, with many workers on one machine or on several that share a folder.
 
-    out_dir/train_00003.bin               a finished shard of the training split
-    out_dir/.shards/plan.json             what all shards contain; written by the first worker
-    out_dir/.shards/shard_00003.json      records that shard 3 is finished, with its sizes and checksums
-    out_dir/.shards/val_00003.bin         the part of val.bin that belongs to shard 3
+    out_dir/train_00003.bin               the training tokens of shard 3, which is finished
+    out_dir/.shards/plan.json             which part of the source each shard contains
+    out_dir/.shards/shard_00003.json      marks shard 3 as finished; contains its sizes and checksums
+    out_dir/.shards/val_00003.bin         the validation tokens of shard 3
     out_dir/.shards/part_00003-<random>/  temporary files of a worker that is making shard 3
 
 Workers do not wait for each other, and there are no locks. Each file is written under a temporary name,
-synced and renamed. Two workers that make the same file write the same bytes, so either may win. The worker
-that finds all shards finished writes tokenizer.json, val.bin and, last, meta.json: the corpus is complete.
+synced to the disk, and renamed. If two workers make the same file, they write the same bytes, so it does not
+matter which of them is later. The worker that finds all shards finished joins the validation tokens to
+val.bin, and writes tokenizer.json and, last, meta.json. A corpus with a meta.json is therefore complete.
 """
 
 from __future__ import annotations
@@ -31,19 +32,21 @@ from fradique.data.encode import MIN_TOKENS, check_splits, encode_splits
 from fradique.data.shard_plan import Job, ShardPlan
 from fradique.data.shard_progress import WORK_FOLDER, ShardCount, count_shards, restart_hint, sidecar_name
 from fradique.io.files import fsync, read_json, write_json
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import save_tokenizer, tokenizer_from_json
+
+MAX_SHOWN_CHARS = 60  # of one value in an error message
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `count` workers, counted from 0; it makes the shards k with k mod count == index."""
+    """Worker number `index`, from 0, of `count`. It makes the shards k with k mod count == index."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Worker:
-        """Read the value of --worker, such as "3/16". Raises ValueError if it is not a worker."""
+        """Parse the value of --worker, such as "3/16". Raises ValueError if there is no such worker."""
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if not match or int(match[2]) < 1:
             raise ValueError(f"--worker {text}: give it as I/N, for example 0/16, the first of 16 workers")
@@ -56,34 +59,35 @@ class Worker:
 
 
 def prepare_shards(job: Job, out_dir: Path, worker: Worker) -> dict[str, Any] | ShardCount:
-    """Make the missing shards of `worker`; meta.json if all shards are then finished, else their count.
+    """Make the missing shards of `worker`, and the corpus if all shards are then finished.
 
-    Raises ValueError for a mistake of the user, and OSError if files cannot be written. Finished shards are
-    kept, and the same call continues with the rest.
+    Returns the content of meta.json, or the number of finished shards if some are missing. Raises ValueError
+    if the source or `out_dir` cannot be used, and OSError if files cannot be read or written. After an error,
+    the finished shards are kept, and the same call makes the missing ones.
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise ValueError(f"{out_dir} is a file, not a folder: choose another folder with --out_dir")
     if meta := _finished_corpus(job, out_dir):
-        # the worker that finished the corpus may have been killed before it removed this
+        # the worker that finished the corpus may have been killed before it removed the work folder
         shutil.rmtree(out_dir / WORK_FOLDER, ignore_errors=True)
         return meta
     _check_no_other_shards(out_dir)
     with _work_folder(out_dir) as work_dir:
         try:
-            shards = _ShardBuilder(job, out_dir, *_load_or_make_plan(job, work_dir))
-            for shard in shards.missing(worker):
-                shards.make(shard)
-            return shards.finish()
+            plan, plan_sha256 = _load_or_make_plan(job, work_dir)
+            builder = _ShardBuilder(job, out_dir, plan, plan_sha256)
+            for shard in builder.missing(worker):
+                builder.make(shard)
+            return builder.finish()
         except (OSError, ValueError):
-            if meta := _finished_corpus(
-                job, out_dir
-            ):  # by another worker, which then removed the work folder
+            # it is no error if another worker finished the corpus meanwhile and removed the work folder
+            if meta := _finished_corpus(job, out_dir):
                 return meta
             raise
 
 
 def _finished_corpus(job: Job, out_dir: Path) -> dict[str, Any] | None:
-    """The meta.json of the finished corpus, or None. Raises ValueError if it was made by another job."""
+    """The content of meta.json; None if there is none. Raises ValueError if another job made it."""
     try:
         meta = read_json(out_dir / "meta.json")
     except FileNotFoundError:
@@ -93,13 +97,13 @@ def _finished_corpus(job: Job, out_dir: Path) -> dict[str, Any] | None:
     if isinstance(meta, dict) and meta.get("made_from") == _json_roundtrip(job.request):
         return meta
     raise ValueError(
-        f"{out_dir} contains another corpus: its meta.json was not made from this text with these flags. "
-        "Shards never replace a corpus: delete it first, or choose another folder with --out_dir"
+        f"{out_dir} contains another corpus: its meta.json is damaged, or was not made from this text with "
+        "these flags. Shards never replace a corpus: delete it first, or choose another folder with --out_dir"
     )
 
 
 def _check_no_other_shards(out_dir: Path) -> None:
-    """Raise ValueError if there are token files but no plan."""
+    """Raise ValueError if there are token files without the plan of a preparation in shards."""
     names = sorted(path.name for path in out_dir.glob("*.bin") if re.match(r"(train|val)[_.]", path.name))
     if names and not (out_dir / WORK_FOLDER / "plan.json").exists():
         raise ValueError(
@@ -110,19 +114,19 @@ def _check_no_other_shards(out_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _work_folder(out_dir: Path) -> Iterator[Path]:
-    """The folder .shards; at the end it is removed, and so is `out_dir`, if it is new and empty."""
+    """Make the folder .shards and `out_dir`. At the end, remove those that are new and still empty."""
     new_folders = [folder for folder in (out_dir / WORK_FOLDER, out_dir) if not folder.exists()]
     (out_dir / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     try:
         yield out_dir / WORK_FOLDER
     finally:
         for folder in new_folders:
-            with contextlib.suppress(OSError):  # not empty
+            with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 def _load_or_make_plan(job: Job, work_dir: Path) -> tuple[ShardPlan, str]:
-    """Read plan.json, or make it if it is missing; the plan and its sha256.
+    """Read plan.json, or make it if it is missing. Returns the plan and the SHA-256 of the file.
 
     Raises ValueError if the plan is damaged or was made for another job.
     """
@@ -136,25 +140,29 @@ def _load_or_make_plan(job: Job, work_dir: Path) -> tuple[ShardPlan, str]:
             fsync(work_dir)
     data = path.read_bytes()
     plan = _parse_plan(data, path)
-    if plan["asked"] != (request := _json_roundtrip(job.request)):
-        different = [name for name in request if plan["asked"].get(name) != request[name]]
-        differences = ", ".join(
-            f"{name}: {_shorten(plan['asked'].get(name))}, not {_shorten(request[name])}"
-            for name in different
-        )
+    planned, requested = plan["asked"], _json_roundtrip(job.request)
+    if planned != requested:
+        differences = [
+            f"{name}: {_shorten(planned.get(name))}, not {_shorten(value)}"
+            for name, value in requested.items()
+            if planned.get(name) != value
+        ]
         raise ValueError(
-            f"{work_dir.parent} has shards of another preparation ({differences or 'an older version'}). Use "
-            f"the original text and flags, or start over: {restart_hint(work_dir)}"
+            f"{work_dir.parent} has shards of another preparation "
+            f"({', '.join(differences) or 'an older version'}). Use the original text and flags, or start "
+            f"over: {restart_hint(work_dir)}"
         )
     return plan, hashlib.sha256(data).hexdigest()
 
 
 def _parse_plan(data: bytes, path: Path) -> ShardPlan:
+    """The plan in `data`, the content of the file `path`. Raises ValueError if it is damaged."""
     try:
         plan = json.loads(data)
-        tokenizers.tokenizer_from_json(plan["tokenizer"])
-        plan["asked"].items()
-        if (plan["bytes"] is None) != ("counts" in plan) or (plan["bytes"] is None) == ("survey" in plan):
+        tokenizer_from_json(plan["tokenizer"])  # raises ValueError for a damaged tokenizer
+        plan["asked"].items()  # raises AttributeError if it is not a dict
+        of_documents = plan["bytes"] is None
+        if ("counts" in plan) != of_documents or ("survey" in plan) == of_documents:
             raise ValueError("its entries contradict each other")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Start over: {restart_hint(path.parent)}") from error
@@ -168,12 +176,12 @@ def _json_roundtrip(value: Any) -> Any:
 
 def _shorten(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
 
 
 @contextlib.contextmanager
 def _temporary_folder(work_dir: Path, name: str) -> Iterator[Path]:
-    """A folder that no other worker uses, even one that makes the same shard; removed at the end."""
+    """Make a folder for one worker, and remove it at the end. Another worker may make the same shard."""
     folder = work_dir / f"part_{name}-{uuid.uuid4().hex}"
     folder.mkdir()
     try:
@@ -188,10 +196,10 @@ class _ShardBuilder:
     def __init__(self, job: Job, out_dir: Path, plan: ShardPlan, plan_sha256: str) -> None:
         self.job, self.out_dir, self.work_dir = job, out_dir, out_dir / WORK_FOLDER
         self.plan, self.plan_sha256 = plan, plan_sha256
-        self.tokenizer = tokenizers.tokenizer_from_json(plan["tokenizer"])
+        self.tokenizer = tokenizer_from_json(plan["tokenizer"])
 
     def missing(self, worker: Worker) -> Iterator[int]:
-        """The unfinished shards of `worker`; each is checked only when the previous one is made."""
+        """The unfinished shards of `worker`. Other workers may finish some of them during the iteration."""
         assigned = range(worker.index, self.job.shards, worker.count)
         with progress_bar(len(assigned), "encoding", "shard") as bar:
             for shard in assigned:
@@ -200,9 +208,10 @@ class _ShardBuilder:
                 bar.update()
 
     def finished_splits(self, shard: int) -> dict[str, Any] | None:
-        """The meta.json entries of a finished shard's files by split; None if it is missing or incomplete.
+        """Split -> entry for meta.json of the token file of a shard; None if the shard is not finished.
 
-        Raises ValueError if the shard was made from another plan.
+        A shard with a missing or truncated file is not finished. Raises ValueError if the shard was made from
+        another plan.
         """
         try:
             record = read_json(self.work_dir / sidecar_name(shard))
@@ -225,14 +234,14 @@ class _ShardBuilder:
         return splits if complete else None
 
     def _paths(self, shard: int) -> dict[str, Path]:
-        """The token files of a finished shard by split."""
+        """Split -> path of the token file of a shard."""
         return {
             "train": self.out_dir / f"train_{shard:05d}.bin",
             "val": self.work_dir / f"val_{shard:05d}.bin",
         }
 
     def make(self, shard: int) -> None:
-        """Encode one shard, move its files into place, and record that it is finished."""
+        """Encode one shard, move its token files to their final folders, and mark it as finished."""
         try:
             with _temporary_folder(self.work_dir, f"{shard:05d}") as folder:
                 splits = encode_splits(self.job.pieces(self.plan, shard), self.tokenizer, folder)
@@ -251,15 +260,18 @@ class _ShardBuilder:
                 (folder / "shard.json").replace(self.work_dir / sidecar_name(shard))
                 fsync(self.work_dir)
         except FileNotFoundError:
-            # another worker may have finished the same shard and removed this temporary folder
+            # another worker may have finished the same shard and removed this temporary folder, see below
             if self.finished_splits(shard) is None:
                 raise
-        for folder in self.work_dir.glob(f"part_{shard:05d}-*"):  # of workers that were killed, or are late
+        # temporary folders of workers that were killed, or that are making this shard again
+        for folder in self.work_dir.glob(f"part_{shard:05d}-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> dict[str, Any] | ShardCount:
-        """Make the corpus and return its meta.json, if all shards are finished; else return their count."""
-        if (done := count_shards(self.work_dir).done) < self.job.shards:
+        """If all shards are finished, complete the corpus and return its meta.json; else return their count."""
+        done = count_shards(self.work_dir).done
+        if done < self.job.shards:
+            # another worker may have completed the corpus and removed the work folder
             return _finished_corpus(self.job, self.out_dir) or ShardCount(done, self.job.shards)
         shards = [self.finished_splits(shard) for shard in range(self.job.shards)]
         if None in shards:
@@ -278,7 +290,7 @@ class _ShardBuilder:
                     f"the text changed while it was read. Start over: {restart_hint(self.work_dir)}"
                 )
             meta = make_metadata(self.tokenizer, self.job.source, splits) | {"made_from": self.plan["asked"]}
-            tokenizers.save_tokenizer(self.tokenizer, folder / "tokenizer.json")
+            save_tokenizer(self.tokenizer, folder / "tokenizer.json")
             write_json(folder / "meta.json", meta)
             for name in ("tokenizer.json", "val.bin", "meta.json"):
                 (folder / name).replace(self.out_dir / name)
@@ -286,28 +298,36 @@ class _ShardBuilder:
         shutil.rmtree(self.work_dir, ignore_errors=True)
         return meta
 
-    def _join_val(self, parts: list[dict[str, Any]], path: Path) -> dict[str, Any]:
-        """Concatenate the shards' validation files into `path`, and return the split's entry in meta.json.
+    def _join_val(self, entries: list[dict[str, Any]], path: Path) -> dict[str, Any]:
+        """Concatenate the validation files of all shards. Returns the entry of the split in meta.json.
 
-        Raises ValueError if the checksum of a part is wrong; the part is then deleted.
+        `entries` are the entries of the files. Raises ValueError if the checksum of a file is wrong, and
+        deletes the file, so that its shard is made again.
         """
         joined_digest = hashlib.sha256()
         with path.open("wb") as file:
-            for part in parts:
-                part_path, digest = self.work_dir / part["file"], hashlib.sha256()
-                with part_path.open("rb") as source:
-                    while block := source.read(1 << 20):
+            for entry in entries:
+                shard_path, digest = self.work_dir / entry["file"], hashlib.sha256()
+                with shard_path.open("rb") as shard_file:
+                    while block := shard_file.read(1 << 20):
                         file.write(block)
                         digest.update(block)
                         joined_digest.update(block)
-                if digest.hexdigest() != part["sha256"]:
-                    part_path.unlink(missing_ok=True)
-                    raise ValueError(f"{part_path} is damaged: run the same command again")
+                if digest.hexdigest() != entry["sha256"]:
+                    shard_path.unlink(missing_ok=True)
+                    raise ValueError(f"{shard_path} is damaged: run the same command again")
             file.flush()
             os.fsync(file.fileno())
-        split = _sum_entries(parts)
-        entry = {"file": path.name, "tokens": split["tokens"], "bytes": split["bytes"]}
-        return split | {"shards": [entry | {"sha256": joined_digest.hexdigest()}]}
+        split = _sum_entries(entries)
+        split["shards"] = [
+            {
+                "file": path.name,
+                "tokens": split["tokens"],
+                "bytes": split["bytes"],
+                "sha256": joined_digest.hexdigest(),
+            }
+        ]
+        return split
 
 
 def _sum_entries(entries: list[dict[str, Any]]) -> dict[str, Any]:

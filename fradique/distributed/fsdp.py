@@ -1,8 +1,8 @@
 """FSDP2 (Zhao et al. 2023, arXiv:2304.11277): shard a model over all ranks; write and read its checkpoints.
 
-Each rank keeps its rows of every parameter, gradient and optimizer state. torch.distributed.checkpoint
-decides which rank writes what. The checkpoint files are byte for byte those that a single process writes, so
-any number of ranks can read them and resume from them.
+Each rank holds some rows of every parameter, gradient and optimizer state: its shards. It writes them to the
+checkpoint with torch.distributed.checkpoint (dcp). The files are byte for byte those that a single process
+writes, so a run can resume with any number of ranks.
 """
 
 import json
@@ -28,7 +28,7 @@ from fradique.distributed import process_group
 
 T = TypeVar("T")
 
-# safetensors' names of the dtypes, in the order in which it stores tensors.
+# dtype -> its name in safetensors. A file stores its tensors in this order of dtypes, then by name.
 SAFETENSORS_DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -40,10 +40,10 @@ SAFETENSORS_DTYPES = {
 
 
 def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Shard a model over all ranks, in place: each block, then the rest (embeddings and norms).
+    """Shard a model over all ranks, in place: each block, then the other layers (embeddings, norms).
 
-    Each block is gathered for its forward and its backward pass and freed again, so all ranks must run the
-    same forward and backward passes from now on.
+    From now on, a block's forward and backward pass gather its parameters from all ranks and free them again.
+    So all ranks must run the same forward and backward passes.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
@@ -52,18 +52,21 @@ def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.dev
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write sharded tensors to one safetensors file. All ranks must call it, and share the file system.
+    """Write sharded tensors to one safetensors file. All ranks must call this and share the file system.
 
-    Raises OSError on every rank if one of them cannot write.
+    Raises OSError on every rank if one rank cannot write.
     """
     try:
         dcp.save({name: x.detach() for name, x in tensors.items()}, storage_writer=SafetensorsWriter(path))
     except dcp.CheckpointException as error:
-        raise OSError(_failures(error)) from error
+        raise OSError(_describe_failures(error)) from error
 
 
 class SafetensorsWriter(dcp.StorageWriter):
-    """Write one safetensors file: rank 0 writes the header, then each rank its shards at their offsets."""
+    """Write one safetensors file: rank 0 writes the header, then each rank writes its own shards.
+
+    dcp.save calls the methods. Each rank lists its shards in a plan; rank 0 receives all plans.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -83,34 +86,40 @@ class SafetensorsWriter(dcp.StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Write the header and set the length of the file; called on rank 0, before any rank writes data."""
-        items = {item.index.fqn: item.tensor_data for plan in plans for item in plan.items}
+        """Write the header and set the length of the file. Called on rank 0, before any rank writes shards.
+
+        Layout: 8 bytes with the length of the header, the header (JSON, padded with spaces to a multiple of 8
+        bytes), the tensors. Adds the position of each tensor in the file to the plans.
+        """
+        tensors = {item.index.fqn: item.tensor_data for plan in plans for item in plan.items}
+        dtypes = {name: tensor.properties.dtype for name, tensor in tensors.items()}
         dtype_order = list(SAFETENSORS_DTYPES)
-        names = sorted(items, key=lambda name: (dtype_order.index(items[name].properties.dtype), name))
-        header, data_size = {}, 0
-        for name in names:
-            size, dtype = items[name].size, items[name].properties.dtype
-            start, data_size = data_size, data_size + math.prod(size) * dtype.itemsize
-            offsets = [start, data_size]
-            header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(size), "data_offsets": offsets}
+        header: dict[str, Any] = {}
+        starts, data_size = {}, 0  # the offset of each tensor after the header, and the size so far, in bytes
+        for name in sorted(tensors, key=lambda name: (dtype_order.index(dtypes[name]), name)):
+            shape, dtype = list(tensors[name].size), dtypes[name]
+            starts[name] = data_size
+            data_size += math.prod(shape) * dtype.itemsize
+            offsets = [starts[name], data_size]
+            header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": offsets}
         header_bytes = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         header_bytes += b" " * (-len(header_bytes) % 8)
-        data_start = 8 + len(header_bytes)
+        header_size = 8 + len(header_bytes)
         with self.path.open("wb") as file:
             file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
-            file.truncate(data_start + data_size)
-        tensor_starts = {name: data_start + header[name]["data_offsets"][0] for name in names}
-        return [replace(plan, storage_data=tensor_starts) for plan in plans]
+            file.truncate(header_size + data_size)
+        positions = {name: header_size + start for name, start in starts.items()}
+        return [replace(plan, storage_data=positions) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the shards of this rank."""
+        """Write the shards of this rank. `plan` contains the positions from `prepare_global_plan`."""
         results = []
         with self.path.open("r+b") as file:
             for item in plan.items:
-                data = planner.resolve_data(item).detach().cpu().contiguous()
+                shard = planner.resolve_data(item).detach().cpu().contiguous()
                 file.seek(plan.storage_data[item.index.fqn] + _offset_in_tensor(item))
-                file.write(data.view(-1).view(torch.uint8).numpy())
-                results.append(WriteResult(item.index, data.nbytes, None))
+                file.write(shard.view(-1).view(torch.uint8).numpy())  # as bytes: numpy has no bfloat16
+                results.append(WriteResult(item.index, shard.nbytes, None))
             file.flush()
             os.fsync(file.fileno())
         future: Future[list[WriteResult]] = Future()
@@ -122,26 +131,29 @@ class SafetensorsWriter(dcp.StorageWriter):
 
 
 def _offset_in_tensor(item: WriteItem) -> int:
-    """The byte offset of a shard in its tensor. A shard is some consecutive rows."""
-    chunk, size = item.tensor_data.chunk, item.tensor_data.size
-    assert list(chunk.sizes[1:]) == list(size[1:]), item
-    row_bytes = math.prod(size[1:]) * item.tensor_data.properties.dtype.itemsize
-    return chunk.offsets[0] * row_bytes if len(size) else 0
+    """The offset of a shard in its tensor, in bytes. A shard consists of consecutive complete rows."""
+    shard, shape = item.tensor_data.chunk, item.tensor_data.size
+    if len(shape) == 0:  # a scalar
+        return 0
+    assert list(shard.sizes[1:]) == list(shape[1:]), item
+    row_bytes = math.prod(shape[1:]) * item.tensor_data.properties.dtype.itemsize
+    return shard.offsets[0] * row_bytes
 
 
 def read_safetensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read the safetensors files of `folder` into `tensors`, which are whole or this rank's shards.
+    """Read the safetensors files of `folder` into `tensors`, in place. These may be sharded.
 
-    The files may hold more tensors. Raises ValueError if one is missing or has another shape.
+    Other tensors in the files are ignored. Raises ValueError if a tensor is missing or has another shape.
     """
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except dcp.CheckpointException as error:
-        raise ValueError(f"{folder} cannot be read: {_failures(error)}") from error
+        raise ValueError(f"{folder} cannot be read: {_describe_failures(error)}") from error
 
 
-def _failures(error: dcp.CheckpointException) -> str:
-    failures = sorted(error.failures.items())
+def _describe_failures(error: dcp.CheckpointException) -> str:
+    """For example: rank 0: No space left on device; rank 3: Input/output error"""
+    failures = sorted(error.failures.items())  # (rank, (exception, traceback))
     return "; ".join(f"rank {rank}: {exception}" for rank, (exception, _) in failures)
 
 

@@ -1,6 +1,6 @@
-"""The process group of a run: join and leave it, collectives over its ranks, whole and local tensors.
+"""The process group of a run: join and leave it, collectives, and tensors that may be sharded.
 
-torchrun starts the processes, and restarts all of them when one is lost.
+torchrun starts the processes (ranks), and restarts all of them when one is lost.
 """
 
 import atexit
@@ -27,49 +27,56 @@ USER_ERROR_STATUS = 2  # the exit status after an error that the user can correc
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The number of this process, and how many there are: in the whole run, and on this machine (local)."""
+    """The number of this process, counted from 0, and the number of processes."""
 
     rank: int = 0
-    local_rank: int = 0
-    world: int = 1
-    local_world: int = 1
+    local_rank: int = 0  # among the processes on this machine
+    world: int = 1  # number of processes in the run: torchrun's WORLD_SIZE
+    local_world: int = 1  # number of processes on this machine
 
 
 def rank_info() -> RankInfo:
-    """The ranks that torchrun gave this process; RankInfo() if torchrun did not start it."""
+    """The RankInfo in torchrun's environment variables; that of a single process if there are none."""
     if "RANK" not in os.environ:
         return RankInfo()
-    rank, local_rank, world = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    return RankInfo(rank, local_rank, world, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return RankInfo(
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        world=int(os.environ["WORLD_SIZE"]),
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
 
 
-def join(device: torch.device, backend: str, timeout: float) -> None:
+def join(device: torch.device, backend: str, timeout_seconds: float) -> None:
     """Initialize the process group if torchrun started several processes. Does nothing the second time.
 
-    timeout: seconds after which a collective fails if a rank has not joined it.
+    backend: gloo, nccl or auto (nccl for CUDA, else gloo).
+    timeout_seconds: after this time, waiting for another rank raises an error.
     """
     ranks = rank_info()
     if ranks.world == 1 or dist.is_initialized():
         return
-    backend = "nccl" if backend == "auto" and device.type == "cuda" else backend.replace("auto", "gloo")
-    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend  # gloo reduces numbers on the CPU
-    wait = timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl":
+        backend = "cpu:gloo,cuda:nccl"  # NCCL has no collectives for CPU tensors: see all_reduce()
+    timeout = timedelta(seconds=timeout_seconds)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # (store, rank, world size)
     dist.init_process_group(
-        backends,
+        backend,
         store=dist.PrefixStore(f"fradique/{restart_count()}", store),  # keys from before a restart are stale
         rank=ranks.rank,
         world_size=ranks.world,
-        timeout=wait,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     rank_store().set(f"process/{ranks.rank}", f"{socket.gethostname()}, process {os.getpid()}")
 
 
 def rank_store() -> dist.Store:
-    """The store of the process group, with a prefix for our own keys.
+    """The key-value store that all ranks share. The prefix keeps our keys apart from torch's.
 
-    `process/<rank>` holds the host and process id of each rank.
+    `process/<rank>` contains the host and process id of each rank.
     """
     return dist.PrefixStore("ranks", distributed_c10d._get_default_store())
 
@@ -81,21 +88,27 @@ def leave() -> None:
 
 
 def exit_process(status: int) -> NoReturn:
-    """Exit with this status: one process by sys.exit, one of several without finalizing the interpreter.
+    """Exit with this status: a single process by sys.exit, a process of several by os._exit.
 
-    Gloo's worker threads outlive destroy_process_group: torch's own caches keep references to the group. A
-    thread that frees a tensor needs the GIL, and a thread that asks for the GIL during finalization aborts
-    the process (https://github.com/pytorch/pytorch/issues/190489): a finished run would count as failed.
-    Joining the threads instead could take until the timeout of a collective if another rank is lost. So the
-    exit handlers run, the output is flushed, and os._exit skips the rest.
+    os._exit does not finalize the interpreter, so the exit handlers and the flush are done here. Finalization
+    can abort the process, so that a finished run counts as failed: gloo's worker threads outlive
+    destroy_process_group (torch's own caches keep references to the group), a thread that frees a tensor
+    needs the GIL, and a thread that asks for the GIL during finalization aborts the process
+    (https://github.com/pytorch/pytorch/issues/190489). Joining the threads could take until the timeout of a
+    collective if another rank is lost.
     """
     if rank_info().world == 1:
         sys.exit(status)
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a closed pipe or stream
-            stream.flush()
+    flush_output()
     os._exit(status)
+
+
+def flush_output() -> None:
+    """Write out what stdout and stderr have buffered, before an os._exit. Closed streams are ignored."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # BrokenPipeError; ValueError for a stream closed in Python
+            stream.flush()
 
 
 def restart_count() -> int:
@@ -106,17 +119,17 @@ def restart_count() -> int:
 def launch_id() -> str | None:
     """An id of the torchrun command that started this process, unchanged by restarts; None without torchrun.
 
-    torchrun without --rdzv_id has the id "none" every time: then the id is that of the torchrun process, the
-    parent of this one.
+    It is the --rdzv_id of torchrun. Without that option, torchrun always sets "none"; then it is the host and
+    process id of torchrun, the parent of this process.
     """
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name in (None, "", "none"):
-        return f"{socket.gethostname()}:{os.getppid()}" if name else None
-    return name
+    rdzv_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if not rdzv_id:
+        return None
+    return f"{socket.gethostname()}:{os.getppid()}" if rdzv_id == "none" else rdzv_id
 
 
 def all_reduce(values: Sequence[float], op: str) -> list[float]:
-    """The "sum" or "max" of each value over the ranks."""
+    """Each value summed over the ranks (op "sum"), or its maximum over the ranks (op "max")."""
     reduced = torch.tensor(values, dtype=torch.float64)  # on the CPU: no synchronization with the GPU
     dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
     return reduced.tolist()
@@ -128,39 +141,44 @@ def barrier() -> None:
 
 
 def broadcast_from_rank0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and return its result on every rank.
+    """Call `function` on rank 0 only, and return its result on every rank. All ranks must call this.
 
-    If it raises on rank 0, the other ranks raise SystemExit, without a message: rank 0 reports the error.
+    If `function` raises an exception, rank 0 raises it too and reports it; the other ranks raise SystemExit
+    without a message.
     """
     if not dist.is_initialized():
         return function()
-    message: list[Any] = [False, None]  # whether `function` returned, and its result
+    outcome: list[Any] = [False, None]  # whether `function` returned, and its result
     if dist.get_rank() != 0:
-        dist.broadcast_object_list(message, src=0)
-        if not message[0]:
+        dist.broadcast_object_list(outcome, src=0)
+        succeeded, result = outcome
+        if not succeeded:
             raise SystemExit(USER_ERROR_STATUS)
-        return message[1]
+        return result
     try:
-        message = [True, function()]
+        outcome = [True, function()]
     finally:
-        dist.broadcast_object_list(message, src=0)
-    return message[1]
+        dist.broadcast_object_list(outcome, src=0)
+    return outcome[1]
 
 
 def lockstep(items: Iterable[T]) -> Iterator[T | None]:
-    """Yield the items, then None until no rank has any left, so that all ranks take equally many steps."""
+    """Yield the items of this rank, then None until all ranks have yielded theirs.
+
+    So all ranks run equally many forward passes, each of which is a collective for a sharded model.
+    """
     iterator = iter(items)
     while True:
         item = next(iterator, None)
-        any_left = torch.tensor(item is not None)
-        dist.all_reduce(any_left, dist.ReduceOp.MAX)
-        if not any_left:
+        any_rank_has_item = torch.tensor(item is not None)
+        dist.all_reduce(any_rank_has_item, dist.ReduceOp.MAX)
+        if not any_rank_has_item:
             return
         yield item
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered from all ranks if it is sharded; then all ranks must call this."""
+    """The whole tensor. A sharded one is gathered from all ranks, so all ranks must call this."""
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
@@ -170,6 +188,6 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def _is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
-    # Importing torch.distributed.tensor takes 0.7 s, and as long as nobody has there are no DTensors.
+    # Do not import torch.distributed.tensor here: it takes 0.7 s. Before its import no DTensor can exist.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

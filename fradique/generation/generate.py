@@ -1,4 +1,6 @@
-"""The generation loop: sliding window, KV cache, CUDA graph, one sampled token at a time.
+"""The generation loop: samples one token at a time, with a KV cache and, on CUDA, a captured decode step.
+
+The window is the part of the text that the model reads: its last tokens, at most block_size.
 
 Shapes: B batch, T tokens, V vocab_size.
 """
@@ -19,8 +21,8 @@ from fradique.generation.sampling import penalize_repetition, sample_token
 if TYPE_CHECKING:
     from model import GPT
 
-CUDA_GRAPH_MIN_TOKENS = 8  # capturing a graph takes about as long as a few decode steps
-CUDA_GRAPH_MAX_ROWS = 16  # with more rows the kernels take longer than their launches
+CUDA_GRAPH_MIN_TOKENS = 8  # for fewer tokens, capturing a graph takes longer than the graph saves
+CUDA_GRAPH_MAX_ROWS = 16  # with a larger batch the kernels take longer than their launches
 
 
 @torch.no_grad()
@@ -39,17 +41,18 @@ def stream(
     hop: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Continue ids (B, T): yield the next token of every row, (B,), as soon as it is sampled.
+    """Continue token ids (B, T): yield the next token of every row, (B,), as soon as it is sampled.
 
-    temperature 0 is greedy. top_k, top_p and min_p: see `filter_logits`. `n_vocab`: sample only the first ids
-    of a padded vocabulary. `hop`: when the text exceeds block_size, the window moves forward by this many
-    tokens at once, so that the cache is recomputed once per hop; default block_size / 8; 1 is nanoGPT's
-    sliding window. The windows, and so the tokens, are the same with and without a cache.
+    temperature: 0 is greedy. top_k, top_p, min_p: see `filter_logits`. repetition_penalty: see
+    `penalize_repetition`. n_vocab: sample only ids below it, if the vocabulary is padded.
+    hop: if the text exceeds block_size, the window moves forward by this many tokens at once, so that the cache
+    is recomputed only once per hop. Default: block_size / 8. A hop of 1 is nanoGPT's sliding window.
+    The windows are the same with and without a cache.
     Raises ValueError if an option is out of range.
     """
     hop = max(1, model.config.block_size // 8) if hop is None else hop
     _check_options(model, idx, temperature, top_k, top_p, min_p, repetition_penalty, hop)
-    training = model.training
+    was_training = model.training
     try:
         model.eval()
         decoder = Decoder(model, idx, max_new_tokens, use_cache, hop)
@@ -60,7 +63,7 @@ def stream(
             idx = torch.cat([idx, token[:, None]], dim=1)
             yield token
     finally:
-        model.train(training)
+        model.train(was_training)
 
 
 def _check_options(
@@ -73,7 +76,7 @@ def _check_options(
     repetition_penalty: float,
     hop: int,
 ) -> None:
-    """Raise ValueError with all problems, if there are any."""
+    """Raise ValueError with all problems of the prompt and the options, if there are any."""
     block_size = model.config.block_size
     checks = (
         (idx.size(1) > 0, "the prompt is empty: generation needs at least one token"),
@@ -89,24 +92,24 @@ def _check_options(
 
 
 class Decoder:
-    """Computes the logits of the next token of a growing text, from the tokens that fit the window.
+    """Computes the logits of the next token of a growing text, from the tokens in the window.
 
-    With a cache each call computes only the tokens that are new; small batches on CUDA use a CUDA graph.
+    With a cache each call computes only the new tokens. Small batches on CUDA use a CUDA graph.
     """
 
     def __init__(self, model: GPT, idx: Tensor, max_new_tokens: int, use_cache: bool, hop: int) -> None:
         self.model, self.hop = model, hop
         self.cache: KVCache | None = None
         self.cuda_graph: CUDAGraphDecoder | None = None
-        self.window_start = -1  # position in the text at which the window begins
-        self.prefix = 0  # tokens in the window when it was last moved: the prefix of a prefix LM
+        self.window_start = -1  # index of the window's first token in the text; -1: no call yet
+        self.prefix = 0  # prefix of a prefix LM: number of tokens in the window when the window last moved
         if use_cache:
             self.cache = _empty_cache(model, idx, idx.size(1) + max_new_tokens)
             if max_new_tokens >= CUDA_GRAPH_MIN_TOKENS and can_use_cuda_graph(idx):
                 self.cuda_graph = CUDAGraphDecoder(model, self.cache, idx.size(0))
 
     def next_logits(self, idx: Tensor) -> Tensor:
-        """ids (B, T) -> logits (B, V) of the next token. A later call may overwrite them."""
+        """Token ids (B, T) -> logits (B, V) of the next token. A later call may overwrite the logits."""
         start = window_start(idx.size(1), self.model.config.block_size, self.hop)
         if start != self.window_start:
             self.window_start, self.prefix = start, idx.size(1) - start
@@ -117,19 +120,21 @@ class Decoder:
         if self.cuda_graph is not None and cached and new_tokens.size(1) == 1:
             logits = self.cuda_graph(new_tokens)
         else:
-            with torch.inference_mode():  # cheaper than no_grad: a tenth of the time of a small model
+            with torch.inference_mode():  # faster than no_grad: by a tenth for a small model
                 logits = self.model(new_tokens, cache=self.cache, prefix=self.prefix)[0]
         return logits[:, -1]
 
 
 def window_start(length: int, block_size: int, hop: int) -> int:
-    """Where the window of a text of `length` tokens begins: the first multiple of `hop` that makes it fit."""
+    """Index of the window's first token in a text of `length` tokens: the smallest multiple of `hop` for which
+    at most block_size tokens remain."""
     return max(0, math.ceil((length - block_size) / hop) * hop)
 
 
 def _empty_cache(model: GPT, idx: Tensor, max_length: int) -> KVCache:
-    """A cache for the rows of idx (B, T) and texts up to `max_length`, in the dtype of keys and values."""
+    """An empty cache for the rows of idx (B, T) and texts of up to `max_length` tokens."""
     device_type = idx.device.type
+    # the dtype of the keys and values that the linear layers return
     dtype = model.transformer["wte"].weight.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -141,14 +146,17 @@ def _empty_cache(model: GPT, idx: Tensor, max_length: int) -> KVCache:
 
 
 def can_use_cuda_graph(idx: Tensor) -> bool:
-    """Whether to capture the decode step: few rows, on CUDA, without autocast, which casts weights in it."""
+    """Whether to capture the decode step: a small batch on CUDA, without autocast.
+
+    With autocast the graph would contain the casts of all weights.
+    """
     return idx.is_cuda and idx.size(0) <= CUDA_GRAPH_MAX_ROWS and not torch.is_autocast_enabled("cuda")
 
 
 class CUDAGraphDecoder:
-    """The decode step, captured as a CUDA graph: one launch for all kernels of a token.
+    """The decode step, captured as a CUDA graph: all kernels of a token are launched at once.
 
-    For small batches launching the kernels one by one takes longer than running them.
+    With a small batch, launching the kernels one by one takes longer than running them.
     """
 
     def __init__(self, model: GPT, cache: KVCache, batch: int) -> None:
@@ -158,7 +166,9 @@ class CUDAGraphDecoder:
         self.position = cache.position = torch.zeros(1, dtype=torch.long, device=device)
 
         def decode_step() -> Tensor:
-            cache.length = 0  # unused: cache.position says where the token is
+            cache.length = (
+                0  # the cache uses `position` instead; the model would increase `length` without end
+            )
             return model(self.token, cache=cache, prefix=0)[0]
 
         try:
@@ -167,7 +177,7 @@ class CUDAGraphDecoder:
             cache.position, cache.length = None, 0
 
     def __call__(self, token: Tensor) -> Tensor:
-        """token (B, 1) -> logits (B, 1, V) of the next one; the next call overwrites them."""
+        """Token ids (B, 1) -> logits (B, 1, V) of the next token. The next call overwrites the logits."""
         self.token.copy_(token)
         self.position.fill_(self.cache.length)
         self.replay()
@@ -180,9 +190,8 @@ def capture_cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tupl
     with torch.cuda.device(device):
         capture_stream = _capture_stream(device)
         capture_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            capture_stream
-        ):  # warm-up: libraries initialize themselves at their first calls
+        # warm-up: the first calls initialize libraries, which must not happen during the capture
+        with torch.cuda.stream(capture_stream):
             for _ in range(2):
                 step()
         torch.cuda.current_stream().wait_stream(capture_stream)
@@ -194,5 +203,5 @@ def capture_cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tupl
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device for all captures: cuBLAS allocates a workspace for every stream it runs on."""
+    """The stream for all captures on a device. One is enough: cuBLAS allocates a workspace for each stream."""
     return torch.cuda.Stream(device)

@@ -1,4 +1,4 @@
-"""KV cache: the keys and values of earlier tokens, so that each token is computed once.
+"""KV cache: stores the keys and values of earlier tokens, so that each token is computed only once.
 
 Shapes: B batch, T new tokens, S keys (cached and new).
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once: tensors (B, kv_heads, capacity, head_dim)."""
+    """Keys and values of all layers: for each layer two tensors (B, kv_heads, capacity, head_dim)."""
 
     def __init__(
         self,
@@ -27,12 +27,11 @@ class KVCache:
     ) -> None:
         self.capacity = config.block_size if capacity is None else capacity
         shape = (batch, config.kv_heads, self.capacity, config.head_dim)
-        # zeros: unused entries are multiplied by attention weights of 0, so they must not be NaN
-        self.keys, self.values = (
-            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
-        )
-        self.length = 0  # number of cached tokens
-        # int64 (1,): the position of the next token, used instead of `length` in a captured CUDA graph
+        # zeros, not empty: unused entries are multiplied by attention weights of 0, so they must not be NaN
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = 0  # number of cached tokens; the model increases it after the last layer
+        # int64 (1,): the position of the next token; a captured CUDA graph uses it instead of `length`
         self.position: Tensor | None = None
 
     def positions(self, T: int) -> Tensor:
@@ -46,10 +45,10 @@ class KVCache:
         return self.capacity if self.position is not None else self.length + T
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, kv_heads, T, head_dim) to a layer; return all S of them.
+        """Append k, v (B, kv_heads, T, head_dim) to a layer; return its S keys and values.
 
-        If `position` is set, T is 1 and S the capacity: shapes and addresses stay the same from token to
-        token, as a CUDA graph requires, and the caller must mask the unused entries.
+        If `position` is set, T must be 1 and S is the capacity. Shapes and addresses are then the same for
+        every token, as a CUDA graph requires, and the caller must mask the unused entries.
         """
         keys, values = self.keys[layer], self.values[layer]
         if self.position is not None:

@@ -1,7 +1,7 @@
 """Packed bfloat16 weights for generation on a CPU.
 
-A decode step reads all weights from memory once, and that takes most of its time. In bfloat16 they are half
-as large; packed, they are in the order in which the CPU's matrix units read them.
+A decode step spends most of its time on reading all weights from memory. bfloat16 weights are half as large as
+float32 ones. Packed weights are stored in the order in which the CPU's matrix units read them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from fradique.nn.linear import Linear, cpu_has_bf16
 if TYPE_CHECKING:
     from model import GPT, AttentionInputs, Block
 
-# with fewer parameters the setup of a packed product takes longer than the product
+# In smaller models the overhead of calling a packed product is larger than the time that it saves.
 MIN_PACKED_PARAMETERS = 5e6
-# activations that the packed product applies to its output: our name -> oneDNN's kind and algorithm
+# Activations that a packed product can apply to its output: a key of ACTIVATIONS -> oneDNN's name, algorithm
 FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 NO_ACTIVATION = ("none", "")
 
 
 def should_pack(model: nn.Module, device: torch.device) -> bool:
     """Whether `pack_weights` makes generation with this model faster on this device."""
-    size = sum(p.numel() for p in model.parameters())
-    return device.type == "cpu" and size >= MIN_PACKED_PARAMETERS and can_pack()
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return device.type == "cpu" and num_parameters >= MIN_PACKED_PARAMETERS and can_pack()
 
 
 def can_pack() -> bool:
@@ -38,26 +38,28 @@ def can_pack() -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference in bfloat16."""
+    """A linear layer with a packed weight, for inference in bfloat16."""
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().to(torch.bfloat16)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        batch_size = 1  # oneDNN chooses the order of the weight for an input of this many rows
+        self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, batch_size)
         self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
 
     def forward(
         self, x: Tensor, activation: tuple[str, str] = NO_ACTIVATION, residual: Tensor | None = None
     ) -> Tensor:
         """x (..., in) -> (..., out): activation(x weightᵀ + bias), or residual + x weightᵀ + bias."""
+        linear_pointwise = torch.ops.mkldnn._linear_pointwise
         if residual is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
-        kind, algorithm = activation
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, kind, [], algorithm)
+            return linear_pointwise.binary(x, residual, self.packed_weight, self.bias, "add")
+        name, algorithm = activation
+        return linear_pointwise(x, self.packed_weight, self.bias, name, [], algorithm)
 
 
 class PackedBlock(nn.Module):
-    """A pre-norm `Block` whose activation and residual sums are fused into its packed products."""
+    """A pre-norm `Block` that computes the activation and the residual sums inside its packed products."""
 
     def __init__(self, block: Block, activation: str) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class PackedBlock(nn.Module):
 
 
 def pack_weights(model: GPT) -> None:
-    """Convert a GPT in place: all weights to bfloat16, linear layers packed. It can no longer be trained."""
+    """Convert a GPT in place: weights to bfloat16, linear layers to PackedLinear. It cannot be trained again."""
     model.to(torch.bfloat16)
     for parent in list(model.modules()):
         for name, child in parent.named_children():

@@ -63,7 +63,7 @@ def fetch(
     _remove_stale_files(path, min_age=2 * max(total_timeout, TOTAL_TIMEOUT))
     digest = hashlib.sha256()
     # a random name: on a shared disk, processes of two machines may have the same process id
-    with files.atomic_path(path, token=uuid.uuid4().hex) as temporary:
+    with files.atomic_path(path, writer_id=uuid.uuid4().hex) as temporary:
         with temporary.open("wb") as file:
             for chunk in _download(url, max_bytes, timeout, total_timeout):
                 digest.update(chunk)

@@ -1,7 +1,7 @@
-"""Files: atomic writes, reading of small files and JSON within a size limit, checksums.
+"""Files: atomic writes, reading of small files and JSON with a size limit, checksums.
 
-Files that somebody else may have written are read with a limit, so that none can fill the memory. Everything
-that is written is complete or absent: it is written under a temporary name, synced, and renamed.
+The size limit keeps a damaged or malicious file from filling the memory. A file is written under a temporary
+name, synced to the disk, and then renamed, so under its final name it is always complete.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ MAX_JSON_BYTES = 64 << 20  # the largest vocabularies on the Hugging Face hub ha
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, token: str = "", keep_suffix: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends, sync that file and rename it to `path`.
+def atomic_path(path: Path, writer_id: str = "", keep_suffix: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`. The block writes a file there, which replaces `path`.
 
-    Readers see the old file or the new one, never a part. After an error the temporary file is removed and
-    `path` is unchanged. The name is `.<name>.<token>.tmp`; `token` defaults to the process id, and must be
-    unique where several machines share the disk. With `keep_suffix` the name ends in the suffix of `path`,
-    for writers that derive the format from it.
+    Readers of `path` see the old file or the whole new one. After an error the temporary file is removed and
+    `path` is unchanged.
+
+    writer_id: part of the temporary name, `.<name>.<writer_id>.tmp`. The default is the process id. Give an
+        id that is unique across machines if several of them write `path` on a shared disk.
+    keep_suffix: end the temporary name in the suffix of `path`, from which some libraries derive the format.
     """
-    token = token or str(os.getpid())
-    name = f".{path.stem}.{token}.tmp{path.suffix}" if keep_suffix else f".{path.name}.{token}.tmp"
+    writer_id = writer_id or str(os.getpid())
+    name = f".{path.stem}.{writer_id}.tmp{path.suffix}" if keep_suffix else f".{path.name}.{writer_id}.tmp"
     temporary = path.with_name(name)
     try:
         yield temporary
@@ -39,32 +41,39 @@ def atomic_path(path: Path, token: str = "", keep_suffix: bool = False) -> Itera
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file with "\\n" line ends, atomically."""
+    """Write a UTF-8 file atomically. Line ends are "\\n" on every system."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a binary file, atomically."""
+    """Write a binary file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `format_json(value)`, atomically."""
+    """Write a JSON file atomically. Raises ValueError for NaN and infinity."""
     write_text(path, format_json(value))
 
 
 def format_json(value: Any) -> str:
-    """Indented JSON with a newline at the end; equal values give equal text. Raises ValueError for NaN."""
+    """The text of a JSON file: indented by one space, with a newline at the end.
+
+    Raises ValueError for NaN and infinity, which JSON does not have.
+    """
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def fsync(path: Path) -> None:
-    """Write a file, or a folder's list of names, to the disk. Windows cannot sync folders and need not."""
-    if os.name == "nt" and path.is_dir():
+    """Make the operating system write a file to the disk, or for a folder its list of file names.
+
+    Does nothing for a folder on Windows, which cannot open folders.
+    """
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)  # Windows syncs only writable files
     try:
         os.fsync(descriptor)
     finally:
@@ -72,10 +81,10 @@ def fsync(path: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Sync the files in the folder `temporary` and rename it to `folder`.
+    """Sync the folder `temporary` (without subfolders) to the disk and rename it to `folder`.
 
-    An existing `folder` is first renamed to `.<name>.old`; `checkpoint.recover_run_folder` restores it after
-    a crash.
+    An existing `folder` is renamed to `.<name>.old` before, and deleted at the end. After a crash between the
+    two renames, `checkpoint.recover_run_folder` restores it.
     """
     for path in [*temporary.iterdir(), temporary]:
         fsync(path)
@@ -89,22 +98,25 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def read_small_file(path: Path, limit: int) -> bytes:
-    """The bytes of a file.
+    """The content of a file of at most `limit` bytes.
 
-    Raises ValueError for more than `limit` bytes, and for a folder, a pipe or a device, which may never end.
-    Raises OSError if it cannot be read.
+    Raises ValueError if the file is larger, and for a folder, a pipe or a device: reading a pipe can block,
+    and /dev/zero has no end. Raises OSError if the file cannot be read.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a plain file: put the file itself there")
+        raise ValueError(f"{path} is not a plain file but a folder, pipe or device: replace it with a file")
     with path.open("rb") as file:
-        data = file.read(limit + 1)
+        data = file.read(limit + 1)  # one byte more, to notice a larger file
     if len(data) > limit:
         raise ValueError(f"{path} is larger than {limit >> 20} MB, more than any such file needs")
     return data
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file. Raises ValueError naming the file if it is not JSON."""
+    """The value in a JSON file of at most `limit` bytes.
+
+    Raises ValueError naming the file if it is not JSON or too large, and OSError if it cannot be read.
+    """
     data = read_small_file(path, limit)
     try:
         return json.loads(data.decode("utf-8"))
@@ -115,7 +127,10 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError naming the file if it is missing or damaged."""
+    """The object in a JSON file, as a dict.
+
+    Raises ValueError naming the file if it is missing, cannot be read, or is not a JSON object.
+    """
     try:
         value = read_json(path)
     except FileNotFoundError:
@@ -128,18 +143,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether `name` is a file name without a folder, so that it cannot lead out of another folder."""
-    plain = isinstance(name, str) and name.isprintable() and not {*name} & {*"/\\:"}
-    return plain and name not in ("", ".", "..")
+    """Whether `name` is a file name without any folder, so that `folder / name` is always in `folder`."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return name.isprintable() and not any(char in name for char in "/\\:")  # Windows: a\b, C:b
 
 
 def is_count(value: Any) -> bool:
-    """Whether `value` is a whole number from 0 to the largest size that a file can have."""
+    """Whether `value` is an int (not a bool) from 0 to 2^63 - 1, the largest possible file size."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def checksum(path: Path, digest: Any = None) -> str:
-    """The hexadecimal SHA-256 of a file, or that of another hashlib object `digest`."""
+    """The checksum of a file in hexadecimal: by default its SHA-256.
+
+    digest: a hashlib object to use instead, which may contain data that precedes the file's.
+    """
     digest = hashlib.sha256() if digest is None else digest
     with path.open("rb") as file:
         while block := file.read(1 << 20):

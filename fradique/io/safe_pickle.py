@@ -1,8 +1,8 @@
-"""Check pickles by their opcodes, without running them, and load plain data from them.
+"""Check the opcodes of pickles without running them, and load plain data from pickles.
 
-Restricted unpicklers (PlainUnpickler, torch.load with weights_only=True) refuse code. They do not refuse
-plain data that takes unbounded time or memory: a tuple of itself twice, nested forty times, takes hours to
-hash.
+Restricted unpicklers (PlainUnpickler, torch.load with weights_only=True) refuse to import code. They do not
+refuse plain data that takes too much time or memory. For example, start with t = 1 and set t = (t, t) forty
+times: as the key of a dict, this tuple takes 2^40 steps to hash.
 """
 
 from __future__ import annotations
@@ -13,57 +13,65 @@ import pickletools
 from collections.abc import Iterator
 from typing import IO, Any, NoReturn
 
-IMPORT_OPCODES = ("GLOBAL", "INST", "STACK_GLOBAL")
-PUT_OPCODES, GET_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
-MAX_TUPLE_VALUES = 1 << 20  # values in a tuple, nested ones included, each counted as often as it occurs
-LEGACY_PICKLES = 4  # in a legacy torch file: magic number, protocol, system, content; raw storages follow
+IMPORT_OPCODES = ("GLOBAL", "INST", "STACK_GLOBAL")  # these import a class or function
+# The memo is the unpickler's table of values that occur again in the pickle.
+PUT_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")  # these copy the top of the stack to the memo
+GET_OPCODES = ("GET", "BINGET", "LONG_BINGET")  # these push a value from the memo onto the stack
+MAX_TUPLE_VALUES = 1 << 20  # the size of a tuple with all nested tuples, each counted as often as it occurs
+# Before torch 1.6, a file began with five pickles: magic number, protocol version, system, content, and keys
+# of the storages. The raw storages follow.
+LEGACY_PICKLES = 5
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Loads dicts, lists, strings and numbers. Raises ValueError if a pickle imports a class or function."""
+    """An unpickler that raises ValueError if the pickle imports a class or function."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise ValueError(f"it imports {module}.{name}; only plain dicts, lists, strings and numbers are read")
 
 
 def load_plain(data: bytes) -> Any:
-    """Check a pickle of plain data, then load it: dicts, lists, strings, and integers of up to 31 bits.
+    """Check a pickle of plain data (dicts, lists, strings and numbers) and load it, without running code.
 
-    Nothing in the pickle is run. Raises ValueError if it contains anything else. A damaged pickle may raise
-    other exceptions too, as pickle.load does.
+    Raises ValueError for a pickle that `check_plain_data` or PlainUnpickler refuses. A damaged pickle may
+    raise other exceptions too, as pickle.load does.
     """
     check_plain_data(data)
     return PlainUnpickler(io.BytesIO(data)).load()
 
 
 def check_plain_data(data: bytes) -> None:
-    """Raise ValueError if a pickle contains a tuple, a set, or an integer of more than 31 bits.
+    """Raise ValueError if a pickle contains a tuple, a frozenset, or an integer of more than 31 bits.
 
-    The check ends at the first import of a class or function: PlainUnpickler refuses that one by name.
+    The check ends at the first import of a class or function, for which PlainUnpickler raises an error.
     """
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in IMPORT_OPCODES:
             return
-        if "PUT" in opcode.name and int(argument) > len(data):  # pickle would allocate a memo of this size
+        if opcode.name in PUT_OPCODES and int(argument) > len(data):  # pickle allocates a memo of this size
             raise ValueError("its memo indices are larger than the file")
-        if "TUPLE" in opcode.name or "FROZENSET" in opcode.name:
-            raise ValueError("it contains a tuple or a set; only plain dicts, strings and numbers are read")
-        if type(argument) is int and abs(argument) >> 31:  # all multiples of 2^61 - 1 have the same hash
+        if _is_tuple_or_frozenset(opcode):
+            raise ValueError(
+                "it contains a tuple or a frozenset; only dicts, lists, strings and numbers are read"
+            )
+        # Multiples of 2^61 - 1 all have the hash 0, so a dict with many such keys takes quadratic time.
+        if type(argument) is int and abs(argument) >> 31:
             raise ValueError("it contains an integer that is too large for a token id")
 
 
-def requested_globals(file: IO[bytes], pickles: int = 1) -> Iterator[str]:
-    """Yield "module name" of each class and function that the `pickles` at the start of `file` import.
+def requested_globals(file: IO[bytes], pickle_count: int = 1) -> Iterator[str]:
+    """Yield "module name" of each class and function that the first `pickle_count` pickles in `file` import.
 
-    Raises ValueError for a tuple of more than MAX_TUPLE_VALUES values, and for an integer of more than 64
-    bits; only the first pickle of several, the magic number of a legacy torch file, may have one.
+    Imports by the opcode STACK_GLOBAL are not found: torch's unpickler refuses that opcode. Raises ValueError
+    for a tuple of more than MAX_TUPLE_VALUES values, and for an integer of more than 64 bits. The first of
+    several pickles may contain such an integer: it is the magic number of a legacy torch file.
     """
-    for pickle_index in range(pickles):
-        # for each value on the unpickler's stack, how many values it takes to hash it; None is a mark
+    for pickle_index in range(pickle_count):
+        is_magic_number = pickle_count > 1 and pickle_index == 0
         stack: list[int | None] = []
         memo: dict[int, int] = {}
         for opcode, argument, _ in pickletools.genops(file):
-            if type(argument) is int and argument.bit_length() > 64 and (pickle_index or pickles == 1):
+            if type(argument) is int and argument.bit_length() > 64 and not is_magic_number:
                 raise ValueError("it contains an integer of more than 64 bits")
             if opcode.name in ("GLOBAL", "INST"):
                 yield argument
@@ -73,10 +81,16 @@ def requested_globals(file: IO[bytes], pickles: int = 1) -> Iterator[str]:
 def _update_stack(
     opcode: pickletools.OpcodeInfo, argument: object, stack: list[int | None], memo: dict[int, int]
 ) -> None:
-    """Apply an opcode to the stack of sizes as the unpickler applies it to its stack of values."""
+    """Apply an opcode to `stack` and `memo` as the unpickler applies it to its stack and memo of values.
+
+    They contain sizes instead of values. The size of a tuple includes all nested tuples. Any other value has
+    the size 1, because hashing it does not hash nested values. None is a mark.
+    """
     name = opcode.name
-    if name in PUT_OPCODES or name == "MEMOIZE":
-        memo[len(memo) if name == "MEMOIZE" else int(str(argument))] = stack[-1]
+    if name in PUT_OPCODES:
+        memo[int(str(argument))] = stack[-1]
+    elif name == "MEMOIZE":
+        memo[len(memo)] = stack[-1]
     elif name in GET_OPCODES:
         stack.append(memo[int(str(argument))])
     elif name == "MARK":
@@ -84,15 +98,20 @@ def _update_stack(
     elif name == "DUP":
         stack.append(stack[-1])
     else:
-        size = 1
+        popped_size = 1
         operands = [operand.name for operand in opcode.stack_before]
-        if "mark" in operands:
-            while (value := stack.pop()) is not None:
-                size += value
+        if "mark" in operands:  # pop all values above the last mark, and the mark
+            while (size := stack.pop()) is not None:
+                popped_size += size
             operands = operands[: operands.index("mark")]
         for _ in operands:
-            size += stack.pop() or 1
-        if size > MAX_TUPLE_VALUES:
+            popped_size += stack.pop() or 1
+        if popped_size > MAX_TUPLE_VALUES:
             raise ValueError("it contains a tuple nested in itself too many times")
-        is_tuple = "TUPLE" in name or name == "FROZENSET"
-        stack += [size if is_tuple else 1] * len(opcode.stack_after)
+        result_size = popped_size if _is_tuple_or_frozenset(opcode) else 1
+        stack += [result_size] * len(opcode.stack_after)
+
+
+def _is_tuple_or_frozenset(opcode: pickletools.OpcodeInfo) -> bool:
+    # EMPTY_TUPLE, TUPLE, TUPLE1, TUPLE2, TUPLE3
+    return "TUPLE" in opcode.name or opcode.name == "FROZENSET"

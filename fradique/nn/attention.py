@@ -1,9 +1,9 @@
 """Attention and its gradient, fast on each device.
 
-Equal to softmax(q kᵀ / √D + mask) v with dropout, which the tests compare it with. On CUDA and MPS it is
-torch's scaled_dot_product_attention. For training on a CPU that is slow: dropout disables its fused kernel,
-and the backward pass of the fused kernel takes longer than the matrix products it saves. There this module
-has its own autograd functions.
+The result equals softmax(q kᵀ / √D + mask) v with dropout; the tests compare the two. CUDA, MPS and inference
+use torch's scaled_dot_product_attention. Training on a CPU mostly uses the autograd functions below, because
+torch's function is slow there: dropout disables its fused kernel, and the backward pass of that kernel is
+slower in bfloat16 than the matrix products that it saves.
 
 Shapes: B batch, H heads, T queries, S keys, D head_dim.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fradique.nn import functional
 
-# On a CPU: up to this T the probabilities are computed in one block
+# Training on a CPU: up to this T, all probabilities are computed in one block. For a larger T a block has
+# QUERY_BLOCK queries (with dropout) or KEY_BLOCK keys (without), so that its scores fit the CPU's cache.
 MAX_SAVED_T = 512
-QUERY_BLOCK, KEY_BLOCK = 256, 128  # block sizes for a longer T, so that a block fits the cache
+QUERY_BLOCK, KEY_BLOCK = 256, 128
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
@@ -29,14 +30,14 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √D + mask) v, with dropout p on the probabilities: (B, H, T, D).
 
-    q (B, H, T, D); k, v (B, H or fewer with grouped queries, S, D). mask: None for causal; bool (T, S), True
-    where the query attends to the key; or (1, H, T, S), added to the scores.
+    q (B, H, T, D); k, v (B, H, S, D), or with fewer heads (grouped-query attention). mask: None for causal;
+    bool (T, S), True where the query attends to the key; or (1, H, T, S), added to the scores.
     """
     T, S = q.size(2), k.size(2)
-    if T == 1 and mask is None and not p and q.size(1) == k.size(1):  # a decode step needs no mask
-        return F.scaled_dot_product_attention(q, k, v)
+    if T == 1 and mask is None and not p and q.size(1) == k.size(1):
+        return F.scaled_dot_product_attention(q, k, v)  # the newest token attends to all keys
     cpu_training = q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and T == S
-    if cpu_training and (p or q.dtype == torch.bfloat16):
+    if cpu_training and (p or q.dtype == torch.bfloat16):  # otherwise torch's function is fast enough
         if p or T <= MAX_SAVED_T:
             return _cpu_attention(q, k, v, mask, p)
         if mask is None and not torch.compiler.is_compiling():
@@ -51,13 +52,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: fl
 
 
 def _repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with the key and value heads repeated, H of each."""
+    """q, and k and v with each head repeated for the query heads that share it: H heads each."""
     group = q.size(1) // k.size(1)
-    return (q, k, v) if group == 1 else (q, *(x.repeat_interleave(group, dim=1) for x in (k, v)))
+    if group == 1:
+        return q, k, v
+    return q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
 
 def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """`attention` for training on a CPU, T = S; eager or compiled."""
+    """`attention` for training on a CPU, where T = S; eager or compiled."""
     q, k, v = _repeat_kv(q, k, v)
     T = q.size(2)
     if mask is not None and mask.dtype == torch.bool:
@@ -69,7 +72,7 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: floa
 
 
 def _causal_bias(size: int, dtype: torch.dtype) -> Tensor:
-    """(size, size): 0 on and below the diagonal, -inf above, to be added to scores."""
+    """(size, size), added to scores: 0 on and below the diagonal, -inf above."""
     return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
 
 
@@ -79,11 +82,12 @@ def _merge_heads(x: Tensor) -> Tensor:
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Attention in blocks of queries; the probabilities are saved for the backward pass.
+    """Attention in blocks of queries; saves the probabilities for the backward pass.
 
-    The gradient is FlashAttention's (Dao et al. 2022, appendix B): dS = P ∘ (dP - t), where t, the sum of
-    P ∘ dP over the keys, equals the sum of dO ∘ O over D. The factors 1 / √D and 1 / keep_prob are applied to
-    q and v, which are smaller than the scores. mask: None for causal, or (1, 1 or H, T, T) of q's dtype.
+    The gradient of the scores is FlashAttention's (Dao et al. 2022, appendix B): dS = P ∘ (dP - delta), where
+    delta is the sum of P ∘ dP over the keys, computed as the sum of dO ∘ O over the D dimensions. The factors
+    1 / √D and 1 / keep_prob multiply q and v, which have fewer elements than the scores and probabilities.
+    mask: None for causal, or (1, 1 or H, T, T) in q's dtype.
     """
 
     @staticmethod
@@ -99,25 +103,25 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / functional.keep_prob(p) if p else 1.0
         q, k, v = _merge_heads(q * ctx.scale), _merge_heads(k), _merge_heads(v * ctx.v_scale if p else v)
         block = T if T <= MAX_SAVED_T else QUERY_BLOCK
-        causal = _causal_bias(block, q.dtype) if mask is None else None
+        causal_bias = _causal_bias(block, q.dtype) if mask is None else None
         out, saved = torch.empty_like(q), []
         for start in range(0, T, block):
             end = min(T, start + block)
-            S = end if mask is None else T  # a causal block attends to no later key
-            scores = torch.bmm(q[:, start:end], k[:, :S].transpose(1, 2))  # (B H, rows, S)
+            S = end if mask is None else T  # causal: no query of this block attends to a later key
+            scores = torch.bmm(q[:, start:end], k[:, :S].transpose(1, 2))  # (B H, end - start, S)
             if mask is None:
-                scores[:, :, start:].add_(causal[: end - start, : end - start])
+                scores[:, :, start:].add_(causal_bias[: end - start, : end - start])
             else:
                 scores.view(B, H, end - start, T).add_(mask[:, :, start:end])
-            probs = torch.softmax(scores, dim=-1)
-            dropped = probs
+            probs = probs_after_dropout = torch.softmax(scores, dim=-1)
             if p:
                 keep = functional.dropout_mask(probs.shape, p, probs.dtype)
-                dropped = functional.apply_mask(probs, keep)
-            out[:, start:end] = torch.bmm(dropped, v[:, :S])
-            saved += [probs, dropped]
+                probs_after_dropout = functional.apply_mask(probs, keep)
+            out[:, start:end] = torch.bmm(probs_after_dropout, v[:, :S])
+            saved += [probs, probs_after_dropout]
         ctx.save_for_backward(q, k, v, out, *saved)
-        ctx.shape, ctx.block, ctx.mask_shape = (B, H, T, -1), block, mask is not None and mask.shape
+        ctx.shape, ctx.block = (B, H, T, -1), block
+        ctx.mask_shape = None if mask is None else mask.shape
         return out.view(ctx.shape)
 
     @staticmethod
@@ -125,20 +129,21 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v, out, *saved = ctx.saved_tensors
         B, H, T, _ = ctx.shape
         grad = _merge_heads(grad)
-        t = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)  # (B H, T, 1)
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype)  # (B H, T, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         d_mask = grad.new_zeros(ctx.mask_shape) if ctx.needs_input_grad[3] else None
-        for start, probs, dropped in zip(range(0, T, ctx.block), saved[::2], saved[1::2], strict=True):
+        for i, start in enumerate(range(0, T, ctx.block)):
+            probs, probs_after_dropout = saved[2 * i], saved[2 * i + 1]
             end, S = min(T, start + ctx.block), probs.size(2)
             grad_block = grad[:, start:end]
-            d_scores = torch.bmm(grad_block, v[:, :S].transpose(1, 2)).mul_(dropped)
-            d_scores.sub_(probs * t[:, start:end])  # (B H, rows, S)
+            d_scores = torch.bmm(grad_block, v[:, :S].transpose(1, 2)).mul_(probs_after_dropout)
+            d_scores.sub_(probs * delta[:, start:end])  # (B H, end - start, S)
             if d_mask is not None:
                 shape = d_mask[:, :, start:end].shape
                 d_mask[:, :, start:end] = d_scores.view(B, H, -1, T).sum_to_size(shape)
             dq[:, start:end] = torch.bmm(d_scores, k[:, :S])
             dk[:, :S] += torch.bmm(d_scores.transpose(1, 2), q[:, start:end])
-            dv[:, :S] += torch.bmm(dropped.transpose(1, 2), grad_block)
+            dv[:, :S] += torch.bmm(probs_after_dropout.transpose(1, 2), grad_block)
         dq.mul_(ctx.scale)
         if ctx.v_scale != 1.0:
             dv.mul_(ctx.v_scale)
@@ -146,9 +151,9 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 class _FusibleAttention(torch.autograd.Function):
-    """`_BlockedAttention` without blocks or in-place operations, written so that inductor can fuse it.
+    """`_BlockedAttention` without blocks or in-place operations, so that inductor can fuse its operations.
 
-    With a handwritten gradient the probabilities are saved in q's dtype; autograd would save them in float32.
+    The gradient is written by hand to save the probabilities in q's dtype; autograd would save float32.
     """
 
     @staticmethod
@@ -156,61 +161,60 @@ class _FusibleAttention(torch.autograd.Function):
         ctx.scale, ctx.v_scale = 1 / math.sqrt(q.size(-1)), 1 / functional.keep_prob(p) if p else 1.0
         q, v = q * ctx.scale, v * ctx.v_scale
         scores = q @ k.transpose(-2, -1)  # (B, H, T, T)
-        # a float32 mask is added: inductor generates slow code for masked_fill
-        probs = F.softmax(scores.float() + mask, dim=-1).to(q.dtype)
-        dropped = probs
+        # the mask is added because inductor generates slow code for masked_fill
+        probs = probs_after_dropout = F.softmax(scores.float() + mask, dim=-1).to(q.dtype)
         if p:
             random_bytes = torch.ops.fradique.random_bytes(scores)
-            dropped = probs * (random_bytes.float() >= functional.drop_threshold(p))
-        out = dropped @ v
-        ctx.save_for_backward(q, k, v, out, probs, dropped)
+            probs_after_dropout = probs * (random_bytes.float() >= functional.drop_threshold(p))
+        out = probs_after_dropout @ v
+        ctx.save_for_backward(q, k, v, out, probs, probs_after_dropout)
         ctx.mask_shape = mask.shape
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
-        q, k, v, out, probs, dropped = ctx.saved_tensors
-        t = (grad.float() * out.float()).sum(-1, keepdim=True)  # (B, H, T, 1)
-        d_dropped = grad @ v.transpose(-2, -1)
-        d_scores = (d_dropped.float() * dropped.float() - probs.float() * t).to(q.dtype)
+        q, k, v, out, probs, probs_after_dropout = ctx.saved_tensors
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True)  # (B, H, T, 1)
+        d_probs = grad @ v.transpose(-2, -1)  # of the probabilities after dropout
+        d_scores = (d_probs.float() * probs_after_dropout.float() - probs.float() * delta).to(q.dtype)
         dq, dk = d_scores @ k * ctx.scale, d_scores.transpose(-2, -1) @ q
-        dv = dropped.transpose(-2, -1) @ grad * ctx.v_scale
+        dv = probs_after_dropout.transpose(-2, -1) @ grad * ctx.v_scale
         d_mask = d_scores.float().sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, d_mask, None
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Causal attention: the forward pass is torch's flash kernel for CPUs; the backward pass recomputes the
-    probabilities from the saved log-sum-exps, in blocks of keys (Dao et al. 2022, alg. 4)."""
+    """Causal attention without dropout. The forward pass is torch's flash kernel for CPUs; the backward pass
+    recomputes the probabilities from the saved log-sum-exps, in blocks of keys (Dao et al. 2022, alg. 4)."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ANN001
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, log_sums = flash(q, k, v, 0.0, True)  # (B, H, T, D), (B, H, T)
-        ctx.save_for_backward(q, k, v, out, log_sums)
+        out, logsumexp = flash(q, k, v, dropout_p=0.0, is_causal=True)  # (B, H, T, D), (B, H, T)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN001
-        q, k, v, out, log_sums = ctx.saved_tensors
+        q, k, v, out, logsumexp = ctx.saved_tensors
         B, H, T, D = q.shape
         scale = 1 / math.sqrt(D)
-        t = _merge_heads((grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype))  # (B H, T, 1)
-        log_sums = log_sums.reshape(B * H, T, 1).to(q.dtype)
+        delta = _merge_heads((grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype))  # (B H, T, 1)
+        logsumexp = logsumexp.reshape(B * H, T, 1).to(q.dtype)
         q, k, v, grad = _merge_heads(q * scale), _merge_heads(k), _merge_heads(v), _merge_heads(grad)
-        causal = _causal_bias(KEY_BLOCK, q.dtype)
-        dq = torch.zeros(q.shape)  # float32: a sum over the blocks
+        causal_bias = _causal_bias(KEY_BLOCK, q.dtype)
+        dq = torch.zeros(q.shape)  # float32, because it is summed over the blocks
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         for start in range(0, T, KEY_BLOCK):
             end = min(T, start + KEY_BLOCK)
-            # the queries that attend to these keys; contiguous, or every product below would copy them
-            q_later, grad_later = (x[:, start:].contiguous() for x in (q, grad))
-            probs = torch.bmm(q_later, k[:, start:end].transpose(1, 2))  # (B H, T - start, keys)
-            probs[:, : end - start].add_(causal[: end - start, : end - start])
-            probs.sub_(log_sums[:, start:]).exp_()
+            # only later queries attend to these keys; made contiguous once, or each bmm below would copy them
+            q_later, grad_later = q[:, start:].contiguous(), grad[:, start:].contiguous()
+            scores = torch.bmm(q_later, k[:, start:end].transpose(1, 2))  # (B H, T - start, end - start)
+            scores[:, : end - start].add_(causal_bias[: end - start, : end - start])
+            probs = scores.sub_(logsumexp[:, start:]).exp_()
             dv[:, start:end] = torch.bmm(probs.transpose(1, 2), grad_later)
             d_scores = torch.bmm(grad_later, v[:, start:end].transpose(1, 2))
-            d_scores.sub_(t[:, start:]).mul_(probs)
+            d_scores.sub_(delta[:, start:]).mul_(probs)
             dk[:, start:end] = torch.bmm(d_scores.transpose(1, 2), q_later)
             dq[:, start:] += torch.bmm(d_scores, k[:, start:end])
         dq = dq.mul_(scale).to(q.dtype)

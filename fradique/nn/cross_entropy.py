@@ -1,6 +1,6 @@
 """Cross-entropy computed from the last hidden states, without storing all logits in float32.
 
-Equal to F.cross_entropy(F.linear(x, weight), targets), which the tests compare it with.
+The result equals F.cross_entropy(F.linear(x, weight), targets); the tests compare the two.
 
 Shapes: N tokens, C width, V vocabulary.
 """
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from fradique.nn.linear import weight_gradient
 
-LARGE_VOCAB = 1 << 10  # from this V on, the gradient is computed together with the loss
-# Logits computed in one product when there is no gradient, and logits in float32 at a time, which on a CPU
-# must fit the cache. Keys are device types.
+LARGE_VOCAB = 1 << 10  # the smallest V for which the gradient is always computed together with the loss
+# By device type: the most logits that one matrix product computes if no gradient is needed
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
+# By device type: the most logits that are in float32 at a time; on a CPU they fit its cache
 MAX_FP32_LOGITS = MAX_LOGITS | {"cpu": 1 << 19}
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
     """Mean cross-entropy, in nats, of the logits x weightᵀ: a scalar. Targets of -1 are ignored.
 
-    x (..., C), weight (V, C), targets (...) int64; softcap c: logits become c tanh(logits / c). For a large
-    vocabulary the logits are kept in the layers' dtype and overwritten by their gradient; at most half of
-    them are in float32 at a time.
+    x (..., C), weight (V, C), targets (...) int64. softcap c: logits become c tanh(logits / c); 0: off. For
+    a large vocabulary the logits are stored in the dtype of the matrix product and overwritten by their
+    gradient; at most half of them are in float32 at a time.
     """
     x, targets = x.flatten(0, -2), targets.flatten()  # (N, C), (N,)
     device_type = x.device.type
@@ -35,20 +35,21 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: fl
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     if not torch.is_grad_enabled():
-        weight = weight.detach()  # forward computes the gradient of every input that requires one
+        weight = weight.detach()  # or the forward pass would compute a gradient for it
     return _LinearCrossEntropy.apply(x.to(dtype), weight, targets, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradient in the forward pass: each logit is overwritten by its gradient,
-    softmax(logits) - onehot(target), in x's dtype."""
+    """Cross-entropy whose forward pass also computes the gradients: it overwrites each logit by the logit's
+    gradient, softmax(logits) - onehot(target), in x's dtype."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:  # noqa: ANN001
-        # as a custom operator on a CPU: inductor would unroll the loop over the rows, and be slower
-        opaque = torch.compiler.is_compiling() and x.device.type == "cpu"
-        function = torch.ops.fradique.loss_and_gradients if opaque else _loss_and_gradients
-        total, count, d_x, d_weight = function(x, weight, targets, softcap, *ctx.needs_input_grad[:2])
+        # compiled for a CPU, a custom operator is faster: inductor would unroll the loop over the rows
+        use_custom_op = torch.compiler.is_compiling() and x.device.type == "cpu"
+        compute = torch.ops.fradique.loss_and_gradients if use_custom_op else _loss_and_gradients
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        total, count, d_x, d_weight = compute(x, weight, targets, softcap, needs_x, needs_weight)
         ctx.save_for_backward(count, d_x, d_weight)
         return total / count
 
@@ -63,23 +64,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the losses, number of targets that are not -1, and the gradients of that sum.
+    """Sum of the losses, number of targets that are not -1, and the sum's gradients for x and weight.
 
-    x (N, C), weight (V, C), targets (N,). A gradient that is not needed is empty.
+    x (N, C), weight (V, C), targets (N,). A gradient that is not needed is an empty tensor.
     """
     with torch.autocast(x.device.type, enabled=False):
         cast_weight, needs_grad = weight.to(x.dtype), needs_x or needs_weight
         valid = (targets >= 0)[:, None]  # (N, 1)
         count, total = valid.sum(), torch.zeros((), device=x.device)
-        # rows of one product: all with a gradient, for which all logits are needed; and rows in float32
+        # the gradients need the logits of all rows at once: then the loop over x has one iteration
         rows = x.size(0) if needs_grad else max(1, MAX_LOGITS[x.device.type] // weight.size(0))
-        fp32_rows = max(1, min(-(-x.size(0) // 2), MAX_FP32_LOGITS[x.device.type] // weight.size(0)))
+        fp32_rows = max(1, min((x.size(0) + 1) // 2, MAX_FP32_LOGITS[x.device.type] // weight.size(0)))
         for x_rows, target_rows in zip(x.split(rows), targets[:, None].split(rows), strict=True):
             logits = x_rows @ cast_weight.t()  # (rows, V)
             for chunk, target in zip(logits.split(fp32_rows), target_rows.split(fp32_rows), strict=True):
                 total += _cross_entropy_(chunk, target, softcap, needs_grad)
         d_x, d_weight = x.new_empty(0), weight.new_empty(0)
-        if needs_x:
+        if needs_x:  # logits (N, V) now holds the gradient of the logits
             d_x = (logits @ cast_weight).mul_(valid)
         if needs_weight:
             d_weight = weight_gradient(logits, x * valid, weight.dtype)
@@ -94,17 +95,16 @@ _loss_and_gradients_op = torch.library.custom_op(
 @_loss_and_gradients_op.register_fake
 def _(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, needs_x: bool, needs_weight: bool):  # noqa: ANN202
     total, count = x.new_empty((), dtype=torch.float32), targets.new_empty(())
-    d_x, d_weight = (
-        torch.empty_like(tensor if needed else tensor.new_empty(0))
-        for tensor, needed in ((x, needs_x), (weight, needs_weight))
-    )
+    d_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    d_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     return total, count, d_x, d_weight
 
 
 def _cross_entropy_(logits: Tensor, target: Tensor, softcap: float, needs_grad: bool) -> Tensor:
-    """Sum of the losses of logits (N, V) for targets (N, 1); overwrites the logits by its gradient if needed.
+    """Sum of the losses of logits (N, V) for target (N, 1), as a float32 scalar.
 
-    A target of -1 has no loss; the caller must ignore its row of the gradient.
+    If `needs_grad`, overwrites the logits by their gradient. A target of -1 has no loss, but its row of the
+    gradient is not 0: the caller must mask it.
     """
     capped = softcap * torch.tanh(logits / softcap) if softcap else logits
     log_probs = torch.log_softmax(capped, dim=-1, dtype=torch.float32)

@@ -1,8 +1,8 @@
 """Dropout, activations, RMSNorm and rotary embedding (RoPE), with fast training on a CPU.
 
-Each function equals a line of plain torch, which the tests compare it with. On CUDA and MPS they are torch's
-own operations. On a CPU torch draws one random number per element for dropout, and RMSNorm and RoPE have no
-kernels of their own but take many small operations.
+Each function equals a line of plain torch; the tests compare the two. On CUDA and MPS the functions call
+torch's own operations. On a CPU those are slow: dropout draws a random number for each element, and RMSNorm
+and RoPE have no kernels and consist of many small operations.
 
 Shapes: B batch, H heads, T tokens, D head_dim.
 """
@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# bytes per element -> integers of the same size
-INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# bytes per element of a floating-point dtype -> the integer dtype of the same size
+INT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # Dropout
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Set each element to 0 with probability p, divide the others by 1 - p (Srivastava et al. 2014).
+    """Set each element to 0 with probability p, and divide the others by 1 - p (Srivastava et al. 2014).
 
     On a CPU 1 - p is rounded to `keep_prob(p)`.
     """
@@ -36,25 +36,25 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def keep_prob(p: float) -> float:
-    """1 - p, rounded to a multiple of 1/256 below 1: dropout on a CPU compares random bytes."""
+    """1 - p, rounded to a multiple of 1/256, because dropout on a CPU draws one byte for each element."""
     return (256 - drop_threshold(p)) / 256
 
 
 def drop_threshold(p: float) -> int:
-    """Dropout on a CPU drops an element if its random byte is below this number, 1 to 255."""
+    """Dropout on a CPU sets an element to 0 if its random byte is below this number (1 to 255)."""
     return min(255, max(1, round(256 * p)))
 
 
 def _random_bytes(count: int) -> Tensor:
     """At least `count` random bytes as int64 words, (ceil(count / 8),), from torch's default generator."""
-    return torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
+    return torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)  # all int64 values
 
 
 @torch.library.custom_op("fradique::random_bytes", mutates_args=())
 def _random_bytes_op(x: Tensor) -> Tensor:
     """One random byte for each element of x, in x's shape, for compiled graphs.
 
-    It reads only the shape of x. With x as an argument the compiler does not merge two calls into one.
+    It uses only the shape of x. x is an argument so that the compiler does not merge two calls into one.
     """
     return _random_bytes(x.numel()).view(torch.uint8)[: x.numel()].view(x.shape)
 
@@ -65,35 +65,36 @@ def _(x: Tensor) -> Tensor:
 
 
 def _fusible_dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout that inductor can fuse with its neighbours; its code for float comparisons is the fastest."""
+    """Dropout that inductor can fuse with the operations before and after it."""
     random_bytes = torch.ops.fradique.random_bytes(x)
+    # compared as floats: inductor generates faster code for that than for integers
     return x * (random_bytes.float() >= drop_threshold(p)) * (1 / keep_prob(p))
 
 
 def dropout_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
-    """Integers of dtype's size, (shape): all bits set for elements that are kept, none for those dropped.
+    """Integers of the given shape, as wide as dtype: -1 (all bits set) to keep an element, 0 to drop it.
 
-    One random byte per element: the bytes are shifted out of the random words, and the comparison is the sign
-    bit of a difference.
+    Each element has one random byte, and is kept if the byte is at least the threshold.
     """
-    width, threshold = dtype.itemsize, drop_threshold(p)
+    itemsize, threshold = dtype.itemsize, drop_threshold(p)
     count = math.prod(shape)
-    words = _random_bytes(count).view(INT_DTYPES[width])
-    mask = torch.empty(width, words.numel(), dtype=words.dtype)
+    words = _random_bytes(count).view(INT_DTYPES[itemsize])
+    mask = torch.empty(itemsize, words.numel(), dtype=words.dtype)
     for i, row in enumerate(mask):  # row i: byte i of every word
         torch.bitwise_right_shift(words, 8 * i, out=row).bitwise_and_(255)
-    mask = (
-        mask.neg_().add_(threshold - 1).bitwise_right_shift_(8 * width - 1)
-    )  # -1 if byte >= threshold, else 0
+    mask.neg_().add_(threshold - 1)  # negative if byte >= threshold
+    mask.bitwise_right_shift_(8 * itemsize - 1)  # copies the sign bit to all bits
     return mask.flatten()[:count].view(shape)
 
 
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """x with 0 where `dropout_mask` has no bits set."""
+    """x where the bits of `mask`, a `dropout_mask`, are set; 0 elsewhere. Not scaled."""
     return (x.contiguous().view(mask.dtype) & mask).view(x.dtype)
 
 
 class _Dropout(torch.autograd.Function):
+    """Dropout on a CPU; saves the mask."""
+
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:  # noqa: ANN001
         mask = dropout_mask(x.shape, p, x.dtype)
@@ -112,13 +113,13 @@ class _Dropout(torch.autograd.Function):
 
 def gelu(x: Tensor) -> Tensor:
     """x Φ(x), the exact form with erf (Hendrycks & Gimpel 2016)."""
-    on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
-    return torch.ops.fradique.gelu(x) if on_cpu else F.gelu(x)
+    compiling_for_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
+    return torch.ops.fradique.gelu(x) if compiling_for_cpu else F.gelu(x)
 
 
 @torch.library.custom_op("fradique::gelu", mutates_args=())
 def _gelu(x: Tensor) -> Tensor:
-    """torch's kernel in a compiled graph: the code that inductor generates for a CPU is slower."""
+    """F.gelu as a custom operator: compiled graphs then call torch's kernel, not inductor's slower code."""
     return F.gelu(x)
 
 
@@ -158,8 +159,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm with a backward pass of few operations.
 
-    The gradient is torch's layer norm kernel with a mean of 0. Layer norm also subtracts the mean of the
-    gradient, which RMSNorm does not; it is added back.
+    The backward pass calls torch's kernel for layer norm with a mean of 0. That kernel also subtracts the
+    mean of grad · weight, which the gradient of RMSNorm does not contain: the backward pass adds it back.
     """
 
     @staticmethod
@@ -184,7 +185,7 @@ class _RMSNorm(torch.autograd.Function):
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021): rotates elements i and i + D / 2 as a pair, as in LLaMA.
 
-    x (B, H, T, D), cos and sin (T, D / 2) -> (B, H, T, D) in the wider of their dtypes.
+    x (B, H, T, D), cos and sin (T, D / 2) -> (B, H, T, D), in the wider of the dtypes of x and cos.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         a, b = x.chunk(2, dim=-1)
@@ -193,34 +194,36 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _ApplyRope(torch.autograd.Function):
-    """RoPE; the backward pass rotates by -theta."""
+    """RoPE; the backward pass rotates by the negative angles."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(cos, sin)
-        return _rotate_pairs(x, cos, sin, 1.0)
+        return _rotate_pairs(x, cos, sin, sign=1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
-        return _rotate_pairs(grad, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate_pairs(grad, cos, sin, sign=-1.0), None, None
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """x (..., T, D), rotated by sign * theta."""
+    """x (..., T, D), rotated by the angles (sign 1) or by the negative angles (sign -1)."""
     out = torch.empty_like(x)
-    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    out_a, out_b = out.chunk(2, dim=-1)
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
     torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
     return out
 
 
 ACTIVATIONS = {
-    "gelu": gelu,  # nanoGPT's: the exact form
+    "gelu": gelu,  # the exact form, as in nanoGPT
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's approximation (Hendrycks & Gimpel 2016)
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # Primer (So et al. 2021)
-    "swiglu": F.silu,  # gated: applied to the gate, which multiplies the value (Shazeer 2020)
+    "swiglu": F.silu,
     "geglu": F.gelu,
 }
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu")  # the MLP multiplies activation(gate) by a second projection (Shazeer 2020)

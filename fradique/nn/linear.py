@@ -1,8 +1,8 @@
 """Linear layers with a faster weight gradient for bfloat16 on a CPU.
 
-The gradient of a weight is a matrix product with a transposed operand. In bfloat16 a CPU takes twice as long
-for it as with the same operand stored contiguously. So the narrower operand is first copied, transposed, in
-tiles that fit the cache. Everywhere else this is torch's own linear layer.
+The gradient of a weight is the matrix product gradᵀ x. In bfloat16 a CPU takes twice as long for this product
+as for one whose first operand is contiguous. `weight_gradient` therefore first copies the narrower operand
+into a contiguous transposed matrix. Everything else is torch's own linear layer.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MIN_ROWS, MIN_WIDTH = 1 << 10, 1 << 10  # smallest N, and smallest max(I, O), for which the copy pays off
-TILE = 768  # rows and columns of a tile: it fits the cache
-ROW_PADDING = (
-    32  # numbers between the rows of a tile: rows a power of 2 apart would map to the same cache sets
-)
+MIN_ROWS, MIN_WIDTH = 1 << 10, 1 << 10  # smallest N, and smallest max(I, O), for which the copy saves time
+# The copy is made in square tiles of TILE rows, which fit the CPU's cache.
+TILE = 768
+# Unused elements after each row of a tile: rows at a distance of a power of 2 would share few cache sets.
+ROW_PADDING = 32
 
 
 class Linear(nn.Linear):
-    """nn.Linear with the function below.
+    """nn.Linear that computes with `linear` below.
 
-    `row_splits` says which matrices are stacked in the weight (O, I): the number of rows of each, by default
-    (O,). Muon orthogonalizes them separately, for example q, k and v.
+    `row_splits`: the number of rows of each matrix that is stacked in the weight (O, I), for example q, k and
+    v; by default (O,), one matrix. Muon orthogonalizes the matrices separately.
     """
 
     row_splits: tuple[int, ...]
@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x weightᵀ + bias in x's dtype; the gradients of weight and bias are in their own dtypes."""
+    """x weightᵀ + bias in x's dtype; each gradient has the dtype of its tensor."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN001
@@ -84,22 +84,25 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         return (grad.t() @ x).to(dtype)
     if grad.size(1) <= x.size(1):
         return (contiguous_copy(grad.t()) @ x).to(dtype)
-    return contiguous_copy((contiguous_copy(x.t()) @ grad).t(), dtype)
+    transposed = contiguous_copy(x.t()) @ grad  # (I, O)
+    return contiguous_copy(transposed.t(), dtype)
 
 
 def contiguous_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A transposed view x (rows, columns) as a contiguous matrix, in `dtype` (default: x's)."""
+    """Copy a transposed view x (rows, columns) into a contiguous matrix of `dtype` (default: x's dtype)."""
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     buffer = x.new_empty(TILE, TILE + ROW_PADDING)
     for left in range(0, x.size(1), TILE):
         for top in range(0, x.size(0), TILE):
             source = x[top : top + TILE, left : left + TILE]
-            tile = buffer[: source.size(1), : source.size(0)].t()
-            out[top : top + TILE, left : left + TILE].copy_(tile.copy_(source))
+            tile = buffer[: source.size(1), : source.size(0)].t()  # memory layout of the source
+            tile.copy_(source)
+            out[top : top + TILE, left : left + TILE].copy_(tile)
     return out
 
 
 def cpu_has_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16 matrix products (AMX or AVX-512 BF16)."""
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of torch, not public yet
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    # torch's functions for this are private: a version of torch may lack them
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in names)

@@ -23,17 +23,17 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square, without mean or bias (Zhang & Sennrich 2019)."""
+    """RMSNorm (Zhang & Sennrich 2019): layer normalization without a mean and without a bias."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # cast back to the weight's dtype under autocast: torch has no mixed-dtype rms_norm kernel
+        # autocast may have made x bfloat16; torch has no rms_norm kernel for two dtypes
         return functional.rms_norm(x.to(self.weight.dtype), self.weight, NORM_EPS)
 
 
 def make_norm(kind: str, width: int, bias: bool) -> nn.Module:
-    """The layer that `kind`, one of NORMS, names."""
+    """A norm layer of a `kind` in NORMS. RMSNorm ignores `bias`."""
     return RMSNorm(width) if kind == "rmsnorm" else LayerNorm(width, bias)

@@ -1,4 +1,4 @@
-"""Positional encodings: sinusoidal embedding, rotary angles, ALiBi slopes, T5's relative position buckets.
+"""Positional encodings: sinusoidal embedding, RoPE, ALiBi, and T5's relative position buckets.
 
 Shapes: T positions, C = n_embd, D = head_dim, H = n_head.
 """
@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-RELATIVE_BUCKETS, MAX_DISTANCE = 32, 128  # of T5's relative positions: the last bucket holds 113 and above
+RELATIVE_BUCKETS, MAX_DISTANCE = 32, 128  # T5's number of buckets, and scale of the logarithmic ones
 
 
 def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
@@ -21,7 +21,7 @@ def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
 
 
 def rope_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(T,) -> cosine and sine of the rotary angles, (T, D / 2) each, for `functional.apply_rope`."""
+    """(T,) -> cosine and sine of RoPE's angles, (T, D / 2) each, for `functional.apply_rope`."""
     angles = _angles(positions, head_dim, theta)
     return angles.cos(), angles.sin()
 
@@ -40,18 +40,19 @@ def alibi_slopes(n_head: int, device: torch.device) -> Tensor:
     """
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]
-    # filled on the device: a copy from the CPU cannot be captured in a CUDA graph
+    slopes += [2 ** (-8 * (2 * i + 1) / (2 * power)) for i in range(n_head - power)]
+    # torch.full fills on the device: a copy from the CPU cannot be captured in a CUDA graph
     return torch.stack([torch.full((), slope, device=device) for slope in slopes])
 
 
 def relative_buckets(distance: Tensor) -> Tensor:
-    """Distance from query back to key -> T5's bucket, 0 to 31, in the same shape (Raffel et al. 2020, §2.1).
+    """Distances from query back to key -> T5's buckets, 0 to 31, same shape (Raffel et al. 2020, §2.1).
 
-    Distances up to 15 have a bucket each; larger ones share logarithmically wider buckets up to 128.
+    Each distance up to 15 has its own bucket. Larger distances share buckets whose width grows in proportion
+    to the distance; the last bucket is for 113 and above. Negative distances (later keys) count as 0.
     """
-    exact = RELATIVE_BUCKETS // 2
+    num_exact = RELATIVE_BUCKETS // 2  # buckets for a single distance
     distance = distance.clamp(min=0)
-    fraction = (distance.clamp(min=1).float() / exact).log() / math.log(MAX_DISTANCE / exact)
-    large = (exact + (fraction * (RELATIVE_BUCKETS - exact)).long()).clamp(max=RELATIVE_BUCKETS - 1)
-    return torch.where(distance < exact, distance, large)
+    fraction = (distance.clamp(min=1).float() / num_exact).log() / math.log(MAX_DISTANCE / num_exact)
+    shared = num_exact + (fraction * (RELATIVE_BUCKETS - num_exact)).long()
+    return torch.where(distance < num_exact, distance, shared.clamp(max=RELATIVE_BUCKETS - 1))

@@ -1,7 +1,8 @@
 """Learning rate schedules, as pure functions of the step.
 
-A schedule maps the progress after warm-up (0 to 1) to a factor between 0 and 1. `learning_rate` combines
-warm-up, schedule, peak and floor. With a time budget, `estimate_total_steps` gives its `total`.
+A schedule maps the progress after warm-up (0 to 1) to a factor between 0 and 1; only `wsd` uses `decay_frac`.
+`learning_rate` combines warm-up, schedule, peak and floor. In a run with a time budget its argument `total`
+comes from `estimate_total_steps`.
 """
 
 import math
@@ -40,10 +41,10 @@ def learning_rate(
     total: float,
     decay_frac: float = 0.5,
 ) -> float:
-    """The learning rate of a step, counted from 0. With "cosine" it equals nanoGPT's get_lr.
+    """The learning rate of a step, counted from 0. With the schedule "cosine" it equals nanoGPT's get_lr.
 
-    It rises linearly to `peak` over `warmup` steps, follows the schedule down to `floor` at step `total`, and
-    stays there ("constant" stays at `peak`).
+    It rises linearly to `peak` over `warmup` steps, follows the schedule to `floor` at step `total`, and then
+    stays at `floor`. With the schedule "constant" it stays at `peak`.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -52,5 +53,5 @@ def learning_rate(
 
 
 def estimate_total_steps(step: int, elapsed: float, budget: float) -> float:
-    """Steps that fit into `budget` seconds if the first `step` took `elapsed` seconds; inf for step 0."""
+    """Number of steps in `budget` seconds, if `step` steps took `elapsed` seconds; inf if step is 0."""
     return step * budget / elapsed if step > 0 and elapsed > 0 else math.inf

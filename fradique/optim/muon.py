@@ -1,6 +1,5 @@
 """Muon (Jordan et al. 2024) for parameters that stack several matrices, with batched updates."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,36 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MAX_BATCH_ELEMENTS = 1 << 24  # elements of the matrices that are orthogonalized in one batch
+MAX_BATCH_ELEMENTS = 1 << 24  # total elements of the matrices in one batch; limits the memory of an update
 
 
 @dataclass(frozen=True)
 class MatrixView:
-    """One of the matrices stacked in a parameter: a range of its rows."""
+    """One of the matrices stacked in a parameter: a range of the parameter's rows."""
 
     name: str
     parameter: nn.Parameter
     rows: slice
-    view: nn.Parameter  # the rows; shares the memory of `parameter`
+    view: nn.Parameter  # parameter[rows], in the same memory
 
 
 def split_matrix(name: str, parameter: nn.Parameter, row_splits: Sequence[int]) -> list[MatrixView]:
-    """The matrices stacked in a parameter. `row_splits`: number of rows of each, summing to its rows."""
-    ends = list(itertools.accumulate(row_splits))
-    assert ends[-1] == parameter.size(0), (name, row_splits)
-    names = [name] if len(row_splits) == 1 else [f"{name}[{i}]" for i in range(len(row_splits))]
-    slices = [slice(end - count, end) for end, count in zip(ends, row_splits, strict=True)]
-    return [
-        MatrixView(view_name, parameter, rows, nn.Parameter(parameter.detach()[rows]))
-        for view_name, rows in zip(names, slices, strict=True)
-    ]
+    """The matrices stacked in a parameter. `row_splits`: the number of rows of each matrix.
+
+    A view is named `<name>[<index>]`, or `<name>` if the parameter is a single matrix.
+    """
+    assert sum(row_splits) == parameter.size(0), (name, row_splits)
+    views, start = [], 0
+    for i, num_rows in enumerate(row_splits):
+        rows = slice(start, start + num_rows)
+        view_name = name if len(row_splits) == 1 else f"{name}[{i}]"
+        views.append(MatrixView(view_name, parameter, rows, nn.Parameter(parameter.detach()[rows])))
+        start += num_rows
+    return views
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with a separate update for each stacked matrix (q, k, v; gate, value).
+    """torch.optim.Muon with a separate update for each stacked matrix (q, k, v; gate, value).
 
-    Orthogonalizing the stack would not orthogonalize its matrices. All matrices of one shape are updated in a
-    batch: the same updates as torch's, with fewer and larger kernels.
+    Orthogonalizing the whole stack would not orthogonalize the matrices in it. Matrices of the same shape are
+    updated in batches: the updates equal those of torch, with fewer and larger kernels.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Muon(torch.optim.Muon):
         self.matrices = matrices
 
     def assign_gradients(self) -> None:
-        """Set each view's gradient to its rows of the parameter's; to call after the backward pass."""
+        """Set the gradient of each view: a view of its parameter's gradient. Call it after the backward pass."""
         for matrix in self.matrices:
             grad = matrix.parameter.grad
             matrix.view.grad = None if grad is None else grad[matrix.rows]
@@ -59,7 +61,8 @@ class Muon(torch.optim.Muon):
         """Update every matrix that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}  # (m, n) and (n, m) together
+            # the key is the sorted shape, so (m, n) and (n, m) are in one batch
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
@@ -69,7 +72,7 @@ class Muon(torch.optim.Muon):
                     self._update(params[start : start + batch_size], group)
 
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update matrices of one shape, up to transposition."""
+        """Update matrices of shape (m, n) or (n, m)."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -81,7 +84,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for p, update in zip(params, updates, strict=True):
             rows, columns = p.shape
-            lr = group["lr"] * math.sqrt(max(1, rows / columns))
+            lr = group["lr"] * math.sqrt(max(1, rows / columns))  # torch's adjust_lr_fn="original"
             p.add_(update if rows <= columns else update.t(), alpha=-lr)
 
 
@@ -91,13 +94,15 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Approximately the nearest semi-orthogonal matrices: x (b, m, n) with m <= n, bfloat16, same shape.
+    """The nearest semi-orthogonal matrices, approximately: x (batch, m, n), bfloat16, m <= n -> same shape.
 
-    The quintic Newton-Schulz iteration of Jordan et al. 2024 brings all singular values close to 1.
+    The quintic Newton-Schulz iteration X <- a X + (b G + c G²) X, with G = X Xᵀ (Jordan et al. 2024), brings
+    all singular values close to 1.
     """
     a, b, c = coefficients
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = torch.bmm(x, x.transpose(1, 2))  # (b, m, m)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = torch.bmm(x, x.transpose(1, 2))  # (batch, m, m)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G²
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x

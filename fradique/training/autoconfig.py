@@ -1,8 +1,8 @@
-"""Settings chosen for a machine, a corpus and a time budget: what config/auto.py asks for.
+"""Settings chosen for a machine, a corpus and a time budget (`--auto`, config/auto.py).
 
-A larger model learns more from each token, and sees fewer tokens in the time. The presets are tried from
-small to large, each for about a second, until the next one would lose more by its fewer tokens than it gains
-by its size. The presets and the coefficients come from the sweeps described in config/auto.py.
+A larger model learns more from each token, but sees fewer tokens in the same time. The presets are tried from
+small to large, each for about a second, until the next one is expected to reach a higher loss. The presets
+and the coefficients come from the measurements in config/auto.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fradique.training.trainer import Trainer
     from train import TrainSettings
 
-# What all presets have in common. Settings that the user gives are never changed.
+# Settings that all presets share. Settings that the user gives are never changed.
 COMMON: dict[str, Any] = {
     "position": "rope",
     "activation": "relu2",
@@ -42,22 +43,25 @@ COMMON: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "max_iters": 10**9,  # the clock ends the run
 }
-TRIAL_SECONDS, MAX_TRIAL_STEPS = 1.0, 12  # for which each preset is tried
-SEARCH_FRACTION = 0.1  # of the budget, after which no larger preset is tried
-WARMUP_FRACTION = 0.05  # of the steps
-NUM_EVALUATIONS = 4  # during training, so that there is a curve to look at
-EVALUATION_FRACTION = 0.05  # of the time, for evaluations
-EVALUATION_BATCHES = 20  # of each split: enough for a steady curve
-MAX_PARAMETERS_PER_TOKEN = 4  # parameters of the blocks for each token of the corpus
-# Dropout by epochs (how often the corpus is seen). Measured: 0.1 is worse than none at 2 epochs (shakespeare
-# in GPT-2's BPE, 4.955 and 4.903) and at 4.6 (machado_char, 1.393 and 1.341), and better at 7
-# (shakespeare_char, 1.483 and 1.488) and at 8 (machado_char, 1.319 and 1.350). Beyond that: extrapolated.
+TRIAL_SECONDS, MAX_TRIAL_STEPS = 1.0, 12  # each trial ends at the first of the two
+SEARCH_FRACTION = 0.1  # once this fraction of the budget is used, no larger preset is tried
+WARMUP_FRACTION = 0.05  # of all steps
+NUM_EVALUATIONS = 4  # during training, after the one at step 0: enough to draw a loss curve
+EVALUATION_FRACTION = 0.05  # of the training time, for all evaluations together
+EVALUATION_BATCHES = 20  # at most, per split: enough for a smooth loss curve
+MAX_PARAMETERS_PER_TOKEN = 4  # parameters of the blocks per token of the corpus: more would memorize it
+# {minimum number of epochs: dropout}. Validation losses measured with dropout 0.1 and without dropout:
+# worse at 2 epochs (shakespeare in GPT-2's BPE, 4.955 and 4.903) and at 4.6 (machado_char, 1.393 and 1.341),
+# better at 7 (shakespeare_char, 1.483 and 1.488) and at 8 (machado_char, 1.319 and 1.350). Beyond 8 epochs
+# the values are extrapolated.
 DROPOUT_BY_EPOCHS = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
-# Measured at 22 epochs (shakespeare in GPT-2's BPE, 6,405 steps): 4.480 with weight decay, 4.568 without.
+# {minimum number of epochs: weight decay}. Validation losses measured at 22 epochs (shakespeare in GPT-2's
+# BPE, 6,405 steps): 4.480 with weight decay 0.1, 4.568 without.
 WEIGHT_DECAY_BY_EPOCHS = {0.0: 0.0, 15.0: 0.1}
-# A model of N parameters that saw D tokens has a reducible loss of N^-SIZE_EXPONENT + TOKEN_COEFFICIENT / D.
-# Fitted to which of the widths 64, 128, 192 and 256 won after one and five minutes, with characters and BPE.
-# (Scaling laws, as Hoffmann et al. 2022, have a root of D: they describe runs that are trained to the end.)
+# The reducible loss of a model of N parameters that saw D tokens, up to a constant factor:
+# N^-SIZE_EXPONENT + TOKEN_COEFFICIENT / D. Fitted so that it predicts which of the widths 64, 128, 192 and
+# 256 has the lowest loss after one and after five minutes, with characters and with BPE. Scaling laws such as
+# that of Hoffmann et al. 2022 have a root of D instead: they describe runs that are trained to the end.
 SIZE_EXPONENT, TOKEN_COEFFICIENT = 0.3, 3.3e4
 
 
@@ -74,12 +78,13 @@ class Preset:
     muon_learning_rate: float
 
 
+# n_layer, n_head, n_embd, block_size, batch_size, and the learning rates of AdamW and Muon
 PRESETS = (
     Preset(3, 2, 64, 64, 16, 5e-3, 1e-2),
     Preset(4, 2, 128, 128, 8, 5e-3, 1e-2),
     Preset(4, 3, 192, 128, 16, 5e-3, 1e-2),
     Preset(5, 4, 256, 128, 24, 5e-3, 1e-2),
-    # extrapolated, not measured: for hours on a CPU, or minutes on a GPU
+    # extrapolated, not measured: these need hours on a CPU, or minutes on a GPU
     Preset(6, 6, 384, 256, 32, 3e-3, 1e-2),
     Preset(8, 8, 512, 512, 32, 2e-3, 1e-2),
     Preset(12, 12, 768, 1024, 32, 1e-3, 1e-2),
@@ -88,29 +93,32 @@ PRESETS = (
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a preset achieves on this machine."""
+    """The measured speed of a model size on this machine, and what it would reach in a given time."""
 
-    parameters: int  # of the blocks; embedding tables are only looked up
+    parameters: int  # of the blocks: embeddings are left out, because looking them up takes no time
     corpus_tokens: int  # in the training split
     tokens_per_step: int
     step_seconds: float
-    elapsed: float  # seconds since the start of the program, this trial included
+    elapsed: float  # seconds from the start of the program to the end of this trial
 
     def steps(self, budget: float) -> int:
-        """Steps that fit into what is left of `budget` seconds."""
+        """Steps that fit into the rest of a budget of `budget` seconds, which began with the program."""
         return max(1, int((budget - self.elapsed) / self.step_seconds))
 
     def tokens(self, budget: float) -> int:
-        """Tokens that are seen in that time."""
+        """Training tokens in the steps that fit into the budget."""
         return self.steps(budget) * self.tokens_per_step
 
     def by_epochs(self, table: dict[float, float], budget: float) -> float:
-        """The value in a table {minimum number of epochs: value} for the epochs in that time."""
+        """The value in a table {minimum number of epochs: value} for the epochs that fit into the budget.
+
+        The values must increase with the number of epochs.
+        """
         epochs = self.tokens(budget) / self.corpus_tokens
         return max(value for min_epochs, value in table.items() if epochs >= min_epochs)
 
     def reducible_loss(self, budget: float) -> float:
-        """The expected loss above the smallest possible one, up to a factor that all sizes share."""
+        """The expected loss minus the smallest possible one, up to a factor that all sizes share."""
         return self.parameters**-SIZE_EXPONENT + TOKEN_COEFFICIENT / self.tokens(budget)
 
 
@@ -121,11 +129,11 @@ def autotune(
     device: torch.device,
     started: float,
 ) -> tuple[TrainSettings, tuple[str, ...]]:
-    """Choose all settings that are not in `fixed` for settings.time_budget, by trying presets here.
+    """Try presets on this machine, and choose the settings that are not in `fixed` for the time budget.
 
-    `time_step` makes a training step and returns its seconds; `device` is that of the run; `started` is
-    time.monotonic() at the start of the process. Returns the settings and notes for the log; equal on all
-    ranks.
+    fixed: the settings that the user gave. time_step: runs one training step and returns its seconds.
+    device: the device of the run. started: time.monotonic() at the start of the process. Returns the settings
+    and notes for the log, equal on all ranks. Raises ValueError if the settings do not fit together.
     """
     budget = parse_duration(settings.time_budget)
     run_folder.check_available(Path(settings.out_dir), settings.overwrite)
@@ -147,15 +155,16 @@ def _measure(
     with (
         tempfile.TemporaryDirectory() as scratch,
         contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),  # the run itself will repeat its warnings
+        contextlib.redirect_stderr(io.StringIO()),  # the real run prints these warnings again
     ):
         trial = replace(settings, out_dir=f"{scratch}/run", compile=False, wandb_log=False, auto=False)
         t = setup.setup_training(trial, average_gradients=False, device=device)
         try:
-            time_step(t)  # the first one is slow
-            (seconds,) = t.runtime.max(time_step(t))  # ranks must make the same number of steps
+            time_step(t)  # warm-up
+            (seconds,) = t.runtime.max(time_step(t))  # the maximum: all ranks must run equally many steps
             count = min(MAX_TRIAL_STEPS, max(1, int(TRIAL_SECONDS / seconds)))
-            step_seconds = min(time_step(t) for _ in range(count))  # other processes only make steps slower
+            # the minimum is the time on an idle machine: other processes can only make a step slower
+            step_seconds = min(time_step(t) for _ in range(count))
         finally:
             t.close()
         step_seconds, elapsed = t.runtime.max(step_seconds, time.monotonic() - started)
@@ -174,13 +183,16 @@ def _measure(
 def choose_preset(
     budget: float, fixed: dict[str, Any], measure: Callable[[dict[str, Any]], Throughput], world: int = 1
 ) -> tuple[dict[str, Any], list[str]]:
-    """Settings for `budget` seconds on `world` processes, besides those in `fixed`; and notes for the log.
+    """The settings to change for `budget` seconds on `world` processes, without those in `fixed`, and notes
+    for the log.
 
-    `measure` tries the changes that it is given. If it raises for a larger preset (too large for the GPU, a
-    context longer than the corpus), the smaller one is taken; an error of the smallest is the user's to fix.
+    measure: trains with the changed settings that it gets and returns the throughput. If it raises for a
+    preset, for example because the model does not fit into the GPU's memory, the previous preset is chosen.
+    An error of the smallest preset is raised.
     """
     changes = preset_settings(PRESETS[0], fixed, world)
-    best, reason = measure(changes), ""
+    best = measure(changes)
+    reason = ""  # why no larger preset was chosen
     for preset in PRESETS[1:]:
         larger = preset_settings(preset, fixed, world)
         name = describe_settings(larger | fixed)
@@ -199,14 +211,16 @@ def choose_preset(
             reason = f"; {name} would memorize so small a corpus"
             break
         changes, best = larger, trial
-    changes |= {k: v for k, v in schedule_settings(best, budget).items() if k not in fixed}
+    schedule = schedule_settings(best, budget)
+    changes |= {key: value for key, value in schedule.items() if key not in fixed}
     return changes, [_note(changes | fixed, best, budget) + reason]
 
 
 def schedule_settings(throughput: Throughput, budget: float) -> dict[str, Any]:
-    """Regularization, warm-up and evaluations for the steps that fit into the budget."""
+    """Regularization, warm-up and intervals for the steps that fit into the budget."""
     steps = throughput.steps(budget)
-    # evaluating a batch of both splits takes as long as two thirds of a step
+    # A step is a forward pass and a backward pass of twice its cost. So a forward pass of one batch of each
+    # split takes as long as 2/3 of a step.
     eval_iters = int(EVALUATION_FRACTION * steps / (NUM_EVALUATIONS + 1) * 3 / 2)
     return {
         "dropout": throughput.by_epochs(DROPOUT_BY_EPOCHS, budget),
@@ -219,28 +233,36 @@ def schedule_settings(throughput: Throughput, budget: float) -> dict[str, Any]:
 
 
 def preset_settings(preset: Preset, fixed: dict[str, Any], world: int = 1) -> dict[str, Any]:
-    """The settings of a preset that are not fixed. The width is a multiple of the number of heads, and the
-    batch a multiple of the number of processes."""
+    """The settings of a preset, without those in `fixed`.
+
+    The width becomes a multiple of twice the number of heads, because RoPE needs an even head dimension, and
+    the batch size a multiple of the number of processes.
+    """
     settings = COMMON | asdict(preset)
-    settings["batch_size"] = -(-preset.batch_size // world) * world
-    if "n_embd" in fixed:  # RoPE rotates pairs: the head dimension must be even
-        heads = [n for n in range(1, preset.n_head + 1) if fixed["n_embd"] % (2 * n) == 0]
-        settings["n_head"] = max(heads, default=1)
+    settings["batch_size"] = _round_up(preset.batch_size, world)
+    if "n_embd" in fixed:
+        head_counts = [n for n in range(1, preset.n_head + 1) if fixed["n_embd"] % (2 * n) == 0]
+        settings["n_head"] = max(head_counts, default=1)
     elif "n_head" in fixed:
-        multiple = 2 * fixed["n_head"]
-        settings["n_embd"] = -(-preset.n_embd // multiple) * multiple
+        settings["n_embd"] = _round_up(preset.n_embd, 2 * fixed["n_head"])
     return {key: value for key, value in settings.items() if key not in fixed}
 
 
+def _round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `number`."""
+    return math.ceil(number / multiple) * multiple
+
+
 def describe_settings(settings: dict[str, Any]) -> str:
-    """4 layers 128 wide on 8 x 128 tokens."""
-    layers, width, rows, context = (
-        settings[key] for key in ("n_layer", "n_embd", "batch_size", "block_size")
+    """The sizes as text, such as "4 layers 128 wide on 8 x 128 tokens"."""
+    return (
+        f"{settings['n_layer']} layers {settings['n_embd']} wide on "
+        f"{settings['batch_size']} x {settings['block_size']} tokens"
     )
-    return f"{layers} layers {width} wide on {rows} x {context} tokens"
 
 
 def _note(settings: dict[str, Any], throughput: Throughput, budget: float) -> str:
+    """The note for the log: the chosen model, and the steps and tokens that are expected."""
     decay = settings["weight_decay"]
     return (
         f"auto: {describe_settings(settings)}: about {throughput.steps(budget):,} steps of "

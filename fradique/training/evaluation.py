@@ -1,6 +1,7 @@
-"""Loss of a model on a split: on fixed windows, or on the whole split with perplexity and bits per byte.
+"""Loss of a model on a split: on some fixed windows, or on the whole split with perplexity and bits per byte.
 
-The ranks share the work and get the same numbers. Nothing is random: equal weights give equal losses.
+The ranks divide the windows among themselves, and all get the same results. Nothing is random: equal weights
+give equal losses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from fradique.runtime.device import Runtime
 if TYPE_CHECKING:
     from fradique.training.trainer import Trainer
 
-IDLE_BATCH = (torch.zeros(1, 1, dtype=torch.int64),) * 2  # for a rank that has no batch while others do
+# Inputs and targets (1, 1) for a rank of a sharded model that has no batch left while other ranks do: it must
+# run the forward pass, because they need its shard of the weights.
+_ZERO = torch.zeros(1, 1, dtype=torch.int64)
+DUMMY_BATCH = (_ZERO, _ZERO)
 
 
 @dataclass(frozen=True)
@@ -29,16 +33,17 @@ class SplitLoss:
     """The mean loss over some windows of a split."""
 
     loss: float  # nats per token, over all ranks
-    window_seconds: tuple[float, ...] = field(default=(), compare=False)  # per window, for each batch here
+    # seconds per window, one number for each batch of this rank; empty if it had no batch
+    window_seconds: tuple[float, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class SplitMetrics:
-    """A model on a whole split; each token is predicted once (except the first of each shard)."""
+    """The result on a whole split. Each token is predicted once, except the first of each token file."""
 
     loss: float  # nats per token
     perplexity: float  # e^loss
-    bits_per_byte: float  # of the UTF-8 text: comparable across tokenizers
+    bits_per_byte: float  # per byte of the UTF-8 text, so that tokenizers can be compared
 
     def __str__(self) -> str:
         return (
@@ -50,21 +55,22 @@ class SplitMetrics:
 def mean_loss(
     model: nn.Module, split: Split, windows: Sequence[Window], batch_size: int, runtime: Runtime
 ) -> SplitLoss:
-    """Mean cross-entropy over the targets of `windows`, `batch_size` windows at a time.
+    """Mean cross-entropy over the targets of `windows` on all ranks, at most `batch_size` windows at a time.
 
-    For a prefix decoder the loss of a window is the mean over the tokens after its prefix.
+    For a prefix LM the loss of a window is the mean over the tokens after its prefix.
     """
-    total, count, start = 0.0, 0, time.monotonic()
+    total, count, start = 0.0, 0, time.monotonic()  # total: sum of the losses; count: number of targets
     window_seconds = []
-    batch_size = min(batch_size, -(-len(windows) // runtime.world))  # at least one batch for each rank
+    # at most a rank's share of the windows, so that they are divided over all ranks
+    batch_size = min(batch_size, math.ceil(len(windows) / runtime.world))
     training = model.training
     model.eval()
     batches = split.batches(windows, batch_size, runtime.rank, runtime.world)
     for batch in process_group.lockstep(batches) if runtime.sharded else batches:
-        x, y = runtime.to_device(*(batch or IDLE_BATCH))
+        x, y = runtime.to_device(*(batch or DUMMY_BATCH))
         with runtime.autocast():
-            loss = model(x, y, with_logits=False)[1]
-        if batch is None:  # the other ranks needed this rank's shard of the model, not its loss
+            _, loss = model(x, y, with_logits=False)
+        if batch is None:
             continue
         total += loss.item() * y.numel()
         count += y.numel()
@@ -77,7 +83,10 @@ def mean_loss(
 
 
 def estimate_loss(t: Trainer) -> dict[str, SplitLoss]:
-    """Loss of "train" and "val" on eval_iters batches of windows spread over each: always the same ones."""
+    """The losses of the splits "train" and "val", on eval_iters * batch_size windows of each.
+
+    The windows are spread evenly over the split and are the same in every evaluation.
+    """
     settings = t.settings
     batch_size = t.runtime.max_eval_rows(settings.batch_size, settings.block_size)
     losses = {}
@@ -92,11 +101,12 @@ def evaluate_val_split(t: Trainer) -> SplitMetrics:
     split, block_size = t.corpus.val, t.settings.block_size
     batch_size = t.runtime.max_eval_rows(t.settings.batch_size, block_size)
     loss = mean_loss(t.model, split, split.all_windows(block_size), batch_size, t.runtime).loss
+    # the first token of each file is not predicted: leave out its share of the bytes
     text_bytes = split.count_text_bytes(t.corpus.tokenizer) * split.targets / split.tokens
     bits = loss * split.targets / math.log(2)
     return SplitMetrics(loss, perplexity(loss), bits / text_bytes)
 
 
 def perplexity(loss: float) -> float:
-    """e^loss, limited to what a float can hold."""
+    """e^loss; for losses above 700, e^700: a larger power would overflow a float."""
     return math.exp(min(loss, 700.0))

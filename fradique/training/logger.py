@@ -1,4 +1,4 @@
-"""Console, metrics.jsonl and Weights & Biases: where a run reports to."""
+"""The logger of a run: console, metrics.jsonl, samples.txt and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tqdm import tqdm
 from fradique.checkpointing.metrics_file import METRICS_FILE, SAMPLE_HEADER, SAMPLES_FILE, WANDB_ID_FILE
 from fradique.io import files
 
-REFRESH_SECONDS = 1.0  # between two updates of the progress bar
+REFRESH_SECONDS = 1.0  # the shortest time between two updates of the progress bar
 
 
 class RunLogger:
     """Console and JSONL logger; silent on ranks other than 0, and without files if `folder` is None.
 
-    On a terminal a progress bar shows loss, speed and time; elsewhere (a file, a scheduler's log) there is a
-    line for each training record.
+    If stderr is a terminal, a progress bar shows loss, speed and time. Otherwise each training record is
+    printed as a line.
     """
 
     def __init__(
@@ -36,18 +36,22 @@ class RunLogger:
         start: float = 0,
         wandb: dict[str, Any] | None = None,
     ) -> None:
-        """`total` and `start`: of the progress bar, in `unit`: "step" or "s"."""
+        """Open metrics.jsonl and the progress bar, and start wandb.
+
+        total, start: the last and the first position of the progress bar, in units of `unit`, "step" or "s".
+        wandb: the arguments of `start_wandb` after the folder; None: no wandb.
+        """
         self.enabled, self.folder = enabled, folder
-        self.output_closed = False  # stdout or stderr is a closed pipe
+        self.output_closed = False  # whether stdout or stderr turned out to be a closed pipe
         self._shown_warnings: set[str] = set()
-        self._bar_updated = time.monotonic()
+        self._bar_update_time = time.monotonic()
         writes = enabled and folder is not None
         self.wandb = start_wandb(folder, **wandb) if wandb and writes else None
         self.file = (folder / METRICS_FILE).open("a", encoding="utf-8") if writes else None
         self.bar = None
         if enabled and sys.stderr.isatty():
             self.bar = tqdm(
-                total=total, initial=start, unit=unit, bar_format=_bar_format(unit), **_terminal_size()
+                total=total, initial=start, unit=unit, bar_format=_bar_format(unit), **_size_options()
             )
 
     def info(self, text: str) -> None:
@@ -70,18 +74,22 @@ class RunLogger:
 
     @contextmanager
     def _survive_closed_output(self, stream: TextIO) -> Iterator[None]:
-        """A closed terminal, or a full disk behind the output, must not end the run: drop the output."""
+        """Ignore an OSError of the output, such as a closed terminal or a full disk, and all later output.
+
+        The run must not end because of it.
+        """
         try:
             yield
         except OSError as error:
             self.output_closed |= isinstance(error, BrokenPipeError)
-            with suppress(OSError, ValueError):  # streams that are not files have no descriptor
+            # replace the stream by /dev/null; ValueError: a stream that is not a file has no descriptor
+            with suppress(OSError, ValueError):
                 devnull = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(devnull, stream.fileno())
                 os.close(devnull)
 
     def move(self, folder: Path) -> None:
-        """Write to another folder from now on: the run folder was moved, or created again."""
+        """Write to another folder from now on, after the run folder was moved or created again."""
         if self.folder is not None:
             self.folder = folder
         if self.file is not None:
@@ -96,13 +104,16 @@ class RunLogger:
             if self.file is not None:
                 self.file.write(json.dumps(record, allow_nan=False) + "\n")
                 self.file.flush()
-        except OSError as error:  # a full disk: better to lose lines than the run
+        except OSError as error:  # such as a full disk: continue without this record
             self.warn_once(f"{METRICS_FILE} cannot be written: {error}")
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
 
     def show_record(self, position: float, record: dict[str, Any]) -> None:
-        """Show the loss and speed of a training record; `position` is that of the bar, in its unit."""
+        """Show the loss and speed of a training record in the progress bar, or print them without one.
+
+        `position`: where the bar moves to, in its unit.
+        """
         if self.bar is None:
             self.info(_format_record(record))
             return
@@ -111,8 +122,8 @@ class RunLogger:
         self._move_bar(position)
 
     def advance(self, position: float) -> None:
-        """Move the progress bar, at most once in REFRESH_SECONDS: cheap enough for every step."""
-        if self.bar is not None and time.monotonic() - self._bar_updated >= REFRESH_SECONDS:
+        """Move the progress bar, at most once per REFRESH_SECONDS: cheap enough to call at every step."""
+        if self.bar is not None and time.monotonic() - self._bar_update_time >= REFRESH_SECONDS:
             self._move_bar(position)
 
     def finish_bar(self) -> None:
@@ -121,7 +132,7 @@ class RunLogger:
             self._move_bar(self.bar.total)
 
     def _move_bar(self, position: float) -> None:
-        self._bar_updated = time.monotonic()
+        self._bar_update_time = time.monotonic()
         with self._survive_closed_output(sys.stderr):
             self.bar.n = min(position, self.bar.total)
             self.bar.refresh()
@@ -142,39 +153,38 @@ class RunLogger:
             with self._survive_closed_output(sys.stderr):
                 self.bar.close()
         if self.file is not None:
-            with suppress(OSError):  # `write` has already warned of a full disk
+            with suppress(OSError):  # `write` has already printed a warning
                 self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
         self.bar = self.file = self.wandb = None
 
 
-def _terminal_size() -> dict[str, Any]:
-    """tqdm's options: the width of the terminal; 80 columns if it does not report one."""
+def _size_options() -> dict[str, Any]:
+    """tqdm's options for the size: that of the terminal; 80 x 24 if the terminal does not report its size."""
     try:
         has_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):  # streams that are not terminals have no descriptor or no size
+    except (OSError, ValueError):  # ValueError: the stream has no descriptor
         has_size = False
     return {"dynamic_ncols": True} if has_size else {"ncols": 80, "nrows": 24}
 
 
 def _bar_format(unit: str) -> str:
-    """tqdm's format. With a time budget the position is the clock, and no second clock is shown."""
+    """tqdm's format. With a time budget the position is the elapsed time, so tqdm's own clock is left out."""
     if unit == "s":
         return "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
     return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 
 
 def _format_speed(record: dict[str, Any]) -> str:
-    """loss 2.500, 12.3k tok/s, MFU 45.1%."""
+    """A training record for the progress bar, such as "loss 2.500, 12.3k tok/s, MFU 45.1%"."""
     loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
-    parts = [loss, f"{format_count(record['tokens_per_second'])} tok/s"]
-    if record.get("mfu") is not None:
-        parts.append(f"MFU {record['mfu']:.1%}")
-    return ", ".join(parts)
+    mfu = f", MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    return f"{loss}, {format_count(record['tokens_per_second'])} tok/s{mfu}"
 
 
 def _format_record(record: dict[str, Any]) -> str:
+    """A training record as a line of its own."""
     milliseconds = 1000 * record["step_seconds"]
     return (
         f"step {record['step']}: {_format_speed(record)}, {milliseconds:.1f} ms/step, lr {record['lr']:.2e}"
@@ -182,7 +192,7 @@ def _format_record(record: dict[str, Any]) -> str:
 
 
 def format_count(number: float) -> str:
-    """1234567 -> 1.23M."""
+    """A number with three significant digits and a letter for thousands, millions, ...: 1234567 -> 1.23M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
@@ -193,7 +203,7 @@ def format_count(number: float) -> str:
 
 
 def check_wandb() -> None:
-    """Raise ValueError if wandb is not installed, or would ask for a key when nobody can answer."""
+    """Raise ValueError if wandb is not installed, or has no API key and no terminal to ask for one."""
     try:
         import wandb
     except ImportError as error:
@@ -201,20 +211,20 @@ def check_wandb() -> None:
     offline = os.environ.get("WANDB_MODE", "online") != "online"
     if not (offline or os.environ.get("WANDB_API_KEY") or wandb.api.api_key or sys.stdin.isatty()):
         raise ValueError(
-            "wandb_log=True, but nobody is logged in: run `wandb login`, or set WANDB_MODE=offline to keep "
+            "wandb_log=True, but wandb has no API key: run `wandb login`, or set WANDB_MODE=offline to keep "
             "the log on this machine, or leave wandb_log off"
         )
 
 
 def start_wandb(folder: Path, project: str, name: str, config: dict[str, Any]) -> Any:
-    """Start a wandb run, or continue the one of this folder. Raises ValueError if wandb cannot start."""
+    """Start the wandb run of a run folder, or continue it. Raises ValueError if wandb cannot start."""
     try:
         import wandb
 
         return wandb.init(
             project=project, name=name, config=config, dir=str(folder), id=_wandb_id(folder), resume="allow"
         )
-    except Exception as error:  # wandb's errors have many classes; a user needs one message
+    except Exception as error:  # wandb's errors have no common base class
         raise ValueError(
             f"wandb_log=True, but wandb could not start: {error}. Log in with `wandb login`, or set "
             "WANDB_MODE=offline to keep the log on this machine, or leave wandb_log off"

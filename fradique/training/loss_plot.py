@@ -1,4 +1,4 @@
-"""Loss curves from metrics.jsonl, drawn with matplotlib: loss.png in the run folder, and `lab.curves`."""
+"""Loss curves from metrics.jsonl, drawn with matplotlib for loss.png in the run folder and for lab.curves."""
 
 import contextlib
 import gc
@@ -15,38 +15,43 @@ from matplotlib.figure import Figure
 from fradique.checkpointing import metrics_file
 from fradique.io import files
 
-X_LABELS = {"step": "step", "tokens": "training tokens", "seconds": "seconds"}
-X_AXES, Y_LABEL = tuple(X_LABELS), "cross-entropy, nats per token"
-# The palette of Okabe & Ito, whose colors color-blind readers can tell apart
+X_LABELS = {"step": "step", "tokens": "training tokens", "seconds": "seconds"}  # key of a record -> label
+X_AXES = tuple(X_LABELS)
+Y_LABEL = "cross-entropy, nats per token"
+# The palette of Okabe & Ito, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass(frozen=True)
 class LossCurves:
-    """The losses of a run. Each dict has the columns "step", "tokens" and "seconds" too, (N,) each."""
+    """The losses of a run. Both tables also have the columns of X_AXES; each column is (N,)."""
 
     name: str
-    batch: dict[str, np.ndarray]  # "loss": of single training batches
-    evaluated: dict[str, np.ndarray]  # "train" and "val": on the fixed evaluation windows
+    batch: dict[str, np.ndarray]  # "loss": of each training step that was logged
+    evaluated: dict[str, np.ndarray]  # "train" and "val": of each evaluation, on its fixed windows
 
 
 def read_curves(folder: Path) -> LossCurves:
-    """The loss curves of a run. Raises ValueError if it has no metrics."""
+    """The loss curves of a run folder. Raises ValueError if it has no losses."""
     batch = _Columns({"loss": "loss"})
     evaluated = _Columns({"train": "eval_train_loss", "val": "eval_val_loss"})
     for record in metrics_file.iterate_metrics(folder):
         batch.append(record)
         evaluated.append(record)
     if not len(batch) and not len(evaluated):
-        raise ValueError(f"no losses to draw: {folder} has no {metrics_file.METRICS_FILE}; train a run first")
+        path = folder / metrics_file.METRICS_FILE
+        raise ValueError(f"no losses to draw: {path} is missing or has no losses; train a run first")
     return LossCurves(folder.name, batch.arrays(), evaluated.arrays())
 
 
 class _Columns:
-    """Some values of each record, in compact arrays: a long run has too many records to keep whole."""
+    """A table with a row for each record that has all its keys.
+
+    The columns are compact arrays, because all records of a long run as dicts would take too much memory.
+    """
 
     def __init__(self, losses: dict[str, str]) -> None:
-        """losses: column name -> key in a record. The x axes are columns too."""
+        """losses: column name -> key in a record. X_AXES are added as columns."""
         self.keys = {axis: axis for axis in X_AXES} | losses
         self.columns = {name: array("d") for name in self.keys}
 
@@ -54,7 +59,7 @@ class _Columns:
         return len(self.columns[X_AXES[0]])
 
     def append(self, record: dict) -> None:
-        """Add the values of a record, if it has them all."""
+        """Add a row for a record, if it has all keys."""
         if all(key in record for key in self.keys.values()):
             for name, key in self.keys.items():
                 self.columns[name].append(record[key])
@@ -80,16 +85,16 @@ def smoothed_batches(run: LossCurves) -> tuple[np.ndarray, str]:
 
 
 def save_plot(runs: list[LossCurves], path: Path, x: str = "step") -> None:
-    """Draw the runs with `plot_losses` and write the picture, atomically."""
+    """Draw the runs with `plot_losses` and write the figure to `path`, atomically."""
     save_figure(plot_losses(runs, x), path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically, in the format of the suffix of `path`, and free its memory.
 
-    A figure is full of reference cycles. Much of it reaches the garbage collector's oldest generation while
-    it is drawn, and that generation is rarely collected: without the explicit collection here, the figures
-    of a long training run would accumulate.
+    A figure contains many reference cycles, which only the garbage collector frees. While a figure is drawn,
+    much of it moves to the collector's oldest generation, which is rarely collected. Without the explicit
+    collection the figures of a long training run would fill the memory.
     """
     with files.atomic_path(path, keep_suffix=True) as temporary, ignore_missing_glyphs():
         figure.savefig(temporary)
@@ -99,16 +104,17 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 @contextlib.contextmanager
 def ignore_missing_glyphs() -> Iterator[None]:
-    """Suppress matplotlib's warning about text in a script that its font lacks."""
+    """Suppress matplotlib's warning about characters that its font does not have."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
 
 def plot_losses(runs: list[LossCurves], x: str = "step") -> Figure:
-    """Training and validation losses of the evaluations, with the best validation loss marked by a star.
+    """Draw the training and validation losses of each evaluation, with a star at the best validation loss.
 
-    The losses of batches are drawn too if there is only one run, or if a run has no evaluations.
+    x: one of X_AXES. The losses of training batches are drawn if there is only one run, and for a run without
+    evaluations.
     """
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -123,11 +129,12 @@ def plot_losses(runs: list[LossCurves], x: str = "step") -> Figure:
 
 
 def _plot_run(axes: Axes, run: LossCurves, color: str, x: str, only_run: bool) -> None:
+    """Draw one run; only_run: it is the only one in the figure, so labels do not need its name."""
     prefix = "" if only_run else f"{run.name}: "
     has_evaluations = len(run.evaluated["val"]) > 0
     if len(run.batch["loss"]) and (only_run or not has_evaluations):
-        loss, label = smoothed_batches(run)
-        axes.plot(run.batch[x], loss, color=color, linewidth=0.8, alpha=0.45, label=prefix + label)
+        batch_losses, label = smoothed_batches(run)
+        axes.plot(run.batch[x], batch_losses, color=color, linewidth=0.8, alpha=0.45, label=prefix + label)
     if not has_evaluations:
         return
     xs, losses = run.evaluated[x], run.evaluated["val"]
@@ -136,7 +143,7 @@ def _plot_run(axes: Axes, run: LossCurves, color: str, x: str, only_run: bool) -
     label = f"{prefix}validation" + ("" if only_run else f", best {losses[best]:.3f}")
     axes.plot(xs, losses, color=color, marker="o", markersize=4, label=label)
     axes.plot(xs[best], losses[best], color=color, marker="*", markersize=15, linestyle="none")
-    if only_run:  # the labels of several runs could overlap: their best losses are in the legend
+    if only_run:  # annotations of several runs could overlap
         axes.annotate(
             f"best {losses[best]:.3f}",
             (xs[best], losses[best]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fradique.checkpointing import checkpoint as checkpoints
 from fradique.checkpointing import run_folder
+from fradique.checkpointing.checkpoint import (
+    Checkpoint,
+    assign_parameters,
+    check_tensors_match,
+    newest_checkpoint,
+    read_checkpoint,
+    read_checkpoint_metadata,
+    read_shapes,
+)
 from fradique.data.dataset import Corpus
 from fradique.distributed import process_group
 from fradique.nn import lora
@@ -27,34 +36,39 @@ from model import GPT, GPTConfig
 if TYPE_CHECKING:
     from train import TrainSettings
 
-VOCAB_MULTIPLE = 64  # GPUs multiply faster if the vocabulary is a multiple of this
-FREE_TO_CHANGE = ("dropout", "flash")  # of a resumed run: they change no weight
+VOCAB_MULTIPLE = 64  # matrix products are faster on a GPU if the vocabulary size is a multiple of this
+CHANGEABLE_ON_RESUME = ("dropout", "flash")  # the weights have the same meaning with any value of these
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the model comes from."""
+    """Where the model comes from: a checkpoint, pretrained weights, or neither for a run from scratch."""
 
     config: GPTConfig
-    settings: dict[str, Any] = field(default_factory=dict)  # to change: the true shape of pretrained weights
-    checkpoint: checkpoints.Checkpoint | None = None  # of a resumed run
+    changed_settings: dict[str, Any] = field(default_factory=dict)  # so that they fit the pretrained weights
+    checkpoint: Checkpoint | None = None  # of a resumed run
     weights: loader.PretrainedWeights | None = None
 
 
 def model_config(settings: TrainSettings, vocab_size: int) -> GPTConfig:
-    """The shape that the settings describe."""
-    shape = {name: getattr(settings, name) for name in GPTConfig.names() if hasattr(settings, name)}
-    return GPTConfig(vocab_size=vocab_size, **shape)
+    """The GPTConfig that the settings describe."""
+    values = {name: getattr(settings, name) for name in GPTConfig.names() if hasattr(settings, name)}
+    return GPTConfig(vocab_size=vocab_size, **values)
 
 
 def padded_vocab_size(tokenizer: Tokenizer) -> int:
-    """The model's vocabulary size: padded to VOCAB_MULTIPLE unless tokens are characters."""
+    """The vocabulary size of the model: a multiple of VOCAB_MULTIPLE unless tokens are characters."""
     size = tokenizer.vocab_size
-    return size if tokenizer.kind == "char" else -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if tokenizer.kind == "char":
+        return size
+    return math.ceil(size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def find_model(settings: TrainSettings, corpus: Corpus) -> ModelSource:
-    """Read what init_from names. Raises ValueError if it does not fit the settings or the corpus."""
+    """Read the weights that init_from names, if any.
+
+    Raises ValueError if they do not fit the settings or the corpus.
+    """
     if settings.init_from == "resume":
         return _last_checkpoint(settings, corpus)
     if settings.init_from == "scratch":
@@ -63,56 +77,57 @@ def find_model(settings: TrainSettings, corpus: Corpus) -> ModelSource:
 
 
 def _last_checkpoint(settings: TrainSettings, corpus: Corpus) -> ModelSource:
-    """The newest complete checkpoint in out_dir; of a sharded run without its tensors."""
+    """The newest complete checkpoint in out_dir. In a sharded run `read_shards` reads its tensors later."""
     folder = Path(settings.out_dir)
     run_folder.check_tokenizer(folder, corpus.tokenizer, corpus.folder)
     newest = process_group.broadcast_from_rank0(
-        lambda: checkpoints.newest_checkpoint(folder, _print_warning, run_folder.run_id(folder))
+        lambda: newest_checkpoint(folder, _print_warning, run_folder.run_id(folder))
     )
     if _will_be_sharded(settings):
-        checkpoint = checkpoints.read_checkpoint_metadata(newest)
-        tensors = checkpoints.read_shapes(newest / "model.safetensors")
+        checkpoint = read_checkpoint_metadata(newest)
+        tensors_or_shapes = read_shapes(newest / "model.safetensors")
     else:
-        checkpoint = checkpoints.read_checkpoint(newest, verified=True)
-        tensors = checkpoint.model
-    values = {name: value for name, value in checkpoint.config.items() if name != lora.LORA_ALPHA}
-    saved_config = parse_model_config(values, tensors, str(newest / "model.json"))
+        checkpoint = read_checkpoint(newest, verified=True)
+        tensors_or_shapes = checkpoint.model
+    config_values = {name: value for name, value in checkpoint.config.items() if name != lora.LORA_ALPHA}
+    saved_config = parse_model_config(config_values, tensors_or_shapes, str(newest / "model.json"))
     config = model_config(settings, saved_config.vocab_size)
     return ModelSource(config, checkpoint=checkpoint)
 
 
 def _pretrained(settings: TrainSettings, corpus: Corpus) -> ModelSource:
-    """Weights of another run, of Hugging Face's or nanoGPT's; their shape replaces that of the settings."""
+    """Weights of another run, Hugging Face or nanoGPT. Their GPTConfig replaces that of the settings."""
     weights = loader.load_weights(settings.init_from)
     config = replace(weights.config, dropout=settings.dropout, flash=settings.flash)
     loader.check_tokenizer_matches(weights, corpus.tokenizer, corpus.folder)
     if weights.tokenizer is None:
         _print_warning(
-            f"{weights.source} has no tokenizer that this program knows, so it cannot be checked whether the "
-            f"tokens of {corpus.folder} are those of the model"
+            f"{weights.source} has no tokenizer that this program can read. Check that the model was trained "
+            f"with the same tokenizer as the corpus {corpus.folder}"
         )
     if settings.block_size > config.block_size:
         raise ValueError(
             f"block_size = {settings.block_size} is longer than the {config.block_size} positions of "
             f"{weights.source}: choose --block_size={config.block_size} or less"
         )
-    shape = {name: value for name, value in asdict(config).items() if hasattr(settings, name)}
-    shape["block_size"] = settings.block_size
-    return ModelSource(config, settings=shape, weights=weights)
+    changed_settings = {name: value for name, value in asdict(config).items() if hasattr(settings, name)}
+    changed_settings["block_size"] = settings.block_size  # build_model crops the model to it
+    return ModelSource(config, changed_settings=changed_settings, weights=weights)
 
 
 def build_model(settings: TrainSettings, source: ModelSource, runtime: Runtime, oom: OomReport) -> GPT:
-    """The model in memory, with LoRA or frozen layers, and a warning if the run may not fit into memory.
+    """The model in CPU memory, with LoRA or frozen layers. Warns if the run may not fit into memory.
 
-    Of a sharded run that is resumed the weights come later, by `read_shards`.
+    oom: records the memory that the run needs. In a sharded run that is resumed, the weights stay random
+    until `read_shards` reads them.
     """
     torch.manual_seed(settings.seed)
     if source.checkpoint is not None:
         model = _resumed_model(settings, source, runtime, oom)
     elif source.weights is not None:
-        with torch.device("meta"):  # no memory yet: the loaded tensors become the parameters
+        with torch.device("meta"):  # allocates no memory: the loaded tensors become the parameters
             model = GPT(source.config)
-        checkpoints.assign_parameters(model, source.weights.tensors, source.weights.source)
+        assign_parameters(model, source.weights.tensors, source.weights.source)
         if settings.block_size < model.config.block_size:
             model.crop_block_size(settings.block_size)
         select_trainable(model, settings)
@@ -126,35 +141,36 @@ def build_model(settings: TrainSettings, source: ModelSource, runtime: Runtime, 
 
 
 def _resumed_model(settings: TrainSettings, source: ModelSource, runtime: Runtime, oom: OomReport) -> GPT:
+    """The model of source.checkpoint; see `build_model`."""
     with torch.device("cpu" if runtime.sharded else "meta"):
         model = GPT(source.config)
         select_trainable(model, settings)
     _check_memory(settings, source.config, runtime, oom, lora.count_trainable(model))
     if not runtime.sharded:
-        checkpoints.assign_parameters(model, source.checkpoint.model, str(source.checkpoint.folder))
+        assign_parameters(model, source.checkpoint.model, str(source.checkpoint.folder))
     _check_same_model(source, Path(settings.out_dir))
     return model
 
 
 def read_shards(
-    checkpoint: checkpoints.Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> checkpoints.Checkpoint:
-    """Read this rank's shards of the weights into a sharded model; return the checkpoint with its shards of
-    the optimizer state, for `optimizer.load_state_by_name`."""
+    checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> Checkpoint:
+    """Read this rank's shards of the weights into a sharded model.
+
+    Returns the checkpoint with this rank's shards of the optimizer state, for `optimizer.load_state_by_name`.
+    """
     from fradique.distributed import fsdp
 
     folder = checkpoint.folder
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    checkpoints.check_tensors_match(
-        weights, checkpoints.read_shapes(folder / "model.safetensors"), str(folder)
-    )
-    state = optimizer.empty_state(optimizers, checkpoints.read_shapes(folder / "optimizer.safetensors"))
+    check_tensors_match(weights, read_shapes(folder / "model.safetensors"), str(folder))
+    state = optimizer.empty_state(optimizers, read_shapes(folder / "optimizer.safetensors"))
     fsdp.read_safetensors(folder, weights | state)
     return replace(checkpoint, optimizer=state)
 
 
 def select_trainable(model: nn.Module, settings: TrainSettings) -> None:
-    """Add LoRA to frozen weights, or freeze some layers, as the settings say."""
+    """Freeze the weights and add LoRA adapters, or freeze some layers, as the settings say."""
     if settings.lora_rank:
         lora.add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     if settings.freeze:
@@ -168,7 +184,7 @@ def _check_memory(
     oom: OomReport,
     trainable: int | None = None,
 ) -> None:
-    """Warn if the run will need more memory than there is. `trainable`: parameters; None: all."""
+    """Print a warning if the run will need more memory than there is. For `trainable` see `memory_plan`."""
     warning = oom.check(memory_plan(settings, config, runtime, trainable), runtime.device)
     if warning and runtime.is_main:
         _print_warning(warning)
@@ -177,7 +193,7 @@ def _check_memory(
 def memory_plan(
     settings: TrainSettings, config: GPTConfig, runtime: Runtime, trainable: int | None = None
 ) -> MemoryPlan:
-    """What the memory of a run depends on. `trainable`: how many parameters are trained; None: all."""
+    """What the memory of a run depends on. trainable: the number of trainable parameters; None: all."""
     return MemoryPlan(
         config=config,
         batch_size=settings.batch_size,
@@ -193,18 +209,21 @@ def memory_plan(
 
 
 def _will_be_sharded(settings: TrainSettings) -> bool:
+    """What Runtime.sharded will be, before there is a Runtime."""
     return settings.parallel == "fsdp" and process_group.rank_info().world > 1
 
 
 def _check_same_model(source: ModelSource, folder: Path) -> None:
-    """Raise ValueError if the resumed run would continue as another model: many settings change no tensor."""
+    """Raise ValueError if a setting that defines the model differs from that of the checkpoint.
+
+    Comparing the shapes of the tensors is not enough: many of these settings do not change any shape.
+    """
     config, saved = source.config, source.checkpoint.config
-    before = {f.name: saved.get(f.name, f.default) for f in fields(config) if f.name not in FREE_TO_CHANGE}
-    changed = [
-        f"{name} was {value!r} and is {getattr(config, name)!r} now"
-        for name, value in before.items()
-        if getattr(config, name) != value
-    ]
+    changed = []
+    for f in fields(config):
+        before, now = saved.get(f.name, f.default), getattr(config, f.name)
+        if f.name not in CHANGEABLE_ON_RESUME and now != before:
+            changed.append(f"{f.name} was {before!r} and is {now!r} now")
     if changed:
         raise ValueError(
             f"the run in {folder} cannot continue as another model: {'; '.join(changed)}. Leave these as "

@@ -1,4 +1,4 @@
-"""What a run writes and reports: checkpoints, samples, embedding snapshots, the loss plot, log records."""
+"""The outputs of a run: checkpoints, embedding snapshots, samples, the loss plot, log records."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ SAMPLE_TEMPERATURE = 0.8
 
 
 def save_checkpoint(t: Trainer, best: bool = False) -> None:
-    """Write a step checkpoint, and `best/` if it is the best; remove the oldest.
+    """Write a step checkpoint, and `best/` too if `best`. Remove the oldest step checkpoints.
 
-    Rank 0 writes and all wait; of a sharded model each rank writes its shards.
+    Rank 0 writes, and the other ranks wait. Each rank of a sharded model writes its shards. Raises ValueError
+    if a tensor is not finite, or a file cannot be written.
     """
     if t.runtime.is_main or t.runtime.sharded:
         saved = checkpoint.Checkpoint(
@@ -46,7 +47,7 @@ def save_checkpoint(t: Trainer, best: bool = False) -> None:
         if t.runtime.sharded:
             from fradique.distributed import fsdp
 
-            t.model.reshard()  # an evaluation leaves gathered parameters
+            t.model.reshard()  # after an evaluation the parameters are still gathered
             writer = fsdp.ShardedWriter()
         checkpoint.save_and_prune(t.folder, saved, best=best, keep=t.settings.keep_checkpoints, writer=writer)
     t.saved_step = t.state.step
@@ -68,7 +69,8 @@ def load_best_weights(t: Trainer) -> None:
 
 
 def follow_moved_folder(t: Trainer) -> None:
-    """Write to where the run folder is now, in case somebody has moved or deleted it."""
+    """Continue in the run folder's new path if somebody has moved it; create it again if it was deleted."""
+    # a lambda, because t.lock is None on ranks other than 0
     folder, warning = process_group.broadcast_from_rank0(lambda: t.lock.follow_folder())
     if warning:
         t.log.warn(warning)
@@ -80,7 +82,10 @@ def follow_moved_folder(t: Trainer) -> None:
 
 
 def save_snapshot(t: Trainer, last: bool = False) -> None:
-    """Save the embeddings for lab.movie, every snapshot_interval steps. Best effort: a failure only warns."""
+    """Save the embeddings for lab.movie, every snapshot_interval steps and after the `last` step.
+
+    Best effort: a failure only warns.
+    """
     interval, step = t.settings.snapshot_interval, t.state.step
     if not interval or not (last or step % interval == 0):
         return
@@ -95,16 +100,17 @@ def save_snapshot(t: Trainer, last: bool = False) -> None:
 
 def write_sample(t: Trainer) -> str:
     """Generate sample_tokens tokens after sample_start, append the text to samples.txt, and return it."""
-    if not (t.runtime.is_main or t.runtime.sharded):  # a sharded model needs all ranks; they draw the same
+    # all ranks of a sharded model must run its forward passes; with the same seed they sample the same tokens
+    if not (t.runtime.is_main or t.runtime.sharded):
         return ""
     settings, tokenizer, start = t.settings, t.corpus.tokenizer, time.monotonic()
     prompt = encode_prompt(tokenizer, settings.sample_start)
-    idx = torch.from_numpy(prompt.astype("int64"))[None].to(t.runtime.device)  # (1, T)
+    prompt_batch = torch.from_numpy(prompt.astype("int64"))[None].to(t.runtime.device)  # (1, T)
     generator = torch.Generator(t.runtime.device)
     generator.manual_seed(derive_seed(settings.seed, t.state.step))
     with t.runtime.autocast():
         tokens = t.model.generate(
-            idx,
+            prompt_batch,
             settings.sample_tokens,
             temperature=SAMPLE_TEMPERATURE,
             n_vocab=tokenizer.vocab_size,
@@ -119,7 +125,7 @@ def write_sample(t: Trainer) -> str:
 def draw_loss_plot(t: Trainer) -> None:
     """Draw loss.png from metrics.jsonl. Best effort: a failure only warns."""
     try:
-        from fradique.training import loss_plot  # matplotlib is optional
+        from fradique.training import loss_plot  # here, because it imports matplotlib, which is optional
 
         loss_plot.save_plot([loss_plot.read_curves(t.folder)], t.folder / run_folder.LOSS_PLOT_FILE)
     except ImportError:
@@ -132,11 +138,11 @@ def draw_loss_plot(t: Trainer) -> None:
 
 
 def log_startup(t: Trainer) -> None:
-    """Report what is about to run, and what was chosen automatically."""
+    """Print the size of the model and of the corpus, the device, and the automatic choices."""
     parameters, trainable = t.model.num_params(non_embedding=False), lora.count_trainable(t.model)
-    partly = f" ({format_count(trainable)} trainable)" if trainable < parameters else ""
+    trainable_note = f" ({format_count(trainable)} trainable)" if trainable < parameters else ""
     t.log.info(
-        f"{format_count(parameters)} parameters{partly} on {t.runtime.describe()}; "
+        f"{format_count(parameters)} parameters{trainable_note} on {t.runtime.describe()}; "
         f"{t.tokens_per_step:,} tokens per step"
     )
     train_tokens, val_tokens = t.corpus.train.tokens, t.corpus.val.tokens
@@ -148,13 +154,13 @@ def log_startup(t: Trainer) -> None:
 
 
 def log_step(t: Trainer, loss: Tensor, norm: Tensor) -> None:
-    """Log the loss of the last step (mean over ranks), and the speed since the last record."""
+    """Log the loss of the last step, as the mean over the ranks, and the speed since the last record."""
     if not t.settings.skip_nonfinite:
         skip_step.check_finite(t, t.state.step, loss, norm)
     mean_loss = t.runtime.sum(loss.item())[0] / t.runtime.world
     step_seconds = t.budget.seconds_per_step(t.state.step)
     tokens_per_second = t.tokens_per_step / step_seconds
-    peak = t.runtime.peak_flops()
+    peak_flops = t.runtime.peak_flops()
     record = {
         "step": t.state.step,
         "loss": mean_loss,
@@ -164,18 +170,18 @@ def log_step(t: Trainer, loss: Tensor, norm: Tensor) -> None:
         "seconds": t.budget.elapsed(),
         "step_seconds": step_seconds,
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * t.model.flops_per_token() / peak if peak else None,
+        "mfu": tokens_per_second * t.model.flops_per_token() / peak_flops if peak_flops else None,
     }
     if t.state.past.skipped:
         record["skipped"] = t.state.past.skipped
-    if not math.isfinite(mean_loss):  # of a skipped step
+    if not math.isfinite(mean_loss):  # the step was skipped; JSON has no NaN
         del record["loss"]
     t.log.write(record)
     t.log.show_record(bar_position(t), record)
 
 
 def bar_position(t: Trainer) -> float:
-    """Where the progress bar is: a step, or elapsed seconds with a time budget."""
+    """The position of the progress bar: the step, or with a time budget the elapsed seconds."""
     return t.state.step if t.budget.limit is None else t.budget.elapsed()
 
 

@@ -1,7 +1,7 @@
 """Set-up of a training run: settings -> Trainer. Everything is checked before anything is written.
 
-A run starts from scratch, from pretrained weights, or from its own last checkpoint (--init_from=resume, or a
-restart by torchrun after it lost a process).
+A run starts from scratch, from pretrained weights, or from its own last checkpoint. It starts from its last
+checkpoint with --init_from=resume, and when torchrun restarts it after one of its processes was lost.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fradique.checkpointing import checkpoint as checkpoints
 from fradique.checkpointing import run_folder
+from fradique.checkpointing.checkpoint import Checkpoint, step_folders
 from fradique.data import dataset
 from fradique.data.sampler import Sampler
 from fradique.distributed import process_group
 from fradique.optim import optimizer
-from fradique.runtime import device as devices
-from fradique.runtime.device import Runtime
+from fradique.runtime.device import Runtime, compile_with_fallback, setup_runtime
 from fradique.runtime.memory_limits import OomReport
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import encode_prompt
 from fradique.training import logger, model_setup, outputs
 from fradique.training.model_setup import ModelSource
 from fradique.training.time_budget import TimeBudget, parse_duration
@@ -33,8 +32,8 @@ from model import GPT
 if TYPE_CHECKING:
     from train import TrainSettings
 
-# Settings of one call, which a resumed run does not take from the run's settings.json.
-SETTINGS_OF_A_CALL = ("init_from", "overwrite", "eval_only", "debug")
+# Settings that apply to one command only: a resumed run does not read them from its settings.json.
+SETTINGS_OF_ONE_COMMAND = ("init_from", "overwrite", "eval_only", "debug")
 
 
 def setup_training(
@@ -45,24 +44,25 @@ def setup_training(
     started: float | None = None,
     oom: OomReport | None = None,
 ) -> Trainer:
-    """Everything that the training loop needs. Under torchrun all ranks call it.
+    """Set up a run. Under torchrun all ranks call this.
 
-    notes: logged with the automatic choices. average_gradients: False if each rank keeps its own gradients.
-    device: that of `configure_process`; None: chosen by settings.device. started: time.monotonic() at the
-    start of the process. oom: is told how much memory the run needs. Raises ValueError, saying what to type,
-    if corpus, weights, machine or out_dir do not fit the settings.
+    notes: logged before the automatic choices. average_gradients: False if each rank keeps its own gradients,
+    as in the trials of autoconfig. device: the one that `configure_process` returned; None: chosen by
+    settings.device. started: time.monotonic() at the start of the process; None: now. oom: records the memory
+    that the run needs. Raises ValueError, with what to type instead, if corpus, weights, machine or out_dir
+    do not fit the settings.
     """
     started = time.monotonic() if started is None else started
     check_run_folder(settings)
     corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
     source = model_setup.find_model(settings, corpus)
-    settings = replace(settings, **source.settings)
+    settings = replace(settings, **source.changed_settings)
     runtime = choose_runtime(settings, source, notes, average_gradients, device)
     sampler = make_sampler(settings, corpus, runtime)
     model = model_setup.build_model(settings, source, runtime, oom or OomReport())
-    place_model(model, runtime)
+    move_or_shard_model(model, runtime)
     optimizers, scaler, state = make_optimizers(settings, model, source.checkpoint, runtime)
-    check_optional_parts(settings, corpus)
+    check_wandb_and_prompt(settings, corpus)
     lock = claim_folder(settings, corpus, runtime, state if source.checkpoint else None)
     budget = make_budget(settings, corpus, runtime, state, started)
     t = Trainer(
@@ -88,7 +88,7 @@ def setup_training(
 
 
 def check_run_folder(settings: TrainSettings) -> None:
-    """Raise ValueError if the run may not write to out_dir."""
+    """Raise ValueError if out_dir contains another run, or another process writes to it."""
     if settings.eval_only:
         return
     folder = Path(settings.out_dir)
@@ -105,14 +105,14 @@ def choose_runtime(
     average_gradients: bool,
     device: torch.device | None,
 ) -> Runtime:
-    """Device, dtype and compilation, chosen once; `notes` come before the notes on these choices."""
-    with torch.device("meta"):
+    """Choose device, dtype and compilation. `notes` come before the notes on these choices."""
+    with torch.device("meta"):  # allocates no memory
         flops_per_token = GPT(source.config).flops_per_token()
-    runtime = devices.setup_runtime(
+    runtime = setup_runtime(
         device=device or settings.device,
         dtype=settings.dtype,
         compile=False if settings.eval_only else settings.compile,
-        parallel=settings.parallel if average_gradients else "ddp",
+        parallel=settings.parallel if average_gradients else "ddp",  # not sharded: each rank trains alone
         n_embd=source.config.n_embd,
         vocab_size=source.config.vocab_size,
         run_flops=float(flops_per_token * tokens_per_step(settings) * settings.max_iters),
@@ -130,14 +130,14 @@ def make_sampler(settings: TrainSettings, corpus: dataset.Corpus, runtime: Runti
         settings.gradient_accumulation_steps,
         settings.seed,
     )
-    sampler.rank_batches(runtime.world)
+    sampler.rank_batches(runtime.world)  # raises the ValueError
     return sampler
 
 
-def place_model(model: GPT, runtime: Runtime) -> None:
+def move_or_shard_model(model: GPT, runtime: Runtime) -> None:
     """Move the model to its device, or shard it over all ranks."""
     if runtime.sharded:
-        from fradique.distributed import fsdp  # its imports take torch a second
+        from fradique.distributed import fsdp  # here, because importing it takes a second
 
         fsdp.shard_model(model, model.transformer["h"], runtime.device)
     else:
@@ -145,9 +145,9 @@ def place_model(model: GPT, runtime: Runtime) -> None:
 
 
 def make_optimizers(
-    settings: TrainSettings, model: GPT, checkpoint: checkpoints.Checkpoint | None, runtime: Runtime
+    settings: TrainSettings, model: GPT, checkpoint: Checkpoint | None, runtime: Runtime
 ) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler, TrainState]:
-    """Optimizers, GradScaler and TrainState; of a resumed run with the state in its checkpoint."""
+    """Optimizers, GradScaler and TrainState, with the state in `checkpoint` if the run is resumed."""
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     optimizers = optimizer.build_optimizers(
         model,
@@ -164,23 +164,27 @@ def make_optimizers(
     if runtime.sharded:
         checkpoint = model_setup.read_shards(checkpoint, model, optimizers)
     optimizer.load_state_by_name(optimizers, checkpoint.optimizer)
-    if scaler.is_enabled() and state.scaler:  # the run may have started in another dtype
+    if scaler.is_enabled() and state.scaler:  # no state if the run started in another dtype than float16
         scaler.load_state_dict(state.scaler)
     return optimizers, scaler, state
 
 
-def check_optional_parts(settings: TrainSettings, corpus: dataset.Corpus) -> None:
-    """Raise ValueError now for what would otherwise fail in the middle of the run."""
+def check_wandb_and_prompt(settings: TrainSettings, corpus: dataset.Corpus) -> None:
+    """Raise ValueError if wandb cannot start or sample_start cannot be encoded, before training begins."""
     if settings.wandb_log and not settings.eval_only:
         logger.check_wandb()
-    tokenizers.encode_prompt(corpus.tokenizer, settings.sample_start)
+    encode_prompt(corpus.tokenizer, settings.sample_start)
 
 
 def claim_folder(
     settings: TrainSettings, corpus: dataset.Corpus, runtime: Runtime, resumed: TrainState | None
 ) -> run_folder.RunLock | None:
-    """Lock the run folder and write settings.json and tokenizer.json into it, on rank 0."""
-    runtime.barrier()  # until every rank has read the folder as it was
+    """Lock the run folder on rank 0, and write settings.json and tokenizer.json into it.
+
+    resumed: the state of the checkpoint that the run continues from. Returns None on other ranks and with
+    eval_only.
+    """
+    runtime.barrier()  # rank 0 changes the folder only after every rank has read it
     lock = None
     if runtime.is_main and not settings.eval_only:
         decided = {
@@ -204,12 +208,12 @@ def claim_folder(
 def make_budget(
     settings: TrainSettings, corpus: dataset.Corpus, runtime: Runtime, state: TrainState, started: float
 ) -> TimeBudget:
-    """The clock of the run, which a resumed run continues."""
-    evaluated = settings.eval_iters * settings.batch_size
-    train_windows, val_windows = (
-        split.count_windows(settings.block_size) for split in (corpus.train, corpus.val)
-    )
-    finish_windows = min(evaluated, train_windows) + min(evaluated, val_windows) + val_windows
+    """The clock of the run. In a resumed run it continues from the time in `state`."""
+    eval_windows = settings.eval_iters * settings.batch_size  # at most, for each split
+    train_windows = corpus.train.count_windows(settings.block_size)
+    val_windows = corpus.val.count_windows(settings.block_size)
+    # the last evaluation, and then the whole validation split
+    finish_windows = min(eval_windows, train_windows) + min(eval_windows, val_windows) + val_windows
     limit = parse_duration(settings.time_budget)
     budget = TimeBudget(started, limit, finish_windows=finish_windows / runtime.world)
     budget.resume(state.seconds, state.closing_seconds, state.writing_seconds)
@@ -219,7 +223,7 @@ def make_budget(
 def make_logger(
     settings: TrainSettings, runtime: Runtime, state: TrainState, budget: TimeBudget
 ) -> logger.RunLogger:
-    """Console, metrics.jsonl and wandb, on rank 0."""
+    """The logger of the run, which writes to files and wandb unless eval_only."""
     writes = not settings.eval_only
     return logger.RunLogger(
         Path(settings.out_dir) if writes else None,
@@ -240,23 +244,24 @@ def wandb_options(settings: TrainSettings) -> dict[str, Any] | None:
 
 
 def prepare_forward(t: Trainer, average_gradients: bool) -> None:
-    """Compile the model and wrap it in DDP, where these are on."""
+    """Set t.forward: the model, compiled and wrapped in DDP if the run uses these."""
     if t.runtime.compile:
-        t.forward = devices.compile_with_fallback(t.model, lambda model: warmup_pass(t, model), t.log.warn)
+        t.forward = compile_with_fallback(t.model, lambda model: warmup_pass(t, model), t.log.warn)
     if average_gradients:
         t.forward = t.runtime.wrap_ddp(t.forward)
         if t.runtime.world > 1 and not t.runtime.sharded:
-            # DDP lays out its gradient buckets in the first backward pass; without this pass the order of
-            # sums in a resumed run would differ from that of an uninterrupted one
+            # DDP arranges its gradient buckets during the first backward pass, which changes the order of
+            # additions after it. Without this pass, a resumed run would differ from an uninterrupted one.
             warmup_pass(t, t.forward)
 
 
 def warmup_pass(t: Trainer, forward: nn.Module) -> None:
-    """A forward and backward pass on the next batch, whose gradients are discarded."""
+    """A forward and backward pass on the next micro-batch. The gradients are discarded."""
     batches = t.sampler.micro_batches(t.state.step, t.runtime.rank, t.runtime.world)
-    x, y = t.runtime.to_device(*t.runtime.split_microbatches(batches)[0])
+    first_batch = t.runtime.split_microbatches(batches)[0]
+    x, y = t.runtime.to_device(*first_batch)
     with t.runtime.autocast():
-        loss = forward(x, y, with_logits=False)[1]
+        _, loss = forward(x, y, with_logits=False)
     loss.backward()
     t.model.zero_grad(set_to_none=True)
 
@@ -265,7 +270,7 @@ def warmup_pass(t: Trainer, forward: nn.Module) -> None:
 
 
 def is_torchrun_restart(settings: TrainSettings) -> bool:
-    """Whether torchrun lost a process of this run and is starting all of them again."""
+    """Whether torchrun is restarting the processes of this run because one of them was lost."""
     return (
         not settings.eval_only
         and process_group.restart_count() > 0
@@ -274,23 +279,26 @@ def is_torchrun_restart(settings: TrainSettings) -> bool:
 
 
 def settings_after_restart(settings: TrainSettings) -> TrainSettings:
-    """The settings; after a restart by torchrun changed so that the run continues."""
+    """The settings, changed after a restart by torchrun so that the run continues.
+
+    It resumes from its last checkpoint. If it had not saved one, it starts again and replaces its files.
+    """
     if not is_torchrun_restart(settings):
         return settings
-    if checkpoints.step_folders(Path(settings.out_dir)):
+    if step_folders(Path(settings.out_dir)):
         return replace(settings, init_from="resume", overwrite=False)
     return settings if settings.init_from == "resume" else replace(settings, overwrite=True)
 
 
 def saved_run_settings(settings: TrainSettings) -> tuple[dict[str, Any], str] | None:
-    """The settings of the run that is resumed, and the name of their file; None if none is.
+    """The settings of the run that is resumed, and the path of their file; None if no run is resumed.
 
-    They replace the defaults: config files and flags of this call come on top of them.
+    They replace the defaults. Config files and flags of this command override them.
     """
     folder = Path(settings.out_dir)
-    restarted = is_torchrun_restart(settings) and checkpoints.step_folders(folder)
+    restarted = is_torchrun_restart(settings) and step_folders(folder)
     if settings.init_from != "resume" and not restarted:
         return None
     saved = run_folder.saved_settings(folder)
-    run_settings = {key: value for key, value in saved.items() if key not in SETTINGS_OF_A_CALL}
+    run_settings = {key: value for key, value in saved.items() if key not in SETTINGS_OF_ONE_COMMAND}
     return run_settings, str(folder / run_folder.SETTINGS_FILE)

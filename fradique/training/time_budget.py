@@ -1,4 +1,4 @@
-"""The clock of a run: how long it has taken, how fast it trains, and when --time_budget ends it."""
+"""The clock of a run: how long it has taken, how fast it trains, and when --time_budget ends training."""
 
 from __future__ import annotations
 
@@ -13,38 +13,42 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fradique.runtime.device import Runtime
 
-SAFETY = 1.1  # the end of a run is expected to take this much longer than measured
+SAFETY_FACTOR = 1.1  # the finish of a run is expected to take this many times as long as measured
+# Hours, minutes and seconds, each an optional group: 1h30m, 90s, 90.
 DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
 class TimeBudget:
     """Elapsed time, training speed, and whether a run of limited time has to finish.
 
-    The trainer reports events: steps, pauses, evaluations, samples. The clock counts everything, importing
-    torch and evaluating too; the speed counts training alone. After the last step follows the finish: an
-    evaluation, a checkpoint, the whole validation split and a sample. Its length is estimated from earlier
-    events, and training ends that much before the budget.
+    The training loop reports steps, pauses, evaluations and samples. The elapsed time includes all of them,
+    and importing torch. The speed counts training steps only.
+
+    The finish of a run comes after its last step: an evaluation, a checkpoint, an evaluation of the whole
+    validation split, and a sample. The seconds that it needs are estimated from earlier evaluations and
+    samples, and training ends that many seconds before the limit.
     """
 
     def __init__(self, started: float, limit: float | None = None, *, finish_windows: float = 0.0) -> None:
-        """`started`: time.monotonic() at the start of the process; `limit`: seconds, None for no limit;
-        `finish_windows`: windows that each process evaluates in the finish."""
+        """started: time.monotonic() at the start of the process. limit: seconds; None: no limit.
+        finish_windows: how many windows each process evaluates in the finish.
+        """
         self.started, self.limit, self.finish_windows = started, limit, finish_windows
         self.earlier = 0.0  # seconds that earlier processes of this run took
         self.now = 0.0  # elapsed seconds at the last synchronize()
-        self.training_began = 0.0  # elapsed seconds after the evaluation at step 0
+        self.training_began = 0.0  # elapsed seconds at the end of the evaluation at step 0
         self.step_seconds = 0.0  # of the last step
         self.sample_seconds = 0.0  # of the last sample
         self.finish_seconds = 0.0  # estimate for the finish
-        self._mark_time, self._mark_step, self._paused = time.monotonic(), 0, 0.0
+        self.mark(0)
 
     def resume(self, elapsed: float, finish_seconds: float, sample_seconds: float) -> None:
-        """Continue from the values of an earlier process, as `state` gives them."""
+        """Continue from the values that an earlier process saved with `state`."""
         self.earlier = self.now = elapsed
         self.finish_seconds, self.sample_seconds = finish_seconds, sample_seconds
 
     def state(self) -> dict[str, float]:
-        """What state.json keeps of the clock."""
+        """The clock's entries of state.json."""
         return {
             "seconds": self.elapsed(),
             "closing_seconds": self.finish_seconds,
@@ -52,50 +56,54 @@ class TimeBudget:
         }
 
     def elapsed(self) -> float:
-        """Seconds that the run has taken, in all its processes one after another."""
+        """Seconds that the run has taken, including its earlier processes if it was resumed."""
         return self.earlier + time.monotonic() - self.started
 
     # Events
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that is not training: evaluation, checkpoints, samples."""
+        """Context manager for what is not training: evaluations, checkpoints, samples."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self._paused += time.monotonic() - start
+            self._paused_seconds += time.monotonic() - start
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A training step; the next one is expected to take as long."""
+        """Context manager for a training step, which is expected to predict the time of the next one."""
         start = time.monotonic()
         yield
         self.step_seconds = time.monotonic() - start
 
     def evaluated(self, seconds_per_window: float, other_seconds: float = 0.0) -> None:
-        """An evaluation was made; logging, plotting and saving it took `other_seconds`."""
-        evaluation = seconds_per_window * self.finish_windows
-        self.finish_seconds = SAFETY * (evaluation + other_seconds + self.sample_seconds)
+        """Estimate the finish after an evaluation.
+
+        other_seconds: what logging, the loss plot and the checkpoint took after the evaluation.
+        """
+        evaluation_seconds = seconds_per_window * self.finish_windows
+        self.finish_seconds = SAFETY_FACTOR * (evaluation_seconds + other_seconds + self.sample_seconds)
 
     def sampled(self, seconds: float) -> None:
-        """A sample was generated."""
+        """Record how long a sample took."""
         self.sample_seconds = seconds
 
     def begin_training(self) -> None:
-        """The evaluation at step 0 is over."""
+        """Record that the evaluation at step 0 is over."""
         self.training_began = self.elapsed()
 
     # Speed
 
     def mark(self, step: int) -> None:
         """Measure the speed from this step on."""
-        self._mark_time, self._mark_step, self._paused = time.monotonic(), step, 0.0
+        self._mark_time, self._mark_step = time.monotonic(), step
+        self._paused_seconds = 0.0  # since the mark
 
     def seconds_per_step(self, step: int) -> float:
-        """Mean seconds per step since the last mark, pauses left out. Sets a new mark."""
-        training = time.monotonic() - self._mark_time - self._paused
-        seconds = max(training, 1e-9) / max(1, step - self._mark_step)
+        """Mean seconds per step since the last mark, without pauses. Sets a new mark at `step`."""
+        training_seconds = time.monotonic() - self._mark_time - self._paused_seconds
+        seconds = max(training_seconds, 1e-9) / max(1, step - self._mark_step)  # positive: it is a divisor
         self.mark(step)
         return seconds
 
@@ -108,15 +116,18 @@ class TimeBudget:
 
     @property
     def training_ends(self) -> float:
-        """Elapsed seconds at which training has to end.
+        """Elapsed seconds at which training has to end. Only for a run with a limit.
 
-        At least half of the time is for training: a run that only evaluates is useless, and the estimate of
-        the finish may come from a machine that was busy.
+        At least half of the time is for training, even if the run then exceeds its limit: a run that only
+        evaluates is useless, and the estimate of the finish is too high if the machine was busy.
         """
         return self.limit - min(self.finish_seconds, (self.limit - self.training_began) / 2)
 
     def synchronize(self, runtime: Runtime) -> None:
-        """Agree on one clock across ranks: if one stopped and another went on, both would wait forever."""
+        """Set the clock to its maximum over the ranks, so that `is_over` is the same on all of them.
+
+        If one rank stopped and another continued, both would wait for each other forever.
+        """
         self.now, self.finish_seconds, self.training_began, self.step_seconds = runtime.max(
             self.elapsed(), self.finish_seconds, self.training_began, self.step_seconds
         )
@@ -127,19 +138,20 @@ class TimeBudget:
 
 
 def parse_duration(text: str) -> float | None:
-    """90, 90s, 10m, 1h30m -> seconds; "" -> None. Raises ValueError for anything else."""
+    """Seconds of a duration such as 90, 90s, 10m or 1h30m; None for "". Raises ValueError for other texts."""
     if not text:
         return None
-    match = DURATION.fullmatch(text.strip().lower())
-    groups = match.groups() if match else ()
-    total = sum(float(g or 0) * unit for g, unit in zip(groups, (3600, 60, 1), strict=False))
+    total = 0.0
+    if match := DURATION.fullmatch(text.strip().lower()):
+        hours, minutes, seconds = (float(number or 0) for number in match.groups())
+        total = 3600 * hours + 60 * minutes + seconds
     if not 0 < total < math.inf:
         raise ValueError(f"time_budget = {reprlib.repr(text)} is not a duration: write 90s, 10m or 1h30m")
     return total
 
 
 def format_duration(seconds: float) -> str:
-    """75.3 -> 1m15s."""
+    """Seconds as text: 7.5 -> 7.5s, 75.3 -> 1m15s, 3700 -> 1h01m."""
     total_seconds = round(seconds)
     if total_seconds < 60:
         return f"{seconds:.1f}s"

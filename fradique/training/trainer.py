@@ -22,21 +22,22 @@ from model import GPT
 if TYPE_CHECKING:
     from train import TrainSettings
 
-HISTORY_STEPS = 128  # steps that a spike is compared with (as in OLMo 2, section 3.3.2: Team OLMo 2024)
+# A step is compared with this many earlier steps to detect a spike (OLMo 2, Team OLMo 2024, section 3.3.2).
+HISTORY_STEPS = 128
 
 
 @dataclass
 class LossHistory:
     """Losses and gradient norms of the last accepted steps, and how many steps were skipped."""
 
-    losses: list[float] = field(default_factory=list)  # up to HISTORY_STEPS; empty if spike_sigmas is 0
-    norms: list[float] = field(default_factory=list)
-    skipped: int = 0
-    in_a_row: int = 0  # skipped steps since the last accepted one
+    losses: list[float] = field(default_factory=list)  # at most HISTORY_STEPS; empty if spike_sigmas is 0
+    norms: list[float] = field(default_factory=list)  # of the same steps as `losses`
+    skipped: int = 0  # in the whole run
+    in_a_row: int = 0  # skipped since the last accepted step
 
     @classmethod
     def read(cls, values: Any) -> LossHistory | None:
-        """The history in state.json; None if `values` cannot be one."""
+        """The history from its entry in state.json; None if `values` is not a valid entry."""
         if not isinstance(values, dict) or not values.keys() <= {"losses", "norms", "skipped", "in_a_row"}:
             return None
         history = cls(**values)
@@ -54,7 +55,7 @@ class LossHistory:
         self.in_a_row = 0
 
     def remember(self, loss: float, norm: float) -> None:
-        """Count an accepted step, and keep its numbers to compare later steps with."""
+        """Count an accepted step, and keep its loss and gradient norm to compare later steps with them."""
         self.accept()
         self.losses = [*self.losses, loss][-HISTORY_STEPS:]
         self.norms = [*self.norms, norm][-HISTORY_STEPS:]
@@ -67,40 +68,45 @@ class LossHistory:
 
 @dataclass
 class TrainState:
-    """What changes from step to step, besides weights and optimizer state: saved as state.json."""
+    """What changes from step to step, besides weights and optimizer state. Saved in state.json."""
 
-    step: int = 0  # updates done
+    step: int = 0  # steps done
     best_val_loss: float | None = None
     best_step: int | None = None
     evals_since_best: int = 0
     last_eval_step: int = -1
+    # The next four are as read from a checkpoint. Their current values are in Trainer.budget and .scaler, from
+    # where Trainer.state_dict saves them.
     seconds: float = 0.0  # elapsed in earlier processes of this run
     closing_seconds: float = 0.0  # TimeBudget.finish_seconds
     writing_seconds: float = 0.0  # TimeBudget.sample_seconds
-    scaler: dict[str, float] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)  # GradScaler.state_dict()
     past: LossHistory = field(default_factory=LossHistory)
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> TrainState:
-        """The state in state.json. Raises ValueError naming the fields that are missing or invalid."""
-        wrong = [
+        """The state from the content of state.json.
+
+        Only `step` must be there; other fields have defaults. Raises ValueError naming the invalid fields.
+        """
+        invalid = [
             f"{f.name} = {reprlib.repr(values[f.name])}"
             for f in fields(cls)
             if not _is_valid_field(f, values)
         ]
-        if wrong or "step" not in values:
-            problems = "; ".join(wrong) or "no step"
+        if invalid or "step" not in values:
+            problems = "; ".join(invalid) or "no step"
             raise ValueError(f"state.json is damaged ({problems}): use an earlier checkpoint")
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         return cls(**known | {"past": LossHistory.read(values.get("past", {}))})
 
 
 def _is_valid_field(f: Field, values: dict[str, Any]) -> bool:
-    """Whether a field of TrainState has a possible value in `values`, or is missing there."""
+    """Whether the value of a field of TrainState is valid, or missing in `values`."""
     value = values.get(f.name, f.default)
     if f.name == "past":
         return LossHistory.read(values.get("past", {})) is not None
-    if f.name == "scaler":  # the state of torch's GradScaler: numbers by name
+    if f.name == "scaler":
         scaler = values.get("scaler", {})
         return isinstance(scaler, dict) and all(
             type(v) in (int, float) and math.isfinite(v) for v in scaler.values()
@@ -109,27 +115,28 @@ def _is_valid_field(f: Field, values: dict[str, Any]) -> bool:
         return True
     if type(f.default) is float or f.name == "best_val_loss":
         return type(value) in (int, float) and abs(value) < 1e300
-    return type(value) is int and -1 <= value < 1 << 62 and (value >= 0 or f.name == "last_eval_step")
+    minimum = -1 if f.name == "last_eval_step" else 0
+    return type(value) is int and minimum <= value < 1 << 62
 
 
 @dataclass
 class Trainer:
-    """What the steps, evaluations, checkpoints and logs of a run use; made by `setup.setup_training`."""
+    """Everything that the training loop uses. `setup.setup_training` makes it."""
 
     settings: TrainSettings
     runtime: Runtime
     corpus: Corpus
     sampler: Sampler
     model: GPT
-    forward: nn.Module  # the model, compiled and wrapped in DDP where these are on
+    forward: nn.Module  # the model, compiled and wrapped in DDP if the run uses these
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     state: TrainState
     budget: TimeBudget
     log: RunLogger
-    folder: Path  # the run folder; it follows when somebody moves the folder
-    lock: run_folder.RunLock | None = None  # on the rank that writes to the folder
-    saved_step: int = -1  # step of the last checkpoint of this process
+    folder: Path  # the run folder; changes if somebody moves the folder
+    lock: run_folder.RunLock | None = None  # None on ranks other than 0, and with eval_only
+    saved_step: int = -1  # step of the last checkpoint, written or resumed from; -1: none
 
     @property
     def tokens_per_step(self) -> int:

@@ -26,18 +26,18 @@ def make_checkpoint(step=3, seed=0):
     )
 
 
-def assert_equal(first, second):
+def assert_same_checkpoint(first, second):
     assert first.config == second.config and first.state == second.state
     for a, b in ((first.model, second.model), (first.optimizer, second.optimizer)):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
+def test_a_checkpoint_can_be_written_and_read_back(tmp_path):
     checkpoint.write_checkpoint(tmp_path / "step-00000003", make_checkpoint())
-    assert_equal(checkpoint.read_checkpoint(tmp_path / "step-00000003"), make_checkpoint())
+    assert_same_checkpoint(checkpoint.read_checkpoint(tmp_path / "step-00000003"), make_checkpoint())
 
 
-def test_non_contiguous_tensors_keep_their_layout(tmp_path):
+def test_non_contiguous_tensors_are_read_back_correctly(tmp_path):
     transposed = make_checkpoint()
     transposed.model["a"] = torch.arange(20.0).view(4, 5).t()
     checkpoint.write_checkpoint(tmp_path / "c", transposed)
@@ -46,10 +46,10 @@ def test_non_contiguous_tensors_keep_their_layout(tmp_path):
     )
 
 
-def test_writing_again_replaces_the_folder_and_leaves_no_others(tmp_path):
+def test_writing_again_replaces_the_checkpoint_folder(tmp_path):
     checkpoint.write_checkpoint(tmp_path / "best", make_checkpoint(1))
     checkpoint.write_checkpoint(tmp_path / "best", make_checkpoint(2, seed=9))
-    assert_equal(checkpoint.read_checkpoint(tmp_path / "best"), make_checkpoint(2, seed=9))
+    assert_same_checkpoint(checkpoint.read_checkpoint(tmp_path / "best"), make_checkpoint(2, seed=9))
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
@@ -83,9 +83,8 @@ def test_a_checkpoint_with_a_damaged_file_is_skipped(tmp_path, name, damage):
     warnings = []
     assert checkpoint.newest_checkpoint(tmp_path, warnings.append).name == "step-00000001"
     assert len(warnings) == 1 and "step-00000002" in warnings[0]
-    if not (
-        name == "manifest.json" and damage is flip_bit
-    ):  # the flipped bit may be in the checksum of another file
+    # in manifest.json the flipped bit may be in the checksum of another file
+    if not (name == "manifest.json" and damage is flip_bit):
         assert name in warnings[0]
 
 
@@ -94,16 +93,16 @@ def test_a_checkpoint_with_a_file_of_another_run_is_skipped(tmp_path, name):
     """The file itself is valid, and its tensors have the same shapes."""
     for step in (1, 2):
         checkpoint.write_checkpoint(checkpoint.step_folder(tmp_path, step), make_checkpoint(step))
-    other = make_checkpoint(3, seed=7)
-    other.config["dropout"] = 0.5
-    checkpoint.write_checkpoint(tmp_path / "other", other)
+    other_run = make_checkpoint(3, seed=7)
+    other_run.config["dropout"] = 0.5
+    checkpoint.write_checkpoint(tmp_path / "other", other_run)
     (tmp_path / "step-00000002" / name).write_bytes((tmp_path / "other" / name).read_bytes())
     warnings = []
     assert checkpoint.newest_checkpoint(tmp_path, warnings.append).name == "step-00000001"
     assert name in warnings[0]
 
 
-def test_if_all_checkpoints_are_damaged_the_error_says_so(tmp_path):
+def test_resuming_is_rejected_if_all_checkpoints_are_damaged(tmp_path):
     checkpoint.write_checkpoint(checkpoint.step_folder(tmp_path, 1), make_checkpoint())
     (tmp_path / "step-00000001" / "model.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint to resume from: all 1 are damaged"):
@@ -161,10 +160,10 @@ def test_checkpoints_after_the_resumed_step_are_set_aside(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     checkpoint.save_and_prune(tmp_path, make_checkpoint(1), best=True, keep=2)
-    bad = make_checkpoint(2)
-    bad.model["a"][1, 2] = float("nan")
+    nonfinite = make_checkpoint(2)
+    nonfinite.model["a"][1, 2] = float("nan")
     with pytest.raises(ValueError, match="weights at step 2 are not finite"):
-        checkpoint.save_and_prune(tmp_path, bad, best=True, keep=2)
+        checkpoint.save_and_prune(tmp_path, nonfinite, best=True, keep=2)
     assert checkpoint.read_checkpoint(tmp_path / "best").state["step"] == 1
     assert [p.name for p in checkpoint.step_folders(tmp_path)] == ["step-00000001"]
 
@@ -215,7 +214,7 @@ assert [p.name for p in run.iterdir()] == ["best"], list(run.iterdir())
 
 
 def test_kill_9_leaves_no_incomplete_checkpoint(tmp_path):
-    """A process that saves checkpoints all the time is killed at 12 different moments."""
+    """A process that saves checkpoints in a loop is killed at 12 different moments."""
     code = f"""
 import sys, torch, itertools
 sys.path.insert(0, {str(ROOT)!r})
@@ -255,9 +254,9 @@ def test_recovery_restores_a_folder_that_was_being_replaced(tmp_path):
 def test_all_tensors_that_do_not_match_are_listed():
     expected = {"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zeros(1)}
     tensors = {"a": torch.zeros(3, 2), "c": torch.zeros(1), "d": torch.zeros(1)}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         checkpoint.check_tensors_match(expected, tensors, "x.safetensors")
-    message = str(caught.value)
+    message = str(error.value)
     assert "x.safetensors does not fit this model, 3 tensors differ" in message
     assert "a has shape (3, 2), and (2, 3) in this model" in message
     assert "b is missing" in message and "d is not in this model" in message

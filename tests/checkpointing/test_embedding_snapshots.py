@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
+import safetensors.torch
 import torch
 from support import run_training
 
 from fradique.checkpointing import embedding_snapshots
 
 
-def test_snapshots_are_saved_at_intervals_and_at_both_ends(settings):
+def test_snapshots_are_saved_at_intervals_start_and_end(settings):
     _, t = run_training(replace(settings, max_iters=20, snapshot_interval=8, eval_interval=10))
     snapshots = embedding_snapshots.read_snapshots(Path(settings.out_dir))
     assert [snapshot.step for snapshot in snapshots] == [0, 8, 16, 20]
@@ -18,20 +20,22 @@ def test_snapshots_are_saved_at_intervals_and_at_both_ends(settings):
     first, last = snapshots[0], snapshots[-1]
     assert first.tokens.dtype == np.float32 and first.tokens.shape == tuple(wte.shape)
     assert not np.allclose(first.tokens, last.tokens, atol=1e-3)
-    if t.state.best_step == 20:  # otherwise the run ends with the weights of another step
+    if t.state.best_step == 20:  # otherwise the best weights, of an earlier step, are loaded at the end
         np.testing.assert_allclose(last.tokens, wte.numpy(), rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(last.positions, wpe.numpy(), rtol=1e-3, atol=1e-6)
 
 
 def test_snapshots_are_off_by_default_and_do_not_change_training(settings, tmp_path):
-    _, without = run_training(settings)
+    _, without_snapshots = run_training(settings)
     assert not (Path(settings.out_dir) / embedding_snapshots.SNAPSHOT_FOLDER).exists()
-    _, with_snapshots = run_training(replace(settings, out_dir=str(tmp_path / "kept"), snapshot_interval=3))
-    for a, b in zip(without.model.parameters(), with_snapshots.model.parameters(), strict=True):
+    _, with_snapshots = run_training(
+        replace(settings, out_dir=str(tmp_path / "with_snapshots"), snapshot_interval=3)
+    )
+    for a, b in zip(without_snapshots.model.parameters(), with_snapshots.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_resuming_removes_later_snapshots_and_overwriting_all(settings):
+def test_resuming_or_overwriting_removes_obsolete_snapshots(settings):
     settings = replace(settings, snapshot_interval=5, keep_checkpoints=9)
     run_training(settings)
     folder = Path(settings.out_dir)
@@ -45,7 +49,7 @@ def test_resuming_removes_later_snapshots_and_overwriting_all(settings):
     assert list(embedding_snapshots.snapshot_paths(folder)) == [0, 4]
 
 
-def test_without_learned_positions_snapshots_have_none(settings):
+def test_snapshots_with_rope_have_no_positions(settings):
     run_training(replace(settings, max_iters=2, snapshot_interval=1, position="rope"))
     snapshots = embedding_snapshots.read_snapshots(Path(settings.out_dir))
     assert all(snapshot.positions is None for snapshot in snapshots)
@@ -68,3 +72,11 @@ def test_a_snapshot_that_cannot_be_written_only_warns(settings, monkeypatch, cap
     output = capsys.readouterr()
     warning = "embeddings cannot be saved for lab.movie: No space left on device"
     assert (output.out + output.err).count(warning) == 1
+
+
+def test_a_snapshot_of_a_dtype_that_numpy_lacks_is_refused(tmp_path):
+    (tmp_path / embedding_snapshots.SNAPSHOT_FOLDER).mkdir()
+    path = tmp_path / embedding_snapshots.SNAPSHOT_FOLDER / "step-00000001.safetensors"
+    safetensors.torch.save_file({"tokens": torch.zeros(2, 2, dtype=torch.bfloat16)}, path)
+    with pytest.raises(ValueError, match=r"step-00000001\.safetensors is damaged"):
+        embedding_snapshots.read_snapshots(tmp_path)

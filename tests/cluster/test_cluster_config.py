@@ -1,4 +1,4 @@
-"""The files for Slurm and Kubernetes are valid, and use flags that exist."""
+"""The files for Slurm and Kubernetes are valid, and their flags exist."""
 
 import re
 import shlex
@@ -33,13 +33,13 @@ def manifests():
 
 
 def job():
-    (manifest,) = (d for d in manifests() if d["kind"] == "Job")
+    (manifest,) = (m for m in manifests() if m["kind"] == "Job")
     return manifest["spec"]
 
 
 def container():
-    (only,) = job()["template"]["spec"]["containers"]
-    return only
+    (spec,) = job()["template"]["spec"]["containers"]
+    return spec
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -71,12 +71,12 @@ def test_train_accepts_the_settings_of_the_scripts():
 
 def run_sh(tmp_path, *arguments, **environment):
     """Run run.sh with a fake Python that records its calls. Returns the arguments of each call."""
-    fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >> {shlex.quote(str(tmp_path / "calls"))}\n')
-    fake.chmod(0o755)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >> {shlex.quote(str(tmp_path / "calls"))}\n')
+    python.chmod(0o755)
     environment = {
         "PATH": "/usr/bin:/bin",
-        "PYTHON": str(fake),
+        "PYTHON": str(python),
         "RUN_ID": "x",
         "RENDEZVOUS": "a:1",
     } | environment
@@ -93,20 +93,20 @@ def run_sh(tmp_path, *arguments, **environment):
 
 
 def test_run_sh_starts_a_run_or_resumes_it(tmp_path):
-    out = tmp_path / "out"
-    check, start = run_sh(tmp_path, "config/x.py", "--n_layer=2", OUT_DIR=str(out), NODES="3")
-    assert check == ["train.py", "config/x.py", "--n_layer=2", f"--out_dir={out}", "--print_settings"]
+    out_dir = tmp_path / "out"
+    check, start = run_sh(tmp_path, "config/x.py", "--n_layer=2", OUT_DIR=str(out_dir), NODES="3")
+    assert check == ["train.py", "config/x.py", "--n_layer=2", f"--out_dir={out_dir}", "--print_settings"]
     assert "--nnodes=3" in start and start[-4:] == [
         "train.py",
         "config/x.py",
         "--n_layer=2",
-        f"--out_dir={out}",
+        f"--out_dir={out_dir}",
     ]
-    out.mkdir()
-    (out / "settings.json").touch()  # stopped before its first checkpoint
-    assert run_sh(tmp_path, OUT_DIR=str(out))[-1][-1] == "--overwrite=True"
-    (out / "step-00000010").mkdir()
-    assert run_sh(tmp_path, OUT_DIR=str(out))[-1][-1] == "--init_from=resume"
+    out_dir.mkdir()
+    (out_dir / "settings.json").touch()  # stopped before its first checkpoint
+    assert run_sh(tmp_path, OUT_DIR=str(out_dir))[-1][-1] == "--overwrite=True"
+    (out_dir / "step-00000010").mkdir()
+    assert run_sh(tmp_path, OUT_DIR=str(out_dir))[-1][-1] == "--init_from=resume"
 
 
 def test_prepare_accepts_the_flags_of_the_script():
@@ -141,10 +141,10 @@ def test_manifests_follow_the_kubernetes_schema():
 
 def test_the_schema_rejects_a_misspelled_field():
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    (wrong,) = (d for d in manifests() if d["kind"] == "Job")
-    wrong["spec"]["completionMod"] = wrong["spec"].pop("completionMode")
+    (manifest,) = (m for m in manifests() if m["kind"] == "Job")
+    manifest["spec"]["completionMod"] = manifest["spec"].pop("completionMode")
     with pytest.raises(validate.ValidationError):
-        validate.validate(wrong, validate.latest_version(), strict=True)
+        validate.validate(manifest, validate.latest_version(), strict=True)
 
 
 def test_the_manifests_are_consistent():

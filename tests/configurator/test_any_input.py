@@ -10,35 +10,35 @@ from hypothesis import strategies as st
 
 from configurator import Resolved, format_settings, resolve
 
-steady = hypothesis_settings(derandomize=True, deadline=None, max_examples=200, database=None)
+deterministic = hypothesis_settings(derandomize=True, deadline=None, max_examples=200, database=None)
 
 
-@steady
+@deterministic
 @given(st.integers())
 def test_any_int_round_trips(value):
     assert get(f"--seed={value}").seed == value
     assert get("--seed", str(value)).seed == value
 
 
-@steady
+@deterministic
 @given(st.floats(min_value=0, max_value=1))
 def test_any_float_round_trips(value):
     assert get(f"--dropout={value}").dropout == value
 
 
-@steady
+@deterministic
 @given(st.booleans())
 def test_any_bool_round_trips(value):
     assert get(f"--overwrite={value}").overwrite is value
 
 
-@steady
+@deterministic
 @given(st.text())
 def test_any_text_round_trips(value):
     assert get(f"--start={value}").start == value
 
 
-@steady
+@deterministic
 @given(st.text(), st.floats(min_value=0, max_value=1), st.none() | st.integers(min_value=-1), st.booleans())
 def test_printed_settings_are_a_config_file(start, dropout, top_k, bias):
     settings = Settings(start=start, dropout=dropout, top_k=top_k, bias=bias)
@@ -47,7 +47,7 @@ def test_printed_settings_are_a_config_file(start, dropout, top_k, bias):
     assert get("again.py") == settings
 
 
-words = st.text(max_size=12) | st.sampled_from(
+arguments = st.text(max_size=12) | st.sampled_from(
     [
         "--",
         "-",
@@ -65,8 +65,8 @@ words = st.text(max_size=12) | st.sampled_from(
 )
 
 
-@steady
-@given(st.lists(words, max_size=6))
+@deterministic
+@given(st.lists(arguments, max_size=6))
 def test_any_command_line_resolves_or_raises_value_error(argv):
     try:
         assert isinstance(resolve(Settings, argv).settings, Settings)
@@ -74,7 +74,7 @@ def test_any_command_line_resolves_or_raises_value_error(argv):
         assert str(error)
 
 
-@steady
+@deterministic
 @given(st.text(alphabet="n_layer = 4\n'\\#[]:+*", max_size=40))
 @pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
 def test_any_config_file_resolves_or_raises_value_error(text):

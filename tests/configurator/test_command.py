@@ -57,6 +57,8 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def toy(folder):
+    """A function that runs SCRIPT in a process: (exit status, stdout, stderr)."""
+
     def run(*argv, debug_field=False, common="False"):
         line = 'debug: bool = setting(False, "show the traceback")' if debug_field else ""
         script = SCRIPT.replace("DEBUG_FIELD", line).replace("COMMON", common)
@@ -68,7 +70,7 @@ def toy(folder):
     return run
 
 
-def in_process(main, *argv, base=None):
+def run_in_process(main, *argv, base=None):
     return command(main, Settings, argv, base=base)
 
 
@@ -94,7 +96,7 @@ def test_a_memory_error_gives_one_message_and_status_2(toy):
     assert toy("--mode=memory") == (2, "", "error: not enough memory\n" + HINT)
 
 
-def test_only_unexpected_errors_get_the_hint_to_debug(toy):
+def test_only_unexpected_errors_suggest_debug(toy):
     assert toy("--mode=library") == (2, "", "error: mean requires at least one data point\n" + HINT)
     message = "error: invalid literal for int() with base 10: 'x'\n"
     assert toy("--mode=builtin") == (2, "", message + HINT)
@@ -147,15 +149,15 @@ def test_a_closed_stdout_is_not_an_error(toy, flags):
     assert (result.returncode, result.stderr) == (141, b"")
 
 
-def test_another_broken_pipe_is_reported(toy):
+def test_a_broken_pipe_other_than_stdout_is_reported(toy):
     status, _, err = toy("--mode=pipe")
     assert status == 2
     assert "Broken pipe" in err
 
 
 def test_help_works_with_an_invalid_config_file(toy):
-    wrong = write("wrong.py", "n_layer = \n")
-    for flags in (["--help"], ["-h"], [wrong, "--help", "--nothing"]):
+    invalid = write("wrong.py", "n_layer = \n")
+    for flags in (["--help"], ["-h"], [invalid, "--help", "--nothing"]):
         status, out, err = toy(*flags)
         assert (status, err) == (0, "")
         assert out.startswith("python toy.py: a toy") and "--n_layer" in out
@@ -197,16 +199,16 @@ def test_a_command_can_start_from_saved_settings(capsys):
     def base(settings):
         return (saved, "out/toy/settings.json") if settings.out_dir == "out/toy" else None
 
-    seen = []
-    # n_embd=390 contradicts the default n_head=12, and goes with the n_head=6 of the saved run
+    results = []
+    # n_embd=390 is divisible by the n_head=6 of the saved run, but not by the default n_head=12
     argv = ("--out_dir=out/toy", "--n_embd=390")
-    assert in_process(seen.append, *argv, base=base) == 0
-    assert (seen[0].settings.n_head, seen[0].settings.n_embd, seen[0].settings.seed) == (6, 390, 7)
-    assert seen[0].sources["seed"] == "out/toy/settings.json"
-    assert seen[0].explicit == {"out_dir", "n_embd"}
-    assert in_process(seen.append, "--out_dir=out/new", base=base) == 0
-    assert seen[1].sources["seed"] == "default"
-    assert in_process(seen.append, *argv, "--print_settings", base=base) == 0
+    assert run_in_process(results.append, *argv, base=base) == 0
+    assert (results[0].settings.n_head, results[0].settings.n_embd, results[0].settings.seed) == (6, 390, 7)
+    assert results[0].sources["seed"] == "out/toy/settings.json"
+    assert results[0].explicit == {"out_dir", "n_embd"}
+    assert run_in_process(results.append, "--out_dir=out/new", base=base) == 0
+    assert results[1].sources["seed"] == "default"
+    assert run_in_process(results.append, *argv, "--print_settings", base=base) == 0
     assert "# out/toy/settings.json" in capsys.readouterr().out
 
 
@@ -214,5 +216,5 @@ def test_settings_are_checked_before_the_saved_run_is_read(capsys):
     def base(settings):
         raise AssertionError("was called")
 
-    assert in_process(print, "--n_layer=0", base=base) == 2
+    assert run_in_process(print, "--n_layer=0", base=base) == 2
     assert "--n_layer=0: must be at least 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Config files: what they can do, and how their mistakes are reported."""
+"""Config files: what they may contain, and how their mistakes are reported."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from configurator import resolve
 
 
 def test_a_config_file_can_read_earlier_settings():
-    one = write("one.py", "max_iters = 1e5\n")
-    two = write("two.py", "lr_decay_iters = max_iters\nlearning_rate *= 2\nn_embd = n_head * 64\n")
-    settings = get(one, two)
+    first = write("one.py", "max_iters = 1e5\n")
+    second = write("two.py", "lr_decay_iters = max_iters\nlearning_rate *= 2\nn_embd = n_head * 64\n")
+    settings = get(first, second)
     assert settings.max_iters == 100000 and type(settings.max_iters) is int
     assert settings.lr_decay_iters == 100000 and type(settings.lr_decay_iters) is int
     assert settings.learning_rate == 12e-4
@@ -98,19 +98,19 @@ RESET = 'reset("model")\n'
 
 
 def test_reset_sets_a_group_to_its_defaults():
-    one = write("one.py", "n_layer = 3\nn_head = 4\nbias = True\nseed = 5\n")
-    two = write("two.py", RESET + "n_head = 6\n")
-    resolved = resolve(Settings, [one, two])
+    first = write("one.py", "n_layer = 3\nn_head = 4\nbias = True\nseed = 5\n")
+    second = write("two.py", RESET + "n_head = 6\n")
+    resolved = resolve(Settings, [first, second])
     assert resolved.settings == Settings(n_head=6, seed=5)
     assert resolved.sources["seed"] == "one.py"
-    model = {"n_layer", "n_head", "n_embd", "dropout", "bias"}
-    assert {key for key, source in resolved.sources.items() if source == "two.py"} == model
-    assert resolved.explicit == model | {"seed"}
+    model_settings = {"n_layer", "n_head", "n_embd", "dropout", "bias"}
+    assert {key for key, source in resolved.sources.items() if source == "two.py"} == model_settings
+    assert resolved.explicit == model_settings | {"seed"}
 
 
 def test_flags_and_later_files_override_a_reset():
-    one, two = write("one.py", RESET), write("two.py", "n_layer = 3\n")
-    assert resolve(Settings, ["--n_head=6", one, two]).settings == Settings(n_layer=3, n_head=6)
+    first, second = write("one.py", RESET), write("two.py", "n_layer = 3\n")
+    assert resolve(Settings, ["--n_head=6", first, second]).settings == Settings(n_layer=3, n_head=6)
     assert get(write("x.py", "n_layer = 3\n" + RESET + "n_embd = 2 * n_embd\n")) == Settings(n_embd=1536)
 
 
@@ -184,9 +184,9 @@ def test_a_file_that_is_not_utf8_is_rejected():
 
 def test_a_missing_file_is_reported_with_a_similar_name():
     write("config/train_eca_char.py", "")
-    meant = "(did you mean config/train_eca_char.py?)"
+    suggestion = "(did you mean config/train_eca_char.py?)"
     for name in ("config/train_eca_chr.py", "config/train_eca_char", "train_eca_char.py", "train_eca_char"):
-        assert problem(name) == f"{name}: no such config file {meant}"
+        assert problem(name) == f"{name}: no such config file {suggestion}"
     assert problem("elsewhere/quite_different.py") == "elsewhere/quite_different.py: no such config file"
 
 

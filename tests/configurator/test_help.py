@@ -17,7 +17,7 @@ def test_help_shows_meaning_range_and_default_by_group():
     assert "--learning_rate peak learning rate (a number, above 0; default 0.0006)" in text
     assert "--device device (one of 'auto', 'cpu', 'cuda', 'mps'; default 'auto')" in text
     order = ["run:", "--out_dir", "--dataset", "model:", "--n_layer", "optimization:", "general:"]
-    positions = [text.index(f" {word} ") for word in [*order, "--print_settings", "--debug"]]
+    positions = [text.index(f" {name} ") for name in [*order, "--print_settings", "--debug"]]
     assert positions == sorted(positions)
 
 

@@ -38,9 +38,9 @@ def test_contradictions_are_checked_if_all_values_are_valid():
 
 
 def test_types_and_defaults_of_the_class_are_checked():
-    strange = make_dataclass("Strange", [("sizes", list, field(default=None))])
+    unsupported = make_dataclass("Strange", [("sizes", list, field(default=None))])
     with pytest.raises(AssertionError, match=r"Strange\.sizes"):
-        resolve(strange, [])
+        resolve(unsupported, [])
     with pytest.raises(ValueError, match="at least 1"):
         resolve(make_dataclass("Wrong", [("n_layer", int, setting(0, "blocks", lo=1))]), [])
 

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of corpora."""
+"""Fixtures for the corpus tests."""
 
 import os
 
@@ -7,13 +7,13 @@ from download_server import server  # noqa: F401
 
 from fradique.data import shard_plan, token_files
 
-# name -> the size up to which token files are cached, the function that reads the others
+# name -> the size up to which token files are cached, and the function that reads larger files
 READERS = {"cached": (64 << 20, "pread"), "pread": (0, "pread"), "seek": (0, "_seek_and_read")}
 
 
 @pytest.fixture(params=READERS)
 def reader(request, monkeypatch):
-    """Run the test with each way to read tokens: from memory, with os.pread, and as on Windows."""
+    """Run the test with each method of reading tokens: from memory, with os.pread, with seek (Windows)."""
     max_cached_bytes, function = READERS[request.param]
     monkeypatch.setattr(token_files, "MAX_CACHED_BYTES", max_cached_bytes)
     if function != "pread":

@@ -1,4 +1,4 @@
-"""Corpora of texts and documents, compared with plain code that keeps everything in memory."""
+"""Corpora of texts and documents, compared with simple code that keeps all tokens in memory."""
 
 import hashlib
 import json
@@ -33,15 +33,15 @@ def test_token_files_contain_the_tokens_of_each_split(tmp_path, kind, val_fracti
     meta = prepare_text(text_of(STORY, 33), tmp_path, kind, val_fraction)
     encoder = tokenizer.load_tokenizer(tmp_path / "tokenizer.json")
     cut = int(len(STORY) * (1 - val_fraction))
-    for split, part in (("train", STORY[:cut]), ("val", STORY[cut:])):
+    for split, split_text in (("train", STORY[:cut]), ("val", STORY[cut:])):
         ids = read_ids(tmp_path, split)
         if kind == "char":
             alphabet = sorted(set(STORY))
-            assert ids.tolist() == [alphabet.index(char) for char in part]
-        assert ids.tolist() == encoder.encode(part).tolist()
-        assert encoder.decode(ids) == part
+            assert ids.tolist() == [alphabet.index(char) for char in split_text]
+        assert ids.tolist() == encoder.encode(split_text).tolist()
+        assert encoder.decode(ids) == split_text
         data = (tmp_path / f"{split}.bin").read_bytes()
-        shard = {"file": f"{split}.bin", "tokens": len(ids), "bytes": len(part.encode())}
+        shard = {"file": f"{split}.bin", "tokens": len(ids), "bytes": len(split_text.encode())}
         shard["sha256"] = hashlib.sha256(data).hexdigest()
         assert meta["splits"][split] == {"tokens": len(ids), "bytes": shard["bytes"], "shards": [shard]}
     assert json.loads((tmp_path / "meta.json").read_text(encoding="utf-8")) == meta
@@ -80,7 +80,7 @@ DOCS = ["Um gato.", "", "Dois gatos\r\ne uma lua — 🙂.", "x" * 5000, "<|endo
 
 
 def reference_splits(docs: list[str], val_fraction: float) -> dict[str, list[int]]:
-    """The tokens of both splits, document by document; the split is chosen by `uniform_hash`."""
+    """The tokens of both splits; `uniform_hash` chooses the split of each document."""
     gpt2, splits = tokenizer.GPT2Tokenizer(), {"train": [], "val": []}
     for index, doc in enumerate(docs):
         split = "val" if build.uniform_hash(index) < val_fraction else "train"
@@ -99,7 +99,7 @@ def test_each_document_ends_with_end_of_text(tmp_path):
     assert encoder.byte_lengths()[read_ids(tmp_path, "val")].sum() == val["bytes"]
 
 
-def test_max_documents_uses_the_first_and_changes_no_split(tmp_path):
+def test_max_documents_keeps_the_first_in_the_same_splits(tmp_path):
     docs = [f"documento {i}" for i in range(300)]
     prepare_documents(([doc] for doc in docs), "", tmp_path, val_fraction=0.2, max_documents=100)
     assert read_ids(tmp_path, "val").tolist() == reference_splits(docs[:100], 0.2)["val"]
@@ -128,7 +128,7 @@ def test_a_text_too_small_for_a_block_is_refused(tmp_path, string, message):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_small_validation_split_gets_a_note(tmp_path, capsys):
+def test_a_small_validation_split_causes_a_note(tmp_path, capsys):
     prepare_text(text_of("ab" * 50), tmp_path)
     assert "validation split has only 10 tokens" in capsys.readouterr().err
 
@@ -141,7 +141,7 @@ def test_a_validation_fraction_outside_0_to_1_is_refused(tmp_path, val_fraction)
         prepare_documents([["a"]], "", tmp_path, val_fraction=val_fraction)
 
 
-def test_a_failure_leaves_the_old_corpus_unchanged(tmp_path):
+def test_an_error_leaves_the_old_corpus_unchanged(tmp_path):
     prepare_text(text_of(STORY), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -159,23 +159,11 @@ def test_a_failure_leaves_the_old_corpus_unchanged(tmp_path):
 
 
 def test_a_new_corpus_replaces_all_files_of_the_old_one(tmp_path):
-    for name in (
-        "train_00000.bin",
-        "train_00001.bin",
-        "val_00000.bin",
-        "train.bin",
-        "meta.json",
-        "other.bin",
-    ):
+    names = ("train_00000.bin", "train_00001.bin", "val_00000.bin", "train.bin", "meta.json", "other.bin")
+    for name in names:
         (tmp_path / name).write_text("old")
     prepare_text(text_of(STORY), tmp_path)
-    assert file_names(tmp_path) == [
-        "meta.json",
-        "other.bin",
-        "tokenizer.json",
-        "train.bin",
-        "val.bin",
-    ]
+    assert file_names(tmp_path) == ["meta.json", "other.bin", "tokenizer.json", "train.bin", "val.bin"]
 
 
 def test_an_interrupted_installation_leaves_no_corpus(tmp_path, monkeypatch):
@@ -206,7 +194,7 @@ def test_the_tokenizer_is_installed_before_the_token_files(tmp_path, monkeypatch
     assert order == ["tokenizer.json", "val.bin", "train.bin", "meta.json"]
 
 
-def test_a_text_that_changes_between_the_passes_is_refused(tmp_path):
+def test_a_text_that_changes_between_passes_is_refused(tmp_path):
     lengths = iter([1000, 1001])
     with pytest.raises(ValueError, match=r"changed while it was read"):
         prepare_text(Text("", 1, lambda: iter(["a" * next(lengths)])), tmp_path)
@@ -218,7 +206,7 @@ def test_only_temporary_folders_of_dead_processes_are_removed(tmp_path):
         folder.mkdir()
         (folder / "train.bin").write_text("half")
     (dead / folder_lock.LOCK_FILE).write_text("{}")
-    os.utime(old, (1e9, 1e9))  # has no lock file
+    os.utime(old, (1e9, 1e9))  # an old folder without a lock file
     lock = folder_lock.FolderLock(live)
     prepare_text(text_of(STORY), tmp_path)
     assert not dead.exists() and not old.exists()

@@ -1,4 +1,4 @@
-"""Splits and corpora: batches for evaluation, opening a corpus, and damaged or missing files."""
+"""Splits and corpora: evaluation batches, opening a corpus, and damaged or missing files."""
 
 import json
 
@@ -19,7 +19,7 @@ def test_ranks_divide_the_windows_without_gap_or_overlap(tmp_path):
     assert single == divided
 
 
-def test_a_token_outside_the_vocabulary_is_named(tmp_path):
+def test_a_token_outside_the_vocabulary_is_reported(tmp_path):
     split = make_split(tmp_path, [50, 50])
     split.vocab_size = 73
     with pytest.raises(
@@ -75,7 +75,7 @@ def test_uint32_tokens_are_read(corpus):
     assert opened.tokenizer.decode(np.asarray(opened.train.token_files[0][:50])) == make_text(300)[:50]
 
 
-def test_a_missing_corpus_names_the_command_that_makes_it(tmp_path):
+def test_the_error_for_a_missing_corpus_shows_the_command(tmp_path):
     folder = tmp_path / "data" / "eca_char"
     folder.mkdir(parents=True)
     (folder / "prepare.py").touch()
@@ -107,13 +107,13 @@ def test_a_corpus_too_small_for_a_block_is_refused(corpus):
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
     ],
 )
-def test_a_damaged_file_is_named(corpus, damage, message):
+def test_a_damaged_file_is_reported(corpus, damage, message):
     damage(corpus)
     with pytest.raises((ValueError, OSError), match=message):
         open_corpus(corpus, block_size=8)
 
 
-def test_meta_cannot_name_a_file_outside_the_folder(corpus):
+def test_meta_json_cannot_name_a_file_outside_the_folder(corpus):
     meta = json.loads((corpus / "meta.json").read_text())
     meta["splits"]["train"]["shards"][0]["file"] = "../book/train.bin"
     (corpus / "meta.json").write_text(json.dumps(meta))

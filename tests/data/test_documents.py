@@ -1,4 +1,4 @@
-"""Documents from files of all kinds and from a stand-in for the Hugging Face hub."""
+"""Documents from files of all kinds and from a fake Hugging Face hub."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ DOCS = ["Um gato.", "", "Dois gatos\r\ne uma lua — 🙂.", "x" * 5000, "<|endo
 
 
 def write_document_files(folder: Path, docs: list[str]) -> dict[str, Path]:
-    """Write `docs` to a file of each kind; file name -> path."""
+    """Write `docs` to a file of each kind. Returns {file name: path}."""
     table = pa.table({"id": range(len(docs)), "text": docs})
     lines = "".join(json.dumps({"text": doc, "more": 1}) + "\n" for doc in docs)
     pq.write_table(table, folder / "d.parquet", row_group_size=2)
@@ -52,7 +52,7 @@ BROKEN_LINES = [
 
 
 @pytest.mark.parametrize(("data", "message"), BROKEN_LINES, ids=[message for _, message in BROKEN_LINES])
-def test_an_invalid_line_of_json_is_named(tmp_path, data, message):
+def test_an_invalid_line_of_json_is_reported(tmp_path, data, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.jsonl") as caught:
@@ -67,7 +67,7 @@ def test_a_line_beyond_the_limit_is_refused(tmp_path, monkeypatch):
         list(documents.local_documents([tmp_path / "a.jsonl"]))
 
 
-def test_damaged_files_and_unknown_kinds_are_named(tmp_path):
+def test_damaged_files_and_unknown_kinds_are_reported(tmp_path):
     files = write_document_files(tmp_path, ["uma casa"] * 500)
     for name in ("d.parquet", "d.jsonl.gz"):
         files[name].write_bytes(files[name].read_bytes()[:-20])
@@ -85,7 +85,7 @@ def test_damaged_files_and_unknown_kinds_are_named(tmp_path):
             list(documents.local_documents([tmp_path / name]))
 
 
-def test_documents_are_counted_and_read_from_any_number(tmp_path):
+def test_documents_are_counted_and_read_from_any_index(tmp_path):
     docs = write_documents(tmp_path)
     counts = [documents.count_documents(path) for path in sorted(tmp_path.iterdir())]
     assert counts == [50, 30, 40, 1]
@@ -99,7 +99,7 @@ def test_documents_are_counted_and_read_from_any_number(tmp_path):
 
 
 class FakeStream:
-    """Stands in for the package `datasets`: two rows, then a network error."""
+    """A fake `datasets` package that yields two rows and then raises a network error."""
 
     def load_dataset(self, name, **options):
         self.call = name, options
@@ -108,7 +108,7 @@ class FakeStream:
         raise ConnectionError("the cable was cut\nlong traceback")
 
 
-def test_a_broken_stream_from_the_hub_says_what_to_do(monkeypatch):
+def test_a_broken_stream_from_the_hub_suggests_input(monkeypatch):
     fake = FakeStream()
     monkeypatch.setitem(sys.modules, "datasets", fake)
     stream = documents.hub_documents(sources.OPENWEBTEXT)
@@ -120,7 +120,7 @@ def test_a_broken_stream_from_the_hub_says_what_to_do(monkeypatch):
 
 
 class FakeHub:
-    """Stands in for the package `datasets`: the files of a data set, which are on this machine."""
+    """A fake `datasets` package whose data set consists of local files."""
 
     def __init__(self, urls):
         self.config, self.data_files = self, {"train": urls}
@@ -138,10 +138,10 @@ def test_shards_of_files_on_the_hub_equal_those_of_local_files(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "datasets", FakeHub([path.as_uri() for path in paths]))
     files = documents.hub_files(sources.OPENWEBTEXT)
     assert [file.size for file in files] == [path.stat().st_size for path in paths]
-    hub = DocumentJob(files, "a test", "gpt2", 0.2, 3)
-    local = DocumentJob(paths, "a test", "gpt2", 0.2, 3)
-    prepare_shards(hub, tmp_path / "hub", Worker())
-    prepare_shards(local, tmp_path / "local", Worker())
+    hub_job = DocumentJob(files, "a test", "gpt2", 0.2, 3)
+    local_job = DocumentJob(paths, "a test", "gpt2", 0.2, 3)
+    prepare_shards(hub_job, tmp_path / "hub", Worker())
+    prepare_shards(local_job, tmp_path / "local", Worker())
     for name in ("val.bin", *(f"train_{i:05d}.bin" for i in range(3))):
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The sample that a BPE is trained on, and the memory of the encoder."""
+"""The text sample for training a BPE, and the memory of the encoder."""
 
 import random
 import subprocess
@@ -19,7 +19,7 @@ def test_a_bpe_is_trained_on_all_of_a_small_text():
     assert sample.n_chars == 700
 
 
-def test_a_bpe_is_trained_on_pieces_from_all_over_a_large_text(monkeypatch):
+def test_a_bpe_is_trained_on_pieces_throughout_a_large_text(monkeypatch):
     monkeypatch.setattr(encode, "SAMPLE_CHARS", 2000)
     monkeypatch.setattr(encode, "SAMPLE_PIECE", 100)
     string = " ".join(f"{i:05d}" for i in range(5000))

@@ -1,4 +1,4 @@
-"""Corpora made by many workers, compared with the corpus that a single process makes."""
+"""Corpora made by many workers, compared with the corpus of a single process."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ KINDS = ["char", "gpt2", "bpe:300"]
 
 
 def joined_train(folder, n):
-    """The bytes of all training files."""
+    """The bytes of all training files, in order."""
     return b"".join((folder / f"train_{i:05d}.bin").read_bytes() for i in range(n))
 
 
@@ -42,15 +42,15 @@ def joined_train(folder, n):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "val_fraction"), [(1, 0.1), (7, 0.1), (20, 0.5)])
 def test_shards_equal_the_corpus_of_a_single_process(tmp_path, kind, n, val_fraction):
-    whole = prepare_text(text_of(STORY), tmp_path / "whole", kind, val_fraction)
+    reference = prepare_text(text_of(STORY), tmp_path / "reference", kind, val_fraction)
     meta = prepare_shards(text_job(STORY, kind, n, val_fraction), tmp_path / "shards", Worker())
-    assert joined_train(tmp_path / "shards", n) == (tmp_path / "whole" / "train.bin").read_bytes()
+    assert joined_train(tmp_path / "shards", n) == (tmp_path / "reference" / "train.bin").read_bytes()
     for name in ("val.bin", "tokenizer.json"):
-        assert (tmp_path / "shards" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "shards" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
     assert json.loads((tmp_path / "shards" / "meta.json").read_text(encoding="utf-8")) == meta
-    assert {k: v for k, v in meta.items() if k not in ("splits", "made_from")}.items() <= whole.items()
-    assert meta["splits"]["val"] == whole["splits"]["val"]
-    train, expected = meta["splits"]["train"], whole["splits"]["train"]
+    assert {k: v for k, v in meta.items() if k not in ("splits", "made_from")}.items() <= reference.items()
+    assert meta["splits"]["val"] == reference["splits"]["val"]
+    train, expected = meta["splits"]["train"], reference["splits"]["train"]
     assert (train["tokens"], train["bytes"]) == (expected["tokens"], expected["bytes"])
     for i, entry in enumerate(train["shards"]):
         data = (tmp_path / "shards" / f"train_{i:05d}.bin").read_bytes()
@@ -87,7 +87,7 @@ def test_a_worker_makes_only_its_own_shards(tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("*.bin"))] == ["train_00001.bin", "train_00004.bin"]
 
 
-def test_a_corpus_in_shards_is_read_in_their_order(tmp_path):
+def test_the_shards_of_a_corpus_are_read_in_order(tmp_path):
     prepare_shards(text_job(n=7), tmp_path, Worker())
     opened = open_corpus(tmp_path, block_size=16)
     assert len(opened.train.token_files) == 7
@@ -101,23 +101,23 @@ def test_a_corpus_in_shards_is_read_in_their_order(tmp_path):
 def test_document_shards_equal_those_of_a_single_process(tmp_path, n, max_documents):
     write_documents(tmp_path / "source")
     stream = documents.local_documents(sorted((tmp_path / "source").iterdir()))
-    whole = prepare_documents(stream, "a test", tmp_path / "whole", "gpt2", 0.2, max_documents)
+    reference = prepare_documents(stream, "a test", tmp_path / "reference", "gpt2", 0.2, max_documents)
     job = document_job(tmp_path / "source", n, 0.2, max_documents)
     if n == 121:  # one document each: a shard of a validation document has no training tokens
         with pytest.raises(ValueError, match=r"has 0 tokens to train on.*smaller --shards"):
             prepare_shards(job, tmp_path / "shards", Worker())
         return
     meta = prepare_shards(job, tmp_path / "shards", Worker())
-    assert joined_train(tmp_path / "shards", n) == (tmp_path / "whole" / "train.bin").read_bytes()
+    assert joined_train(tmp_path / "shards", n) == (tmp_path / "reference" / "train.bin").read_bytes()
     for name in ("val.bin", "tokenizer.json"):
-        assert (tmp_path / "shards" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert meta["splits"]["val"] == whole["splits"]["val"]
+        assert (tmp_path / "shards" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
+    assert meta["splits"]["val"] == reference["splits"]["val"]
 
 
 # Resuming
 
 
-def test_files_of_a_killed_worker_are_removed_with_its_shard(tmp_path):
+def test_temporary_files_are_removed_only_for_the_same_shard(tmp_path):
     prepare_shards(text_job(), tmp_path, Worker(1, 3))
     for name in ("part_00000-dead", "part_00002-alive"):
         (tmp_path / ".shards" / name).mkdir()
@@ -128,14 +128,14 @@ def test_files_of_a_killed_worker_are_removed_with_its_shard(tmp_path):
 @pytest.mark.parametrize("name", ["train_00004.bin", ".shards/val_00004.bin", ".shards/shard_00004.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_an_incomplete_shard_is_made_again(tmp_path, name, damage):
-    prepare_shards(text_job(), tmp_path / "whole", Worker())
+    prepare_shards(text_job(), tmp_path / "reference", Worker())
     prepare_shards(text_job(), tmp_path / "out", Worker(1, 3))
     if damage == "missing":
         (tmp_path / "out" / name).unlink()
     else:
         os.truncate(tmp_path / "out" / name, 10)
     prepare_shards(text_job(), tmp_path / "out", Worker())
-    assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "reference")
 
 
 def test_an_incomplete_shard_of_another_worker_is_named(tmp_path):
@@ -148,7 +148,7 @@ def test_an_incomplete_shard_of_another_worker_is_named(tmp_path):
     assert (tmp_path / "meta.json").exists()
 
 
-def test_a_damaged_validation_part_is_made_again(tmp_path):
+def test_damaged_validation_tokens_are_made_again(tmp_path):
     prepare_shards(text_job(), tmp_path, Worker(1, 2))
     path = tmp_path / ".shards" / "val_00003.bin"
     path.write_bytes(path.read_bytes()[::-1])
@@ -159,33 +159,33 @@ def test_a_damaged_validation_part_is_made_again(tmp_path):
 
 
 def test_two_workers_can_make_the_same_shard(tmp_path, monkeypatch):
-    """While a worker encodes its first shard, a second worker makes the same shards, or the whole corpus."""
-    prepare_shards(text_job(), tmp_path / "whole", Worker())
-    for name, twin in (("shards", Worker(1, 2)), ("corpus", Worker())):
+    """While a worker encodes its first shard, a second worker makes the same shards, or all shards."""
+    prepare_shards(text_job(), tmp_path / "reference", Worker())
+    for name, worker in (("shards", Worker(1, 2)), ("corpus", Worker())):
         encode_splits = encode.encode_splits
 
-        def encode_twice(pieces, tokenizer, folder, name=name, twin=twin, encode_splits=encode_splits):
+        def encode_twice(pieces, tokenizer, folder, name=name, worker=worker, encode_splits=encode_splits):
             monkeypatch.setattr(shard_build, "encode_splits", encode_splits)
             splits = encode_splits(pieces, tokenizer, folder)
-            prepare_shards(text_job(), tmp_path / name, twin)
+            prepare_shards(text_job(), tmp_path / name, worker)
             return splits
 
         monkeypatch.setattr(shard_build, "encode_splits", encode_twice)
         result = prepare_shards(text_job(), tmp_path / name, Worker(1, 2))
         assert isinstance(result, ShardCount) == (name == "shards")
         prepare_shards(text_job(), tmp_path / name, Worker(0, 2))
-        assert checksums(tmp_path / name) == checksums(tmp_path / "whole")
+        assert checksums(tmp_path / name) == checksums(tmp_path / "reference")
 
 
 def test_killed_and_restarted_workers_make_the_same_corpus():
     script = ROOT / "tests" / "faults" / "kill_prepare.py"
     if not hasattr(os, "fork"):
         pytest.skip("the workers are forked, so that they are killed while they work")
-    words = ["--kills", "6", "--kinds", "char", "--workers", "3"]
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["kills"] >= 6 and result["different"] == 0
+    arguments = ["--kills", "6", "--kinds", "char", "--workers", "3"]
+    result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = json.loads(result.stdout.splitlines()[-1])
+    assert counts["kills"] >= 6 and counts["different"] == 0
 
 
 # Other corpora
@@ -199,11 +199,11 @@ def test_shards_never_replace_existing_token_files(tmp_path, name):
     assert checksums(tmp_path) == {name: hashlib.sha256(b"mine").hexdigest()}
 
 
-def test_finished_and_unfinished_corpora_are_not_overwritten(tmp_path):
-    prepare_text(text_of(STORY), tmp_path / "whole")
+def test_finished_and_unfinished_corpora_are_kept(tmp_path):
+    prepare_text(text_of(STORY), tmp_path / "reference")
     with pytest.raises(ValueError, match=r"contains another corpus"):
-        prepare_shards(text_job(), tmp_path / "whole", Worker())
-    open_corpus(tmp_path / "whole", block_size=16)
+        prepare_shards(text_job(), tmp_path / "reference", Worker())
+    open_corpus(tmp_path / "reference", block_size=16)
     prepare_shards(text_job(), tmp_path / "out", Worker(1, 3))
     before = checksums(tmp_path / "out")
     assert main(story_spec(tmp_path / "out"), []) == 2

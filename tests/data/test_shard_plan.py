@@ -1,4 +1,4 @@
-"""What each shard contains, and which plans, texts and flags are refused."""
+"""The contents of each shard, and plans, texts and flags that are refused."""
 
 import shutil
 
@@ -36,18 +36,19 @@ def test_shards_have_the_tokens_of_the_whole_text(string, n):
         job = TextJob(text_of(string, 9), "gpt2", 0.3, n)
         plan = job.make_plan()
     gpt2, ids = tokenizer.GPT2Tokenizer(), {"train": [], "val": []}
-    cut, offset, exact = int(len(string) * 0.7), {"train": 0, "val": int(len(string) * 0.7)}, True
+    cut, offset, cuts_at_spaces = int(len(string) * 0.7), {"train": 0, "val": int(len(string) * 0.7)}, True
     text = {"train": "", "val": ""}
     for shard in range(n):
         for split in ("train", "val"):
-            part = "".join(piece for piece_split, piece in job.pieces(plan, shard) if piece_split == split)
-            start, text[split] = offset[split] + len(text[split]), text[split] + part
+            shard_text = "".join(piece for s, piece in job.pieces(plan, shard) if s == split)
+            start, text[split] = offset[split] + len(text[split]), text[split] + shard_text
             if start not in (0, cut, len(string)):
-                exact &= not string[start - 1].isspace() and string[start] in " \t\r\n"
-            ids[split] += gpt2.encode(part).tolist()
+                cuts_at_spaces &= not string[start - 1].isspace() and string[start] in " \t\r\n"
+            ids[split] += gpt2.encode(shard_text).tolist()
     assert text == {"train": string[:cut], "val": string[cut:]}
-    expected = {split: gpt2.encode(part).tolist() for split, part in text.items()}
-    assert ids == expected or not exact  # a cut that changes the tokens is made if there is no other
+    expected = {split: gpt2.encode(split_text).tolist() for split, split_text in text.items()}
+    # where no space is suitable, the text is cut elsewhere, which may change its tokens
+    assert ids == expected or not cuts_at_spaces
 
 
 def test_the_suggested_number_of_shards_works(tmp_path, monkeypatch, capsys):
@@ -59,7 +60,7 @@ def test_the_suggested_number_of_shards_works(tmp_path, monkeypatch, capsys):
 
 
 def test_a_shard_without_tokens_is_refused(tmp_path):
-    """Its part of the text is a single word, which can only be cut at its end."""
+    """The text of the shard is part of one long word, which can only be cut at its end."""
     with pytest.raises(ValueError, match=r"shard 1 of 8 has 0 tokens to train on.*smaller --shards"):
         prepare_shards(text_job("x" * 400 + " " + "y" * 1600, "gpt2", 8, 0.5), tmp_path / "out", Worker())
 
@@ -89,7 +90,7 @@ def test_a_file_of_documents_that_differs_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "difference"),
+    ("changed_job", "difference"),
     [
         (text_job(n=6), "shards: 7, not 6"),
         (text_job(val_fraction=0.2), "val_fraction: 0.1, not 0.2"),
@@ -98,17 +99,17 @@ def test_a_file_of_documents_that_differs_is_refused(tmp_path):
     ],
     ids=["shards", "val_fraction", "tokenizer", "text"],
 )
-def test_other_flags_are_refused_and_change_no_files(tmp_path, other, difference):
+def test_changed_flags_are_refused_and_change_no_files(tmp_path, changed_job, difference):
     prepare_shards(text_job(), tmp_path, Worker(1, 3))
     before = checksums(tmp_path)
     with pytest.raises(
         ValueError, match=rf"shards of another preparation \({difference}\).*start over: delete"
     ):
-        prepare_shards(other, tmp_path, Worker(2, 3))
+        prepare_shards(changed_job, tmp_path, Worker(2, 3))
     assert checksums(tmp_path) == before
     prepare_shards(text_job(), tmp_path, Worker())
     with pytest.raises(ValueError, match=r"contains another corpus.*delete it first"):
-        prepare_shards(other, tmp_path, Worker())
+        prepare_shards(changed_job, tmp_path, Worker())
 
 
 def test_shards_from_different_plans_are_not_mixed(tmp_path):
@@ -121,8 +122,12 @@ def test_shards_from_different_plans_are_not_mixed(tmp_path):
     assert not (tmp_path / "b" / "meta.json").exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"asked": {}}', b"\xff", b"[" * 100_000])
-def test_a_damaged_plan_is_named(tmp_path, data):
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b'{"asked": {}}', b"\xff", b"[" * 100_000],
+    ids=lambda data: str(data[:20]),
+)
+def test_a_damaged_plan_is_reported(tmp_path, data):
     prepare_shards(text_job(), tmp_path, Worker(1, 3))
     (tmp_path / ".shards" / "plan.json").write_bytes(data)
     with pytest.raises(ValueError, match=r"plan.json is damaged .*delete"):

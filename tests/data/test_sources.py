@@ -1,4 +1,4 @@
-"""The sources of the corpora: Python's library, and downloads from a server on this machine."""
+"""The sources of the corpora: Python's standard library, and downloads from a local server."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from fradique.data import sources
 from fradique.data.prepare import CorpusSpec, main
 from fradique.io.download import RemoteFile
 
-# Python's library
+# Python's standard library
 
 
-def test_the_librarys_text_is_ascii_bounded_and_reproducible():
+def test_the_python_text_is_ascii_limited_and_reproducible():
     library = sources.python_library(Path())
     string = "".join(library.chunks())
     assert set(string) <= {"\n", *map(chr, range(32, 127))}
@@ -25,17 +25,17 @@ def test_the_librarys_text_is_ascii_bounded_and_reproducible():
     assert "Python 3" in library.source
 
 
-def test_the_librarys_validation_split_is_representative():
+def test_the_python_validation_split_is_representative():
     string = "".join(sources.python_library(Path()).chunks())
     train, val = string[: int(len(string) * 0.9)], string[int(len(string) * 0.9) :]
     frequencies = [
-        np.bincount(np.frombuffer(part.encode(), np.uint8), minlength=128) / len(part)
-        for part in (train, val)
+        np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=128) / len(text)
+        for text in (train, val)
     ]
     assert np.abs(frequencies[0] - frequencies[1]).sum() < 0.2
 
 
-def test_files_outside_the_library_are_left_out(tmp_path, monkeypatch):
+def test_files_outside_the_python_library_are_excluded(tmp_path, monkeypatch):
     included = {"a.py": "a = 1\r\n", "email/b.py": "b = 2\n"}
     excluded = [
         "site-packages/x.py",
@@ -54,7 +54,7 @@ def test_files_outside_the_library_are_left_out(tmp_path, monkeypatch):
     assert sorted(chunks) == ["a = 1\n", "b = 2\n"]
 
 
-def test_a_python_without_sources_gets_a_message(tmp_path, monkeypatch):
+def test_a_python_without_source_files_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match=r"no sources in .*--input"):
         sources.python_library(Path())
@@ -77,7 +77,7 @@ def test_downloads_are_sorted_by_name_and_kept(server, tmp_path, capsys):
     assert "go" in capsys.readouterr().out
 
 
-def test_a_failed_download_keeps_the_files_before_it(server, tmp_path, capsys):
+def test_a_failed_download_keeps_earlier_files(server, tmp_path, capsys):
     items = (RemoteFile(server.url("a.txt"), PAGE_SHA256), RemoteFile(server.url("gone.txt"), PAGE_SHA256))
     assert main(CorpusSpec(tmp_path, "A test.", "char", "go", text=sources.download_text(items)), []) == 2
     assert "error: http://127.0.0.1" in capsys.readouterr().err
@@ -103,13 +103,13 @@ def test_every_source_has_a_fixed_version_and_a_sha256():
 
 
 @needs_corpora
-def test_the_sha256_sums_match_the_list():
+def test_the_sha256_sums_match_those_of_the_corpora():
     lines = [line.split()[:2] for line in (CORPORA / "SHA256SUMS").read_text().splitlines()]
     listed = {name: sha256 for sha256, name in lines}
     assert [(f"eca/{item.name}", item.sha256) for item in sources.ECA] == sorted(
         pair for pair in listed.items() if pair[0].startswith("eca/")
     )
-    others = {"machado_contos": sources.MACHADO_TALES, "machado_romances": sources.MACHADO_NOVELS}
-    others |= {"shakespeare": sources.SHAKESPEARE, "golden_age": sources.GOLDEN_AGE}
-    for name, (item,) in others.items():
+    single_files = {"machado_contos": sources.MACHADO_TALES, "machado_romances": sources.MACHADO_NOVELS}
+    single_files |= {"shakespeare": sources.SHAKESPEARE, "golden_age": sources.GOLDEN_AGE}
+    for name, (item,) in single_files.items():
         assert listed[f"{name}.txt"] == item.sha256

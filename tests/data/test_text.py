@@ -1,4 +1,4 @@
-"""Text files: finding, decoding and cutting them, compared with Python's own decoder and GPT-2's tokens."""
+"""Finding, decoding and cutting text files, compared with Python's decoder and GPT-2's tokens."""
 
 import os
 
@@ -11,7 +11,7 @@ from fradique.data.text import cut_pieces, files_text, find_files, read_file
 from fradique.tokenizer import tokenizer
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=200)
-# white space of all kinds, so that cuts fall at all kinds of positions
+# all kinds of white space, so that the text is cut at all kinds of positions
 SPACED = st.text("ab1é.'s \u00a0\u2003\x1c\t\r\n", max_size=120)
 
 
@@ -27,16 +27,16 @@ def test_blocks_of_any_size_give_the_same_text(tmp_path_factory, string, block):
 
 @PROPERTY
 @given(
-    start=st.text("aé日🙂", max_size=12),
-    broken=st.sampled_from(
+    prefix=st.text("aé日🙂", max_size=12),
+    invalid=st.sampled_from(
         [b"\xff", b"\xc3", b"\xe6\x97", b"\xf0\x9f\x99", b"\xc0\x80", b"\xed\xa0\x80", b"\x80"]
     ),
-    end=st.text("aé日🙂", max_size=12),
+    suffix=st.text("aé日🙂", max_size=12),
     block=st.integers(1, 9),
 )
-def test_the_first_byte_that_is_not_utf8_is_named(tmp_path_factory, start, broken, end, block):
+def test_the_first_byte_that_is_not_utf8_is_reported(tmp_path_factory, prefix, invalid, suffix, block):
     path = tmp_path_factory.getbasetemp() / "broken.txt"
-    data = start.encode() + broken + end.encode()
+    data = prefix.encode() + invalid + suffix.encode()
     path.write_bytes(data)
     with pytest.raises(UnicodeDecodeError) as reference:
         data.decode("utf-8")
@@ -55,7 +55,7 @@ def test_newlines_are_kept_and_a_byte_order_mark_is_removed(tmp_path, capsys):
     assert "a.txt begins with a byte-order mark" in capsys.readouterr().err
 
 
-def test_a_utf16_file_gets_a_command_that_converts_it(tmp_path):
+def test_the_error_for_a_utf16_file_shows_how_to_convert_it(tmp_path):
     (tmp_path / "a.txt").write_bytes("olá".encode("utf-16"))
     with pytest.raises(ValueError, match=r"iconv -f UTF-16"):
         list(read_file(tmp_path / "a.txt"))
@@ -78,10 +78,10 @@ def test_files_can_be_read_from_any_character(tmp_path_factory, contents, has_bo
     for path, content, bom in zip(paths, contents, has_bom, strict=False):
         path.write_bytes(b"\xef\xbb\xbf" * bom + content.encode())
     text = files_text(paths, "")
-    whole = "".join(text.chunks())
-    for i in range(len(whole) + 1):
-        assert "".join(text.from_byte(len(whole[:i].encode()))) == whole[i:]
-        assert "".join(text_of(whole, 2).from_byte(len(whole[:i].encode()))) == whole[i:]
+    joined = "".join(text.chunks())
+    for i in range(len(joined) + 1):
+        assert "".join(text.from_byte(len(joined[:i].encode()))) == joined[i:]
+        assert "".join(text_of(joined, 2).from_byte(len(joined[:i].encode()))) == joined[i:]
 
 
 def test_folders_are_searched_recursively_and_sorted_by_name(tmp_path, capsys):
@@ -92,9 +92,8 @@ def test_folders_are_searched_recursively_and_sorted_by_name(tmp_path, capsys):
     names = [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path])]
     assert names == ["B.TXT", "a.txt", "a/y/x.txt", "a/z.txt", "b.txt"]
     assert "empty.txt is empty" in capsys.readouterr().err
-    assert (
-        find_files([tmp_path / "c.md", tmp_path / "a"])[0] == tmp_path / "c.md"
-    )  # any ending is allowed for a file
+    # any ending is allowed for a file that is given by name
+    assert find_files([tmp_path / "c.md", tmp_path / "a"])[0] == tmp_path / "c.md"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_folders_are_searched_recursively_and_sorted_by_name(tmp_path, capsys):
         ("pipe", "plain file"),
     ],
 )
-def test_an_input_that_cannot_be_read_is_named(tmp_path, name, message):
+def test_an_input_that_cannot_be_read_is_reported(tmp_path, name, message):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.pdf").write_text("x")
@@ -131,8 +130,12 @@ def test_real_sentences_are_cut_into_many_pieces():
     assert max(map(len, pieces)) <= 60 and len(pieces) > len(STORY) / 60
 
 
-@pytest.mark.parametrize("string", ["x" * 1000, " " * 1000, "日" * 1000, "a " + "b" * 998])
-def test_a_text_without_white_space_is_cut_anyway(string):
+@pytest.mark.parametrize(
+    "string",
+    ["x" * 1000, " " * 1000, "日" * 1000, "a " + "b" * 998],
+    ids=["letters", "spaces", "Japanese", "one long word"],
+)
+def test_a_text_without_white_space_is_cut_at_the_limit(string):
     pieces = list(cut_pieces(text_of(string, 7).chunks(), 10, 80))
     assert "".join(pieces) == string
     assert max(map(len, pieces)) <= 80

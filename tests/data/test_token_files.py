@@ -1,4 +1,4 @@
-"""Token files, cached and read from the disk, compared with NumPy on the whole files."""
+"""Token files, cached and read from disk, compared with NumPy arrays of the whole files."""
 
 import os
 import subprocess
@@ -18,11 +18,11 @@ from fradique.data.windows import Window
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_rows_equal_the_files_for_every_way_of_reading(tmp_path, reader, dtype):
+def test_rows_equal_the_files_for_every_reader(tmp_path, reader, dtype):
     sizes = [100, 0, 7, 300, 1, 50]
     paths = write_token_files(tmp_path, sizes, np.dtype(dtype))
     files = TokenFiles(paths, dtype)
-    files._max_open = 2  # so that files are closed and opened again
+    files._max_open = 2  # so that files are closed and reopened
     assert files.lengths.tolist() == sizes
     rng = np.random.default_rng(1)
     for length in (1, 3, 7):
@@ -74,18 +74,18 @@ def test_files_are_closed_when_their_split_is_deleted(tmp_path, monkeypatch):
     assert count_open() == 0
 
 
-def test_a_file_changed_while_in_use_is_named(tmp_path, monkeypatch):
+def test_a_file_changed_while_in_use_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "MAX_CACHED_BYTES", 0)
     paths = write_token_files(tmp_path, [100, 100])
     files = TokenFiles(paths, "uint16")
-    file, start = np.array([1]), np.array([90])
-    files.read(file, start, 10)
+    file_index, start = np.array([1]), np.array([90])
+    files.read(file_index, start, 10)
     os.truncate(paths[1], 190)
     with pytest.raises(ValueError, match=r"train_00001.bin was truncated or replaced during the run"):
-        files.read(file, start, 10)
+        files.read(file_index, start, 10)
     paths[0].write_bytes(b"other")
     with pytest.raises(ValueError, match=r"train_00000.bin was truncated or replaced during the run"):
-        files.read(file - 1, start, 10)
+        files.read(file_index - 1, start, 10)
 
 
 def test_files_changed_before_they_are_cached_are_refused(tmp_path):
@@ -120,7 +120,7 @@ def test_positions_beyond_32_bits_are_read_correctly(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
 def test_memory_does_not_grow_with_the_tokens_read(tmp_path):
-    """3,200 windows of a sparse gigabyte. Memory-mapped, they took 179 MB; as a list, 288 MB."""
+    """3,200 windows of a sparse 1 GB file took 179 MB with memory mapping; the list of all windows 288 MB."""
     code = (
         "import sys; from pathlib import Path\n"
         "from fradique.data import dataset, sampler\n"
@@ -139,5 +139,5 @@ def test_memory_does_not_grow_with_the_tokens_read(tmp_path):
     sparse_corpus(tmp_path / "holes", 1)
     command = [sys.executable, "-c", code, str(tmp_path / "holes")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    windows, anonymous, mapped = map(int, result.stdout.split())
-    assert windows > 1_950_000 and anonymous < 20 and mapped < 20, result.stdout
+    n_windows, anonymous, mapped = map(int, result.stdout.split())
+    assert n_windows > 1_950_000 and anonymous < 20 and mapped < 20, result.stdout

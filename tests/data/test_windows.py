@@ -1,4 +1,4 @@
-"""The windows of a split: which tokens they predict, and how much memory they need."""
+"""The windows of a split: the tokens that they predict, and their memory."""
 
 import tracemalloc
 from collections import Counter
@@ -29,7 +29,7 @@ def test_fixed_windows_are_spread_evenly_and_reproducible(tmp_path):
     assert len(split.fixed_windows(10, 10_000)) == 150
 
 
-def test_the_windows_of_a_terabyte_need_little_memory():
+def test_windows_of_a_trillion_tokens_need_little_memory():
     lengths = np.full(1000, 10**9 + 7, dtype=np.int64)
     tracemalloc.start()
     tiling, index = Tiling(lengths, 64), WindowIndex(lengths, 64)

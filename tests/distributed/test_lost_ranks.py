@@ -1,5 +1,6 @@
 """Lost ranks: which errors mean one, the roll call, the message, and a run under torchrun."""
 
+import io
 import os
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_the_message_names_the_rank_and_how_to_resume(rank2_of_4_missing, monkey
     message = lost_ranks.explain_lost_rank(RuntimeError("gloo timed out"), lambda: False)
     assert message.startswith("rank 1: rank 2 (host-b, process 77) of 4 does not answer")
     assert "--max-restarts" in message and "--init_from=resume" in message
-    assert "told to stop" in lost_ranks.explain_lost_rank(RuntimeError("gloo"), lambda: True)
+    assert "signal to stop" in lost_ranks.explain_lost_rank(RuntimeError("gloo"), lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,16 @@ def test_the_roll_call_uses_the_store_of_the_process_group(tmp_path):
     script.write_text(ROLL_CALL_SCRIPT)
     result = torchrun(3, program=script)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_process_with_closed_output_exits_too(rank2_of_4_missing, monkeypatch):
+    monkeypatch.setattr(lost_ranks.find_missing_ranks, "__defaults__", (0.05,))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for stream in ("stdout", "stderr"):
+        closed = io.StringIO()
+        closed.close()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exited:
+            patch.setattr(sys, stream, closed)
+            with lost_ranks.report_lost_ranks():
+                raise RuntimeError("gloo: connection closed")
+        assert exited.value.code == 1

@@ -1,11 +1,11 @@
-"""A disk that is full, over quota, read-only, broken or slow, at every call that changes a file of a run.
+"""Disk errors at every call that changes a file of a run: full, over quota, read-only, broken or slow.
 
     python tests/faults/disk.py [--errors ENOSPC,EDQUOT,EROFS,EIO] [--every 1] [--for_good]
 
 `disk.c` is preloaded and counts the calls that write, sync, create and rename. Then the run is repeated once
-for each call, which fails; with `--for_good` all later calls fail too. Each run must exit with a message and
-status 2, or warn and continue. In all cases no checkpoint may be damaged, and the run, resumed or started
-again, must end with the weights of the undisturbed one. Needs a C compiler.
+for each call, and this call fails; with `--for_good` all later calls fail too. Each run must exit with a
+message and status 2, or warn and continue. No checkpoint may be damaged, and the run, resumed or started
+again, must end with the weights of a run without faults. Needs a C compiler.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from harness import (
     write_tiny_corpus,
 )
 
-SIZE = {"max_iters": 6, "eval_interval": 3, "gradient_accumulation_steps": 1, "sample_interval": 3}
-SIZE |= {"snapshot_interval": 3, "sample_tokens": 5, "log_interval": 2}
+# changes to harness.RUN
+CHANGES = {"max_iters": 6, "eval_interval": 3, "gradient_accumulation_steps": 1, "sample_interval": 3}
+CHANGES |= {"snapshot_interval": 3, "sample_tokens": 5, "log_interval": 2}
 
 
 def main() -> int:
@@ -52,10 +53,10 @@ def main() -> int:
             environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
             return subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode
     with tempfile.TemporaryDirectory() as name:
-        return Disk(Path(name).resolve()).fail(args.errors.split(","), args.every, args.for_good)
+        return DiskFaults(Path(name).resolve()).run_all(args.errors.split(","), args.every, args.for_good)
 
 
-class Disk:
+class DiskFaults:
     """Runs train.py with failing calls."""
 
     def __init__(self, folder: Path) -> None:
@@ -63,29 +64,26 @@ class Disk:
         self.library.disk_names.restype = ctypes.c_char_p
         self.data, self.output = write_tiny_corpus(folder), folder / "output.txt"
         reference = folder / "undisturbed"
-        run_train(train_flags(self.data, reference, **SIZE))
+        run_train(train_flags(self.data, reference, **CHANGES))
         self.expected = (tensor_checksums(reference), losses(reference))
 
-    def fork(self, out: Path, first: int, last: int, error: int, delay: int = 0) -> int:
-        """Run train.py with calls `first` to `last` failing, and `delay` µs per call: its exit status."""
+    def run_with_faults(self, out: Path, first: int, last: int, error: int, delay: int = 0) -> int:
+        """Run train.py with calls `first` to `last` failing and `delay` µs per call. Returns its status."""
 
         def before() -> None:
-            path = ctypes.c_char_p(os.fsencode(out))
-            self.library.disk_arm(
-                path, ctypes.c_long(first), ctypes.c_long(last), error, ctypes.c_long(delay)
-            )
+            calls = ctypes.c_long(first), ctypes.c_long(last)
+            self.library.disk_arm(ctypes.c_char_p(os.fsencode(out)), *calls, error, ctypes.c_long(delay))
 
         self.output.write_text("")
-        return exit_status(fork_train(train_flags(self.data, out, **SIZE), self.output, before))
+        return exit_status(fork_train(train_flags(self.data, out, **CHANGES), self.output, before))
 
     def calls(self) -> list[str]:
-        """The calls of an undisturbed run, in order, such as 'rename /.../best'."""
+        """The calls of a run without faults, in order, such as 'rename /.../best'."""
         out, report = self.folder / "counted", self.folder / "calls.txt"
 
         def before() -> None:
-            self.library.disk_arm(
-                ctypes.c_char_p(os.fsencode(out)), *map(ctypes.c_long, (0, 0)), 0, ctypes.c_long(0)
-            )
+            no_calls = ctypes.c_long(0), ctypes.c_long(0)
+            self.library.disk_arm(ctypes.c_char_p(os.fsencode(out)), *no_calls, 0, ctypes.c_long(0))
             import train
 
             original_close = train.Trainer.close
@@ -96,43 +94,42 @@ class Disk:
 
             train.Trainer.close = close
 
-        assert exit_status(fork_train(train_flags(self.data, out, **SIZE), self.output, before)) == 0, (
-            self.output.read_text()
-        )
+        status = exit_status(fork_train(train_flags(self.data, out, **CHANGES), self.output, before))
+        assert status == 0, self.output.read_text()
         return report.read_text().splitlines()
 
-    def fail(self, errors: list[str], every: int, for_good: bool) -> int:
-        """Run with each failing call. Returns the exit status."""
+    def run_all(self, errors: list[str], every: int, for_good: bool) -> int:
+        """Run train.py with each call failing in turn. Returns the exit status."""
         calls = self.calls()
         files = Counter(line.partition("counted/")[2].split(".tmp")[0] for line in calls)
         print(f"{len(calls)} calls on {len(files)} files", flush=True)
-        failed, warned, silent, bad = 0, 0, 0, 0
+        failed, warned, silent, wrong = 0, 0, 0, 0
         for name in errors:
             for number in range(1, len(calls) + 1, every):
                 out = self.folder / "out"
                 shutil.rmtree(out, ignore_errors=True)
                 last = 1 << 40 if for_good else number
-                status = self.fork(out, number, last, getattr(errno, name))
+                status = self.run_with_faults(out, number, last, getattr(errno, name))
                 output = self.output.read_text()
                 problems = self.check(out, status, output)
                 failed += status == 2
                 warned += status == 0 and "warning:" in output
                 silent += status == 0 and "warning:" not in output
                 if problems:
-                    bad += 1
+                    wrong += 1
                     print(f"{name} at call {number} ({calls[number - 1]}): {'; '.join(problems)}", flush=True)
         slow = self.folder / "slow"
-        status = self.fork(slow, 0, 0, 0, 20_000)
+        status = self.run_with_faults(slow, 0, 0, 0, 20_000)
         if status or (tensor_checksums(slow), losses(slow)) != self.expected:
-            bad += 1
+            wrong += 1
             print(f"a slow disk: {self.output.read_text()[-500:]}")
-        how = "from one call on" if for_good else "at one call"
+        faults = "from one call on" if for_good else "at one call"
         print(
-            f"disk ({', '.join(errors)}, {how}): {failed + warned + silent} runs: {failed} exited with a "
-            f"message, {warned} continued with a warning, {silent} did not need the call; {bad} wrong; "
+            f"disk ({', '.join(errors)}, {faults}): {failed + warned + silent} runs: {failed} exited with a "
+            f"message, {warned} continued with a warning, {silent} did not need the call; {wrong} wrong; "
             "a slow disk (20 ms per call) changed nothing"
         )
-        return 1 if bad else 0
+        return 1 if wrong else 0
 
     def check(self, out: Path, status: int, output: str) -> list[str]:
         """The problems after a run with a fault, and after resuming it."""
@@ -151,7 +148,7 @@ class Disk:
         mode = "--init_from=resume" if out.exists() and checkpoint.step_folders(out) else "--overwrite"
         if status == 2:
             self.output.write_text("")
-            status = exit_status(fork_train([*train_flags(self.data, out, **SIZE), mode], self.output))
+            status = exit_status(fork_train([*train_flags(self.data, out, **CHANGES), mode], self.output))
             if status:
                 problems.append(f"it cannot resume: {self.output.read_text()[-600:]}")
                 return problems

@@ -2,10 +2,10 @@
 
     python tests/faults/fuzz.py meta_json -max_total_time=600
 
-Without arguments it lists the targets; arguments after the target go to libFuzzer. It starts from valid files
-(seeds.py) and damages them according to their structure (mutations.py) or with libFuzzer's own mutations. A
-finding ends the run with a traceback and leaves the input in crash-<hash>; pass that file as the last
-argument to reproduce it. More than 4 GB of memory or 30 s for one input is a finding too.
+Without arguments it lists the targets; arguments after the target are passed to libFuzzer. It starts from
+valid files (seeds.py) and damages them according to their structure (mutations.py) or with libFuzzer's
+mutations. A finding ends the run with a traceback and saves the input to crash-<hash>; pass that file as the
+last argument to reproduce it. More than 4 GB of memory or 30 s for one input is also a finding.
 """
 
 import random
@@ -16,22 +16,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-OURS = ["fradique", "configurator", "sample", "train", "lab.report", "lab.curves", "json", "pickle", "ast"]
+INSTRUMENTED_MODULES = [
+    "fradique",
+    "configurator",
+    "sample",
+    "train",
+    "lab.report",
+    "lab.curves",
+    "json",
+    "pickle",
+    "ast",
+]
 
 
 def main() -> None:
     import atheris
 
-    with atheris.instrument_imports(include=OURS):
+    with atheris.instrument_imports(include=INSTRUMENTED_MODULES):
         import targets
 
     if len(sys.argv) < 2 or sys.argv[1] not in targets.TARGETS:
         sys.exit(f"which target? {', '.join(targets.TARGETS)}")
     target, flags = targets.TARGETS[sys.argv[1]], sys.argv[2:]
-    limits = {"-rss_limit_mb": 4096, "-timeout": 30, "-max_len": 1 << 16, "-print_final_stats": 1}
-    flags = [
-        f"{flag}={value}" for flag, value in limits.items() if not any(flag in typed for typed in flags)
-    ] + flags
+    defaults = {"-rss_limit_mb": 4096, "-timeout": 30, "-max_len": 1 << 16, "-print_final_stats": 1}
+    missing = {k: v for k, v in defaults.items() if not any(k in flag for flag in flags)}
+    flags = [f"{flag}={value}" for flag, value in missing.items()] + flags
     n_inputs, start = 0, time.monotonic()
 
     def run_input(data: bytes) -> None:

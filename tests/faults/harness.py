@@ -1,4 +1,4 @@
-"""Shared by the scripts of this folder: a small training run, how to start, watch and compare it."""
+"""Shared by the scripts of this folder: start a small training run, watch it, and compare its results."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ RUN = {
 
 
 def write_tiny_corpus(folder: Path) -> Path:
-    """Write a corpus for RUN. Returns its --data_dir."""
+    """Write the corpus of RUN. Returns the --data_dir."""
     write_corpus(folder / "data" / "tiny", make_text(3000))
     return folder / "data"
 
 
 def train_flags(data: Path, out: Path, **changes: object) -> list[str]:
-    """The flags of RUN with changes."""
+    """The flags for RUN with changes."""
     return [f"--data_dir={data}", f"--out_dir={out}", *(f"--{k}={v}" for k, v in (RUN | changes).items())]
 
 
 def start_train(
     flags: Sequence[str], ranks: int = 1, restarts: int = 0, **options: object
 ) -> subprocess.Popen:
-    """Start train.py, under torchrun if ranks > 1, in a process group of its own."""
+    """Start train.py in a new process group, with torchrun if ranks > 1."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -67,7 +67,7 @@ def start_train(
 def fork_train(flags: Sequence[str], output: Path, before: Callable[[], None] = lambda: None) -> int:
     """Run train.py in a fork of this process, which saves importing torch. Returns its process id.
 
-    Its output is appended to the file `output`; `before` is called in it first.
+    The child appends its output to the file `output`, and calls `before` first.
     """
     import train  # once, before the first fork
     from fradique.training import setup
@@ -115,8 +115,8 @@ def last_step(out: Path) -> int:
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> bool:
     """Wait until `condition` holds. Returns False if the process ends first."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         if condition():
             return True
         if process.poll() is not None:
@@ -132,7 +132,7 @@ def descendants(pid: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):  # it has exited
+        except (OSError, IndexError):  # the process has exited
             continue
         if parent == pid:
             child = int(path.parent.name)

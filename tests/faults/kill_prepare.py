@@ -1,10 +1,10 @@
-"""kill -9 workers of prepare.py at random times, restart them, and compare every file.
+"""Kill workers of prepare.py (kill -9) at random times, restart them, and compare every file.
 
     python tests/faults/kill_prepare.py [--kills 120] [--kinds char,bpe:300,documents] [--workers 1,2,3,5]
 
-Workers run at the same time, the first one twice. Every file of the corpus must equal that of one undisturbed
-worker. Workers are forked from this process, so that kills hit the work and not the imports. The last line is
-JSON; the exit status is 1 if a corpus differs.
+Workers run at the same time, the first one twice. Every file of the corpus must equal that of one worker that
+is not killed. Workers are forked from this process, so that they are killed during the work and not the
+imports. The last line of the output is JSON; the exit status is 1 if a corpus differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fradique.data import prepare
 from fradique.data.documents import read_documents
 
 SHARDS = 12
-MAX_KILLS = 6  # of one worker per corpus
+MAX_KILLS = 6  # of one worker in one corpus
 
 
 def write_source(kind: str, folder: Path, rng: random.Random) -> Path:
@@ -78,7 +78,7 @@ def start(kind: str, source: Path, out: Path, worker: str) -> int:
 
 @dataclass
 class Worker:
-    """A running worker, how often it will still be killed, and when next."""
+    """A running worker, the number of times it will still be killed, and the time of the next kill."""
 
     name: str
     process: int
@@ -93,9 +93,8 @@ def prepare_with_kills(
     killed = 0
 
     def start_worker(name: str, kills: int) -> Worker:
-        return Worker(
-            name, start(kind, source, out, name), kills, time.monotonic() + rng.random() * max_seconds
-        )
+        process = start(kind, source, out, name)
+        return Worker(name, process, kills, time.monotonic() + rng.random() * max_seconds)
 
     names = [f"{i}/{workers}" for i in range(workers)] + [f"0/{workers}"] * (workers > 1)
     running = [start_worker(name, rng.randint(1, MAX_KILLS)) for name in names]
@@ -141,11 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in args.kinds.split(","):
             source = write_source(kind, Path(folder) / f"source-{kind}", rng)
             reference = Path(folder) / f"undisturbed-{kind}"
-            began = time.monotonic()
+            start_time = time.monotonic()
             process = start(kind, source, reference, "0/1")
             if os.waitpid(process, 0)[1]:
                 return 1
-            max_seconds, expected = 1.2 * (time.monotonic() - began), checksums(reference)
+            max_seconds, expected = 1.2 * (time.monotonic() - start_time), checksums(reference)
             for _, workers in (case for case in cases if case[0] == kind):
                 case_kills = 0
                 while case_kills < args.kills / len(cases):
@@ -154,10 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     corpora += 1
                     different += checksums(out) != expected
                 kills += case_kills
-                print(
-                    f"{kind:10} {workers} workers: {case_kills} kills, {different} corpora that differ",
-                    flush=True,
-                )
+                message = f"{kind:10} {workers} workers: {case_kills} kills, {different} corpora that differ"
+                print(message, flush=True)
     result = {"fault": "kill_prepare", "kills": kills, "corpora": corpora, "different": different}
     print(json.dumps(result))
     return different > 0

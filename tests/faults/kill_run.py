@@ -1,9 +1,9 @@
-"""kill -9 a run at random moments, also while it saves: it resumes every time and ends with the same weights.
+"""Kill a run (kill -9) at random times, also during saves: it must resume and end with the same weights.
 
     python tests/faults/kill_run.py [--kills 200] [--seed 0]
 
-A run of 40 steps is killed and resumed until it ends, then the next one starts, up to that many kills. Half
-of the kills come at a random time, half during a save. The exit status is 1 if a run ended with other weights
+A run of 40 steps is killed and resumed until it ends, and then the next run starts, up to --kills kills. Half
+of the kills are at a random time, half during a save. The exit status is 1 if a run ended with other weights
 or could not resume.
 """
 
@@ -31,7 +31,8 @@ from harness import (
 )
 
 STEPS = 40
-SIZE = {
+# changes to harness.RUN
+CHANGES = {
     "max_iters": STEPS,
     "n_layer": 4,
     "n_embd": 128,
@@ -57,7 +58,7 @@ def kill_runs(folder: Path, n_kills: int, rng: random.Random) -> int:
     data, output = write_tiny_corpus(folder), folder / "output.txt"
     reference = folder / "uninterrupted"
     start = time.monotonic()
-    assert exit_status(fork_train(train_flags(data, reference, **SIZE), output)) == 0, output.read_text()
+    assert exit_status(fork_train(train_flags(data, reference, **CHANGES), output)) == 0, output.read_text()
     duration = time.monotonic() - start
     expected = (tensor_checksums(reference), losses(reference))
     kills, runs, different, phases = 0, 0, 0, Counter()
@@ -68,14 +69,14 @@ def kill_runs(folder: Path, n_kills: int, rng: random.Random) -> int:
         while status != 0:
             has_checkpoint = out.exists() and bool(checkpoint.step_folders(out))
             mode = "--init_from=resume" if has_checkpoint else "--overwrite"
-            pid = fork_train([*train_flags(data, out, **SIZE), mode], output)
+            pid = fork_train([*train_flags(data, out, **CHANGES), mode], output)
             if kills < n_kills:
-                wait(out, rng.random() < 0.5, rng, duration)
-                phase = phase_of(out)
+                wait_until_kill(out, rng.random() < 0.5, rng, duration)
+                kill_phase = phase(out)
                 os.kill(pid, signal.SIGKILL)
             status = exit_status(pid)
             if status == -signal.SIGKILL:
-                kills, phases[phase] = kills + 1, phases[phase] + 1
+                kills, phases[kill_phase] = kills + 1, phases[kill_phase] + 1
             elif status != 0:
                 print(output.read_text()[-3000:])
                 return 1
@@ -83,7 +84,7 @@ def kill_runs(folder: Path, n_kills: int, rng: random.Random) -> int:
             different += 1
             print(f"run {runs} differs from the uninterrupted one; left over: {leftover_files(out)}")
         shutil.rmtree(out)
-    counts = ", ".join(f"{count} {phase}" for phase, count in phases.most_common())
+    counts = ", ".join(f"{count} {kill_phase}" for kill_phase, count in phases.most_common())
     print(
         f"kill -9: {kills} kills ({counts}) in {runs} runs, all resumed; {runs - different} of {runs} runs "
         "ended with the weights, optimizer state and losses of the uninterrupted one, bit for bit"
@@ -91,34 +92,31 @@ def kill_runs(folder: Path, n_kills: int, rng: random.Random) -> int:
     return 1 if different else 0
 
 
-def wait(out: Path, during_save: bool, rng: random.Random, duration: float) -> None:
-    """Wait until the time of a kill: a random time of a run that takes `duration`, or during a save."""
-    end = time.monotonic() + rng.uniform(0.2, 1.0) * duration
+def wait_until_kill(out: Path, during_save: bool, rng: random.Random, duration: float) -> None:
+    """Wait until a random time in a run of `duration` seconds, or until the run saves."""
+    deadline = time.monotonic() + rng.uniform(0.2, 1.0) * duration
     if during_save:
         skip = rng.randrange(4)  # not always the first save
-        while time.monotonic() < end + duration and skip >= 0:
-            if phase_of(out) != "between saves":
+        while time.monotonic() < deadline + duration and skip >= 0:
+            if phase(out) != "between saves":
                 skip -= 1
                 if skip < 0:
                     time.sleep(rng.uniform(0, 0.01))
                     return
-                while phase_of(out) != "between saves" and time.monotonic() < end + duration:
+                while phase(out) != "between saves" and time.monotonic() < deadline + duration:
                     pass
         return
-    time.sleep(max(0.0, end - time.monotonic()))
+    time.sleep(max(0.0, deadline - time.monotonic()))
 
 
-def phase_of(out: Path) -> str:
-    """Whether a run is saving, judged by the temporary files in its folder."""
+def phase(out: Path) -> str:
+    """Whether a run is saving now: whether there are temporary files in its folder."""
     try:
         names = [path.name for path in out.iterdir()]
     except OSError:
         return "between saves"
-    return (
-        "during saves"
-        if any(n.startswith(".") and n.endswith((".tmp", ".old")) for n in names)
-        else "between saves"
-    )
+    saving = any(name.startswith(".") and name.endswith((".tmp", ".old")) for name in names)
+    return "during saves" if saving else "between saves"
 
 
 def leftover_files(out: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Prepare a corpus that is one long line, and measure the memory that it takes.
+"""Prepare a corpus of one long line, and measure the memory.
 
     python tests/faults/long_line.py 1073741824 char /tmp/made
     python tests/faults/long_line.py 1073741824 gpt2 /tmp/made
@@ -17,7 +17,7 @@ from fradique.data import build, dataset, text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-LINE = "amor\0luz\U0001f984éç日本"  # without a space, at which it could be cut
+LINE = "amor\0luz\U0001f984éç日本"  # without a space, so that no cut is at a space
 
 
 def peak_memory() -> int:
@@ -35,9 +35,7 @@ def main(size: int, tokenizer: str, folder: Path) -> None:
     start, before = time.monotonic(), peak_memory()
     meta = build.prepare_text(text.files_text([source], "a line"), folder / "made", tokenizer, 0.1)
     corpus = dataset.open_corpus(folder / "made", 256)
-    text_bytes = corpus.train.count_text_bytes(corpus.tokenizer) + corpus.val.count_text_bytes(
-        corpus.tokenizer
-    )
+    text_bytes = sum(split.count_text_bytes(corpus.tokenizer) for split in (corpus.train, corpus.val))
     assert text_bytes == source.stat().st_size == sum(split["bytes"] for split in meta["splits"].values())
     head = corpus.tokenizer.decode(corpus.train.token_files[0][: 1 << 16])
     assert (LINE * (len(head) // len(LINE) + 1)).startswith(head.rstrip("\ufffd"))

@@ -1,4 +1,4 @@
-"""Damage valid input according to its structure, to get past the first checks, which random bytes do not.
+"""Damage valid input according to its structure, because random bytes fail at the first check.
 
 The result depends only on the input and on the `random.Random`, so a seed reproduces it.
 """
@@ -23,7 +23,7 @@ ODD += (
     [None],
     *PATHS,
 )
-TOKENS = (
+BYTES = (
     b"\0",
     b"\r\n",
     b"\xef\xbb\xbf",
@@ -33,17 +33,8 @@ TOKENS = (
     b"NaN",
     b"1e999999999",
 )
-TOKENS += (
-    b"[" * 3000,
-    b"9" * 5000,
-    b"\x80\x02",
-    b"(",
-    b"c__builtin__\neval\n",
-    b"\x86",
-    b"2",
-    b"q\x7f",
-    b".",
-)
+BYTES += (b"[" * 3000, b"9" * 5000)
+BYTES += (b"\x80\x02", b"(", b"c__builtin__\neval\n", b"\x86", b"2", b"q\x7f", b".")  # of pickles
 
 
 def odd_value(rng: random.Random) -> Any:
@@ -57,19 +48,19 @@ def odd_value(rng: random.Random) -> Any:
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of the values inside `value`; at most 2,000."""
-    found, queue = [], [value]
-    while queue and len(found) < 2000:
+    """(container, key) of at most 2,000 values inside `value`."""
+    locations, queue = [], [value]
+    while queue and len(locations) < 2000:
         item = queue.pop()
         keys = list(item) if isinstance(item, dict) else range(len(item)) if isinstance(item, list) else ()
         for key in keys:
-            found.append((item, key))
+            locations.append((item, key))
             queue.append(item[key])
-    return found
+    return locations
 
 
-def damaged(value: Any, rng: random.Random) -> Any:
-    """A JSON value with one to three values replaced, removed, duplicated or moved."""
+def damaged_value(value: Any, rng: random.Random) -> Any:
+    """A JSON value with one to three values inside it replaced, removed, copied or inserted."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.randint(1, 3)):
         children = nodes(value)
@@ -82,9 +73,9 @@ def damaged(value: Any, rng: random.Random) -> Any:
         elif kind < 0.7:
             del container[key]
         elif kind < 0.85:
-            other, name = rng.choice(children)
-            moved = other[name] if (name in other if isinstance(other, dict) else name < len(other)) else None
-            container[key] = json.loads(json.dumps(moved))
+            source, source_key = rng.choice(children)
+            exists = source_key in source if isinstance(source, dict) else source_key < len(source)
+            container[key] = json.loads(json.dumps(source[source_key] if exists else None))
         elif isinstance(container, dict):
             container[str(odd_value(rng))[:99]] = odd_value(rng)
         else:
@@ -93,9 +84,9 @@ def damaged(value: Any, rng: random.Random) -> Any:
 
 
 def damaged_json(data: bytes, rng: random.Random) -> bytes:
-    """A JSON file, damaged as a value; as bytes if it is not JSON."""
+    """A JSON file with damaged values, or with damaged bytes if it is not JSON."""
     try:
-        value = damaged(json.loads(data), rng)
+        value = damaged_value(json.loads(data), rng)
         return json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     except (ValueError, RecursionError):
         return damaged_bytes(data, rng)
@@ -109,16 +100,11 @@ def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
     header, body = data[8 : 8 + size], data[8 + size :]
     kind = rng.random()
     if kind < 0.1:
-        return (
-            struct.pack("<Q", rng.choice((0, 1, size - 1, size + 8, 2**31, 2**63, -1)) % 2**64)
-            + header
-            + body
-        )
+        wrong_size = rng.choice((0, 1, size - 1, size + 8, 2**31, 2**63, -1)) % 2**64
+        return struct.pack("<Q", wrong_size) + header + body
     if kind < 0.25 and b'"F32"' in header:
-        name = rng.choice(
-            (b"I64", b"F8_E4M3", b"F8_E8M0", b"F64", b"F16", b"BF16", b"BOOL", b"U16", b"C64", b"F4")
-        )
-        header = header.replace(b'"F32"', b'"' + name + b'"', rng.choice((1, -1)))
+        dtypes = (b"I64", b"F8_E4M3", b"F8_E8M0", b"F64", b"F16", b"BF16", b"BOOL", b"U16", b"C64", b"F4")
+        header = header.replace(b'"F32"', b'"' + rng.choice(dtypes) + b'"', rng.choice((1, -1)))
     elif kind < 0.35:
         body = damaged_bytes(body, rng)
     elif kind < 0.45:
@@ -141,5 +127,20 @@ def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
             start = rng.randint(0, len(out))
             out[at:at] = out[start : start + rng.randint(1, 64)]
         else:
-            out[at:at] = rng.choice(TOKENS)
+            out[at:at] = rng.choice(BYTES)
     return bytes(out)
+
+
+def damaged_settings(data: bytes, rng: random.Random) -> bytes:
+    """Settings as a JSON object or as flags."""
+    return damaged_json(data, rng) if data[:1] == b"{" else damaged_bytes(data, rng)
+
+
+def damaged_archive(data: bytes, rng: random.Random) -> bytes:
+    """A torch archive after a first byte; the byte is sometimes set to 2: data is the file itself."""
+    return (data[:1] if rng.random() < 0.9 else b"\x02") + damaged_bytes(data[1:], rng)
+
+
+def damaged_checkpoint_tensors(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file after a first byte, which is kept."""
+    return data[:1] + damaged_safetensors(data[1:], rng)

@@ -1,7 +1,6 @@
-"""Lose one of four ranks, which is killed (SIGKILL) or no longer answers (SIGSTOP).
+"""Kill one of four ranks (SIGKILL), or stop it so that it no longer answers (SIGSTOP).
 
-torchrun restarts all ranks, and the run must end with the weights and losses of an uninterrupted one, bit for
-bit.
+torchrun restarts all ranks, and the run must end with exactly the weights and losses of an uninterrupted run.
 
     python tests/faults/ranks.py [--rounds 3] [--seed 0] [--ranks 4] [--parallel ddp,fsdp]
         [--signals SIGKILL,SIGSTOP] [--patience 15]
@@ -33,7 +32,8 @@ from harness import (
     write_tiny_corpus,
 )
 
-STEPS = {"max_iters": 60, "dropout": 0.1}
+# changes to harness.RUN
+CHANGES = {"max_iters": 60, "dropout": 0.1}
 
 
 def main() -> int:
@@ -48,24 +48,24 @@ def main() -> int:
     parser.add_argument("--patience", type=int, default=15, help="seconds that ranks wait for each other")
     args = parser.parse_args()
     rng, cases, failed = random.Random(args.seed), 0, 0
-    steps = STEPS | {"dist_timeout": args.patience}
+    changes = CHANGES | {"dist_timeout": args.patience}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = write_tiny_corpus(folder)
         for parallel in args.parallel.split(","):
             reference = folder / parallel
-            run_train(train_flags(data, reference, parallel=parallel, **steps), args.ranks)
+            run_train(train_flags(data, reference, parallel=parallel, **changes), args.ranks)
             expected = (tensor_checksums(reference), losses(reference))
             for number in range(args.rounds):
-                for sent in (signal.Signals[name] for name in args.signals.split(",")):
-                    out = folder / f"{parallel}-{sent.name}-{number}"
-                    lost, at = rng.randrange(args.ranks), rng.randrange(1, 55)
-                    flags = train_flags(data, out, parallel=parallel, **steps)
+                for sig in (signal.Signals[name] for name in args.signals.split(",")):
+                    out = folder / f"{parallel}-{sig.name}-{number}"
+                    lost_rank, step = rng.randrange(args.ranks), rng.randrange(1, 55)
+                    flags = train_flags(data, out, parallel=parallel, **changes)
                     start_time = time.monotonic()
-                    problems = run_case(flags, args.ranks, out, sent, lost, at, expected)
+                    problems = run_case(flags, args.ranks, out, sig, lost_rank, step, expected)
                     cases, failed = cases + 1, failed + bool(problems)
                     print(
-                        f"{parallel}, {sent.name} of rank {lost} at step {at}: "
+                        f"{parallel}, {sig.name} of rank {lost_rank} at step {step}: "
                         f"{'; '.join(problems) or 'resumed, identical'} "
                         f"({time.monotonic() - start_time:.0f} s)",
                         flush=True,
@@ -78,19 +78,20 @@ def main() -> int:
 
 
 def run_case(
-    flags: list[str], ranks: int, out: Path, sent: signal.Signals, lost: int, at: int, expected: tuple
+    flags: list[str], ranks: int, out: Path, sig: signal.Signals, lost_rank: int, step: int, expected: tuple
 ) -> list[str]:
-    """Send a signal to rank `lost` after step `at`. Returns the problems."""
+    """Send a signal to rank `lost_rank` after step `step`. Returns the problems."""
     process = start_train(flags, ranks, restarts=3)
-    assert wait_for(lambda: last_step(out) >= at, process), process.communicate()
-    os.kill(rank_pids(process.pid)[lost], sent)
+    assert wait_for(lambda: last_step(out) >= step, process), process.communicate()
+    os.kill(rank_pids(process.pid)[lost_rank], sig)
     output = process.communicate(timeout=300)[0]
     problems = []
     if process.returncode:
         problems.append(f"exit status {process.returncode}: {output[-2000:]}")
-    if "resuming at step" not in output and at >= 5:
+    if "resuming at step" not in output and step >= 5:
         problems.append("it did not resume from a checkpoint")
-    if sent == signal.SIGSTOP and not re.search(rf"error: rank \d: rank {lost} \(.*does not answer", output):
+    message = rf"error: rank \d: rank {lost_rank} \(.*does not answer"
+    if sig == signal.SIGSTOP and not re.search(message, output):
         problems.append(f"the lost rank is not named: {output[-2000:]}")
     if (tensor_checksums(out), losses(out)) != expected:
         problems.append("other weights or losses")

@@ -30,19 +30,19 @@ def main() -> int:
         return 2
     failed = []
     for name in chosen:
-        start, last = time.monotonic(), ""
+        start, last_line = time.monotonic(), ""
         script, *arguments = FAULTS[name]
         command = [sys.executable, str(FOLDER / script), *arguments]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             for line in process.stdout or ():
-                last = line.strip() or last
+                last_line = line.strip() or last_line
                 print(f"  {line}", end="", flush=True)
         if process.returncode:
             failed.append(name)
         verdict = "FAILED" if process.returncode else "ok"
-        print(f"{verdict}: {name} ({time.monotonic() - start:.0f} s): {last}", flush=True)
+        print(f"{verdict}: {name} ({time.monotonic() - start:.0f} s): {last_line}", flush=True)
     print(f"{len(chosen) - len(failed)} of {len(chosen)} passed" + (f"; failed: {failed}" if failed else ""))
     return 1 if failed else 0
 

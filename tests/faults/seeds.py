@@ -1,4 +1,4 @@
-"""Valid files, from which the fuzzers and the tests of hostile input start."""
+"""Valid files, which the fuzzers and tests/hostile damage."""
 
 import gzip
 import io
@@ -17,14 +17,8 @@ import torch
 
 CHARS = "\n abcdefghé"
 SIZES = {"block_size": 8, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 8}
-HF_CONFIG = {
-    "model_type": "gpt2",
-    "n_positions": 8,
-    "vocab_size": len(CHARS),
-    "n_layer": 1,
-    "n_head": 2,
-    "n_embd": 8,
-}
+HF_CONFIG = {"model_type": "gpt2", "n_positions": 8, "vocab_size": len(CHARS)}
+HF_CONFIG |= {"n_layer": 1, "n_head": 2, "n_embd": 8}
 HF_CONFIG |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -37,7 +31,7 @@ def floats(*shape: int) -> np.ndarray:
     return (np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape) % 7 - 3) / 10
 
 
-def in_safetensors(tensors: dict[str, np.ndarray]) -> bytes:
+def to_safetensors(tensors: dict[str, np.ndarray]) -> bytes:
     """A safetensors file: header length, header (name, dtype, shape, offsets), data."""
     header, body = {}, b""
     for name, array in tensors.items():
@@ -49,8 +43,11 @@ def in_safetensors(tensors: dict[str, np.ndarray]) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-def gpt_weights(vocab: int, linear_as_in_out: bool) -> dict[str, np.ndarray]:
-    """GPT-2 with one layer of width 8, under Hugging Face's names; nanoGPT stores (out, in)."""
+def gpt_weights(vocab: int, conv1d: bool) -> dict[str, np.ndarray]:
+    """GPT-2 with one layer of width 8, under Hugging Face's names.
+
+    `conv1d`: linear weights have shape (in, out), as in Hugging Face's Conv1D; otherwise (out, in).
+    """
     C = SIZES["n_embd"]
     layer = {
         "ln_1.weight": (C,),
@@ -64,15 +61,13 @@ def gpt_weights(vocab: int, linear_as_in_out: bool) -> dict[str, np.ndarray]:
     shapes = {"wte.weight": (vocab, C), "wpe.weight": (8, C)}
     shapes |= {f"h.0.{name}": shape for name, shape in layer.items()}
     shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-    transposed = () if linear_as_in_out else ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return {
-        name: floats(*(s[::-1] if name.endswith(transposed or ("?",)) else s)) for name, s in shapes.items()
-    }
+    transposed = () if conv1d else ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: floats(*(s[::-1] if name.endswith(transposed) else s)) for name, s in shapes.items()}
 
 
-HF_WEIGHTS = in_safetensors(gpt_weights(len(CHARS), linear_as_in_out=True))
-OURS = {
-    f"transformer.{name}": array for name, array in gpt_weights(len(CHARS), linear_as_in_out=False).items()
+HF_WEIGHTS = to_safetensors(gpt_weights(len(CHARS), conv1d=True))
+FRADIQUE_WEIGHTS = {
+    f"transformer.{name}": array for name, array in gpt_weights(len(CHARS), conv1d=False).items()
 }
 
 
@@ -85,9 +80,8 @@ def settings() -> list[bytes]:
         b"--max_iters=1e5\n--bias=True\n--dtype=float32\n--top_p=0.9\n--start=Era uma vez",
         b"--n_layr=4\n--n_head=x\n--out_dir=\xff\xfe\n--seed=99999999999999999999\n--dropout=nan",
     ]
-    return lines + as_bytes(
-        {"n_layer": 2, "learning_rate": 0.1, "dataset": "x", "compile": "auto", "gone": 1}
-    )
+    saved = {"n_layer": 2, "learning_rate": 0.1, "dataset": "x", "compile": "auto", "gone": 1}
+    return lines + as_bytes(saved)
 
 
 def config_text() -> list[bytes]:
@@ -102,12 +96,12 @@ def config_text() -> list[bytes]:
 # A corpus
 
 
-def write_corpus(here: Path) -> None:
+def write_corpus(folder: Path) -> None:
     ids = (np.arange(400) * 7 % len(CHARS)).astype("<u2")
-    (here / "train.bin").write_bytes(ids[:300].tobytes())
-    (here / "val.bin").write_bytes(ids[300:].tobytes())
-    (here / "meta.json").write_bytes(meta_json()[0])
-    (here / "tokenizer.json").write_bytes(tokenizer_json()[0])
+    (folder / "train.bin").write_bytes(ids[:300].tobytes())
+    (folder / "val.bin").write_bytes(ids[300:].tobytes())
+    (folder / "meta.json").write_bytes(meta_json()[0])
+    (folder / "tokenizer.json").write_bytes(tokenizer_json()[0])
 
 
 def meta_json() -> list[bytes]:
@@ -148,19 +142,15 @@ def safetensors_file() -> list[bytes]:
         "wpe.weight": floats(2, 64),
         "h.0.ln_1.weight": floats(64),
     }
-    return [HF_WEIGHTS, in_safetensors(tables), in_safetensors(without_config)]
+    return [HF_WEIGHTS, to_safetensors(tables), to_safetensors(without_config)]
 
 
 def hf_json() -> list[bytes]:
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(gpt_weights(1, True), SHARD)}
     llama = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
     llama |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 12, "rms_norm_eps": 1e-5}
-    llama |= {
-        "max_position_embeddings": 8,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "attention_bias": False,
-    }
+    llama |= {"max_position_embeddings": 8, "rope_theta": 10000.0}
+    llama |= {"hidden_act": "silu", "attention_bias": False}
     vocab = {"model": {"vocab": {"a": 0, "b": 1}}}
     return as_bytes(
         {"config.json": HF_CONFIG, "model.safetensors.index.json": index},
@@ -181,7 +171,7 @@ def _pickled(content: Any) -> tuple[bytes, dict[str, bytes]]:
 
 @cache
 def _nanogpt() -> tuple[bytes, dict[str, bytes]]:
-    weights = gpt_weights(len(CHARS), linear_as_in_out=False)
+    weights = gpt_weights(len(CHARS), conv1d=False)
     model = OrderedDict((f"_orig_mod.transformer.{name}", torch.from_numpy(x)) for name, x in weights.items())
     args = SIZES | {"dropout": 0.0, "bias": True}
     config = {"dataset": "shakespeare_char", "betas": (0.9, 0.95)}
@@ -192,14 +182,14 @@ def ckpt_pt() -> list[bytes]:
     legacy = io.BytesIO()
     tensor = {"wte.weight": torch.zeros(2, 3)}
     torch.save(tensor, legacy, _use_new_zipfile_serialization=False)
-    whole = io.BytesIO()
-    torch.save(tensor, whole)
+    zipped = io.BytesIO()
+    torch.save(tensor, zipped)
     pickled = _nanogpt()[0]
-    return [b"\0" + pickled, b"\x01" + pickled, b"\x02" + legacy.getvalue(), b"\x02" + whole.getvalue()]
+    return [b"\0" + pickled, b"\x01" + pickled, b"\x02" + legacy.getvalue(), b"\x02" + zipped.getvalue()]
 
 
 def write_archive(path: Path, pickled: bytes, deflated: bool) -> None:
-    """Write a torch archive with any pickle, and the storages of the valid one."""
+    """Write a torch archive with the given pickle and the storages of a valid archive."""
     kind = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
     with zipfile.ZipFile(path, "w", kind) as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -228,12 +218,12 @@ SETTINGS |= {
 del SETTINGS["settings"]["vocab_size"]
 
 
-def write_run(here: Path) -> Path:
+def write_run(folder: Path) -> Path:
     """Write a run with one checkpoint, step-00000005. Returns the checkpoint folder."""
-    step = here / "step-00000005"
+    step = folder / "step-00000005"
     step.mkdir()
-    (here / "settings.json").write_bytes(json.dumps(SETTINGS).encode())
-    (here / "tokenizer.json").write_bytes(tokenizer_json()[0])
+    (folder / "settings.json").write_bytes(json.dumps(SETTINGS).encode())
+    (folder / "tokenizer.json").write_bytes(tokenizer_json()[0])
     (step / "state.json").write_bytes(json.dumps(STATE).encode())
     (step / "model.json").write_bytes(json.dumps(MODEL).encode())
     (step / "model.safetensors").write_bytes(_model_tensors())
@@ -244,20 +234,24 @@ def write_run(here: Path) -> Path:
 
 @cache
 def _model_tensors() -> bytes:
-    return in_safetensors(OURS)
+    return to_safetensors(FRADIQUE_WEIGHTS)
 
 
 @cache
 def _optimizer_tensors() -> bytes:
-    fields = {f"{field}/{name}": array for field in ("exp_avg", "exp_avg_sq") for name, array in OURS.items()}
-    return in_safetensors(fields | {f"step/{name}": floats(1)[0:1].reshape(()) for name in OURS})
+    fields = {
+        f"{field}/{name}": array
+        for field in ("exp_avg", "exp_avg_sq")
+        for name, array in FRADIQUE_WEIGHTS.items()
+    }
+    return to_safetensors(fields | {f"step/{name}": floats(1)[0:1].reshape(()) for name in FRADIQUE_WEIGHTS})
 
 
-def write_manifest(step: Path, other: Any = None) -> None:
-    """Write manifest.json with the actual checksums, as an attacker would; or `other`."""
+def write_manifest(step: Path, replacement: Any = None) -> None:
+    """Write manifest.json with the checksums of the files; or `replacement`."""
     sums = {path.name: sha256(path.read_bytes()).hexdigest() for path in step.iterdir()}
     sums.pop("manifest.json", None)
-    manifest = {"format": 1, "sha256": sums} if other is None else other
+    manifest = {"format": 1, "sha256": sums} if replacement is None else replacement
     (step / "manifest.json").write_bytes(json.dumps(manifest).encode())
 
 
@@ -276,12 +270,16 @@ def checkpoint_tensors() -> list[bytes]:
 
 def run_json() -> list[bytes]:
     step = {"step": 1, "loss": 2.0, "tokens": 10, "seconds": 1.0, "lr": 0.1, "step_seconds": 0.1, "mfu": None}
-    later = step | {"step": 2, "tokens": 20, "seconds": 2.0}
+    second_step = step | {"step": 2, "tokens": 20, "seconds": 2.0}
     evaluated = {"step": 2, "eval_train_loss": 2.0, "eval_val_loss": 2.5, "tokens": 20, "seconds": 2.0}
     final = {"step": 4, "best_step": 2, "seconds": 3.0, "final_loss": 2.0, "final_bits_per_byte": 1.0}
     samples = "=== step 2 ===\nera uma vez\n\n=== step 4 ===\n\nfim\n\n"
     return as_bytes(
-        {"settings.json": SETTINGS, "metrics.jsonl": [step, later, evaluated, final], "samples.txt": samples},
+        {
+            "settings.json": SETTINGS,
+            "metrics.jsonl": [step, second_step, evaluated, final],
+            "samples.txt": samples,
+        },
         {"settings.json": SETTINGS, "metrics.jsonl": [evaluated], "samples.txt": ""},
     )
 
@@ -290,17 +288,14 @@ def run_json() -> list[bytes]:
 
 
 def prompt() -> list[bytes]:
-    words = "Era uma vez <|endoftext|> l'été \U0001f984\n\nfim".encode()
-    return [bytes([kind]) + words for kind in range(3)] + [
-        b"\0\n\n\xed\xa0\x80",
-        b"\x02\n\n\xff",
-        b"\x011h30m",
-    ]
+    text_bytes = "Era uma vez <|endoftext|> l'été \U0001f984\n\nfim".encode()
+    invalid = [b"\0\n\n\xed\xa0\x80", b"\x02\n\n\xff", b"\x011h30m"]
+    return [bytes([kind]) + text_bytes for kind in range(3)] + invalid
 
 
 def corpus_text() -> list[bytes]:
-    words = "\ufeffEra uma vez\r\n\r\num gato;\tdormia \U0001f984 日本語 \0 fim.\n".encode() * 3
-    return [bytes([3, 9, kind]) + words for kind in range(3)] + [b"\0\0\0abc\xff", b"\1\1\1   \n\n \n"]
+    text_bytes = "\ufeffEra uma vez\r\n\r\num gato;\tdormia \U0001f984 日本語 \0 fim.\n".encode() * 3
+    return [bytes([3, 9, kind]) + text_bytes for kind in range(3)] + [b"\0\0\0abc\xff", b"\1\1\1   \n\n \n"]
 
 
 def document_files() -> list[bytes]:

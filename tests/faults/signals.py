@@ -1,7 +1,7 @@
 """Stop a run with each signal, by closing its terminal, and by closing its output.
 
-It must save a checkpoint, return the right exit status and leave no process behind; the resumed run must end
-with the weights of one that was never stopped.
+The run must save a checkpoint, return the right exit status and leave no process running; the resumed run
+must end with the weights of a run that was not stopped.
 
     python tests/faults/signals.py
 
@@ -34,7 +34,8 @@ from harness import (
     write_tiny_corpus,
 )
 
-STEPS = {"max_iters": 60, "dropout": 0.1, "eval_interval": 20, "n_embd": 128}
+# changes to harness.RUN
+CHANGES = {"max_iters": 60, "dropout": 0.1, "eval_interval": 20, "n_embd": 128}
 
 
 def main() -> int:
@@ -44,12 +45,12 @@ def main() -> int:
         expected = {}
         for ranks in (1, 2):
             reference = folder / f"uninterrupted-{ranks}"
-            run_train(train_flags(data, reference, **STEPS), ranks)
+            run_train(train_flags(data, reference, **CHANGES), ranks)
             expected[ranks] = (tensor_checksums(reference), losses(reference))
         failed = 0
         for number, (label, ranks, status, send) in enumerate(CASES):
             out = folder / f"run {number}"
-            problems = run_case(train_flags(data, out, **STEPS), out, ranks, status, send, expected[ranks])
+            problems = run_case(train_flags(data, out, **CHANGES), out, ranks, status, send, expected[ranks])
             failed += bool(problems)
             print(f"{label}: {'; '.join(problems) or 'ok'}", flush=True)
     print(f"signals: {len(CASES) - failed} of {len(CASES)} cases ok")
@@ -62,21 +63,16 @@ Send = Callable[[subprocess.Popen], None]
 def run_case(
     flags: list[str], out: Path, ranks: int, status: int | None, send: Send, expected: tuple
 ) -> list[str]:
-    """Start a run, stop it with `send` after 25 steps, check what is left, and resume it.
+    """Start a run, stop it with `send` after 25 steps, check its processes and checkpoint, and resume it.
 
     `status`: the expected exit status; None: any. Returns the problems.
     """
     terminal = None
     if send is close_terminal:
-        terminal, child_side = pty.openpty()
-        options = {
-            "stdin": child_side,
-            "stdout": child_side,
-            "stderr": child_side,
-            "preexec_fn": own_terminal,
-        }
-        process = start_train(flags, ranks, **options)
-        os.close(child_side)
+        terminal, terminal_child = pty.openpty()
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal_child)
+        process = start_train(flags, ranks, **streams, preexec_fn=set_controlling_terminal)
+        os.close(terminal_child)
         process.terminal = terminal  # type: ignore[attr-defined]
     else:
         process = start_train(flags, ranks)
@@ -105,8 +101,8 @@ def run_case(
     return problems
 
 
-def own_terminal() -> None:
-    """In the new process: make its standard input its controlling terminal, so that it gets SIGHUP."""
+def set_controlling_terminal() -> None:
+    """In the new process: make standard input the controlling terminal, so that closing it sends SIGHUP."""
     import fcntl
     import termios
 
@@ -136,7 +132,7 @@ def twice(number: int, pause: float) -> Send:
 
 
 def to_process_group(number: int) -> Send:
-    """As Ctrl-C in a terminal: torchrun and all ranks receive the signal."""
+    """Like Ctrl-C in a terminal: torchrun and all ranks receive the signal."""
     return lambda process: os.killpg(process.pid, number)
 
 

@@ -1,4 +1,4 @@
-"""A long run of small steps: memory and open files must not grow.
+"""A long run of small steps, whose memory and open files must not grow.
 
     python tests/faults/soak.py [--steps 100000] [--to docs/soak.png]
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 from harness import last_step, start_train, train_flags, write_tiny_corpus
 
-SIZE = {
+# changes to harness.RUN
+CHANGES = {
     "eval_interval": 500,
     "log_interval": 10,
     "sample_interval": 1000,
@@ -43,7 +44,7 @@ def main() -> int:
         folder = Path(name)
         out, output = folder / "run", (folder / "output.txt").open("w")
         start = time.monotonic()
-        flags = train_flags(write_tiny_corpus(folder), out, max_iters=args.steps, **SIZE)
+        flags = train_flags(write_tiny_corpus(folder), out, max_iters=args.steps, **CHANGES)
         process = start_train(flags, stdout=output)
         rows = []  # seconds, MB, files
         while process.poll() is None:
@@ -56,8 +57,8 @@ def main() -> int:
         assert last_step(out) == args.steps
     tenth = max(1, len(rows) // 10)
     early, late = rows[tenth : 2 * tenth], rows[-tenth - 1 : -1]
-    memory = [statistics.median(row[1] for row in part) for part in (early, late)]
-    files = [statistics.median(row[2] for row in part) for part in (early, late)]
+    memory = [statistics.median(row[1] for row in period) for period in (early, late)]
+    files = [statistics.median(row[2] for row in period) for period in (early, late)]
     if args.to:
         plot(rows, args.steps, Path(args.to))
     grew = memory[1] - memory[0] > ALLOWED_MB or files[1] - files[0] > ALLOWED_FILES
@@ -83,17 +84,17 @@ def plot(rows: list[tuple[float, float, int]], steps: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    memory_axes, files_axes = figure.subplots(2, 1, sharex=True)
     seconds = [row[0] for row in rows]
-    top.plot(seconds, [row[1] for row in rows], color="#0072B2")
-    top.set_ylabel("resident memory, MB")
-    top.set_ylim(bottom=0)
-    bottom.plot(seconds, [row[2] for row in rows], color="#D55E00")
-    bottom.set_ylabel("open files")
-    bottom.set_ylim(bottom=0)
-    bottom.set_xlabel("seconds")
-    top.set_title(f"{steps:,} steps of training")
-    for axes in (top, bottom):
+    memory_axes.plot(seconds, [row[1] for row in rows], color="#0072B2")
+    memory_axes.set_ylabel("resident memory, MB")
+    memory_axes.set_ylim(bottom=0)
+    files_axes.plot(seconds, [row[2] for row in rows], color="#D55E00")
+    files_axes.set_ylabel("open files")
+    files_axes.set_ylim(bottom=0)
+    files_axes.set_xlabel("seconds")
+    memory_axes.set_title(f"{steps:,} steps of training")
+    for axes in (memory_axes, files_axes):
         axes.grid(alpha=0.25)
     figure.savefig(path)
 

@@ -1,8 +1,9 @@
 """Fuzz targets: functions of bytes that pass them to a real entry point, as a file or a flag.
 
 A target passes if the entry point works, or raises an OSError or a ValueError with a message of limited
-length (but not a subclass such as UnicodeDecodeError, whose messages do not help a user). Anything else is a
-finding. `fuzz.py` runs the targets with atheris, tests/hostile/test_targets.py with hypothesis.
+length, but not a subclass of ValueError such as UnicodeDecodeError, whose messages do not help a user.
+Anything else is a finding. `fuzz.py` runs the targets with atheris, and tests/hostile/test_targets.py with
+hypothesis.
 """
 
 import ast
@@ -46,7 +47,7 @@ from train import TrainSettings  # noqa: E402
 
 MAX_MESSAGE = 20_000  # characters of an error message
 PROSE = "Era uma vez, n'uma ilha,\r\n um gato:\t42 luas \U0001f984 日本 \0 é."
-GPT2, OWN = tokenizers.GPT2Tokenizer(), tokenizers.train_bpe(["aa ab aab"], 259)
+GPT2, TRAINED_BPE = tokenizers.GPT2Tokenizer(), tokenizers.train_bpe(["aa ab aab"], 259)
 
 
 class Finding(Exception):
@@ -62,20 +63,20 @@ def only_useful_errors():
             yield
     except (ValueError, OSError) as error:
         if type(error) is not ValueError and not isinstance(error, OSError):
-            raise Finding(f"a bare {type(error).__name__}: {error}"[:500]) from error
+            raise Finding(f"a {type(error).__name__}: {error}"[:500]) from error
         if not str(error) or len(str(error)) > MAX_MESSAGE:
             raise Finding(f"a message of {len(str(error))} characters") from error
 
 
 @contextlib.contextmanager
-def folder():
+def temporary_folder():
     """A temporary folder for one input, in memory if the system has /dev/shm."""
     memory = Path("/dev/shm")
-    made = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+    path = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
     try:
-        yield made
+        yield path
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def expect(condition: bool, message: str) -> None:
@@ -88,13 +89,23 @@ def write_json(path: Path, value: Any) -> None:
     path.write_bytes(json.dumps(value).encode())
 
 
-def parts_of(data: bytes) -> dict[str, Any] | None:
-    """{file name: content} of an input that stands for several files; None if it is not a JSON object."""
+def json_object(data: bytes) -> dict[str, Any] | None:
+    """An input that is a JSON object, such as {file name: content} of several files; None if it is not."""
     try:
-        parts = json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    return parts if isinstance(parts, dict) else None
+    return value if isinstance(value, dict) else None
+
+
+def first_byte(data: bytes, default: int) -> tuple[int, bytes]:
+    """The first byte of an input, which selects a case, and the other bytes."""
+    return (data[0], data[1:]) if data else (default, b"")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the tokenizer file of a folder with Hugging Face weights."""
+    (folder / weight_files.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
 
 
 # Settings and configs
@@ -102,21 +113,21 @@ def parts_of(data: bytes) -> dict[str, Any] | None:
 
 def settings(data: bytes) -> None:
     """A command line, one argument per line; or the settings of an earlier run as JSON."""
-    words = data.decode("utf-8", "surrogateescape").split("\n")[:40]
-    words = [word for word in words if word.startswith("--")]  # no config files: they are code
+    lines = data.decode("utf-8", "surrogateescape").split("\n")[:40]
+    flags = [line for line in lines if line.startswith("--")]  # no config files: they are code
     for cls in (TrainSettings, sample.SampleSettings):
         with only_useful_errors():
-            resolved = configurator.resolve(cls, [f"{w}=1" if "=" not in w else w for w in words])
+            resolved = configurator.resolve(cls, [flag if "=" in flag else f"{flag}=1" for flag in flags])
             json.dumps(asdict(resolved.settings), allow_nan=False).encode()
             time_budget.parse_duration(getattr(resolved.settings, "time_budget", ""))
-    saved = parts_of(data)
+    saved = json_object(data)
     if saved is not None:
         with only_useful_errors():
             configurator.resolve(TrainSettings, [], saved, "settings.json")
 
 
 def config_text(data: bytes) -> None:
-    """A config file. As it is code, it is only run if it assigns literals to names."""
+    """A config file, which is code: it is only run if it assigns literals, or has no import and no call."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,59 +139,56 @@ def config_text(data: bytes) -> None:
     except SyntaxError:
         pass
     except Exception:
-        if b"import" in data or b"(" in data:  # it might run code
+        if b"import" in data or b"(" in data:
             return
-        tree = None
-    with folder() as work, only_useful_errors():
-        (work / "config.py").write_bytes(data)
-        configurator.resolve(TrainSettings, [str(work / "config.py")])
+    with temporary_folder() as folder, only_useful_errors():
+        (folder / "config.py").write_bytes(data)
+        configurator.resolve(TrainSettings, [str(folder / "config.py")])
 
 
 # A corpus
 
 
 def meta_json(data: bytes) -> None:
-    with folder() as work:
-        seeds.write_corpus(work)
-        (work / "meta.json").write_bytes(data)
-        open_and_read(work)
+    with temporary_folder() as folder:
+        seeds.write_corpus(folder)
+        (folder / "meta.json").write_bytes(data)
+        open_and_read(folder)
 
 
 def token_file(data: bytes) -> None:
     """train.bin of a corpus without meta.json, like nanoGPT's; the first byte is the block size."""
-    with folder() as work:
-        seeds.write_corpus(work)
-        (work / "meta.json").unlink()
-        (work / "train.bin").write_bytes(data[1:])
-        open_and_read(work, data[0] if data else 1)
+    with temporary_folder() as folder:
+        seeds.write_corpus(folder)
+        (folder / "meta.json").unlink()
+        (folder / "train.bin").write_bytes(data[1:])
+        open_and_read(folder, data[0] if data else 1)
 
 
-def open_and_read(work: Path, block_size: int = 8) -> None:
+def open_and_read(folder: Path, block_size: int = 8) -> None:
     with only_useful_errors():
-        opened = dataset.open_corpus(work, max(1, block_size))
+        opened = dataset.open_corpus(folder, max(1, block_size))
         sampler = samplers.Sampler(opened.train, max(1, block_size), 2, 1, seed=1)
         x, _ = next(sampler.micro_batches(3))
         expect(int(x.max()) < opened.tokenizer.vocab_size, "a token beyond the vocabulary")
-        expect(
-            all(p.resolve().parent == work.resolve() for p in opened.train.paths + opened.val.paths),
-            "outside",
-        )
+        parents = {path.resolve().parent for path in opened.train.paths + opened.val.paths}
+        expect(parents <= {folder.resolve()}, "a token file outside the folder")
         opened.val.count_text_bytes(opened.tokenizer)
 
 
 def meta_pkl(data: bytes) -> None:
-    with folder() as work, only_useful_errors():
-        (work / "meta.pkl").write_bytes(data)
-        use(tokenizers.read_meta_pkl(work / "meta.pkl"))
+    with temporary_folder() as folder, only_useful_errors():
+        (folder / "meta.pkl").write_bytes(data)
+        check_tokenizer(tokenizers.read_meta_pkl(folder / "meta.pkl"))
 
 
 def tokenizer_json(data: bytes) -> None:
-    with folder() as work, only_useful_errors():
-        (work / "tokenizer.json").write_bytes(data)
-        use(tokenizers.load_tokenizer(work / "tokenizer.json"))
+    with temporary_folder() as folder, only_useful_errors():
+        (folder / "tokenizer.json").write_bytes(data)
+        check_tokenizer(tokenizers.load_tokenizer(folder / "tokenizer.json"))
 
 
-def use(tokenizer: tokenizers.Tokenizer) -> None:
+def check_tokenizer(tokenizer: tokenizers.Tokenizer) -> None:
     expect(len(tokenizer.byte_lengths()) == tokenizer.vocab_size, "byte_lengths")
     tokenizer.decode(np.arange(min(tokenizer.vocab_size, 1000)))
     tokenizers.encode_prompt(tokenizer, "")
@@ -193,63 +201,62 @@ def use(tokenizer: tokenizers.Tokenizer) -> None:
 
 def safetensors_file(data: bytes) -> None:
     """Hugging Face weights with and without config.json, and embedding snapshots of a run."""
-    with folder() as work:
-        (work / "model.safetensors").write_bytes(data)
-        (work / weight_files.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
-        load_weights(work)
-        write_json(work / "config.json", seeds.HF_CONFIG)
-        load_weights(work)
-        (work / embedding_snapshots.SNAPSHOT_FOLDER).mkdir()
-        shutil.copyfile(
-            work / "model.safetensors", work / embedding_snapshots.SNAPSHOT_FOLDER / "step-1.safetensors"
-        )
+    with temporary_folder() as folder:
+        (folder / "model.safetensors").write_bytes(data)
+        write_tokenizer(folder)
+        load_weights(folder)
+        write_json(folder / "config.json", seeds.HF_CONFIG)
+        load_weights(folder)
+        snapshots = folder / embedding_snapshots.SNAPSHOT_FOLDER
+        snapshots.mkdir()
+        (snapshots / "step-1.safetensors").write_bytes(data)
         with only_useful_errors():
-            for one in embedding_snapshots.read_snapshots(work):
-                expect(one.tokens.ndim == 2 and bool(np.isfinite(one.tokens).all()), "no table of embeddings")
+            for snapshot in embedding_snapshots.read_snapshots(folder):
+                table = snapshot.tokens
+                expect(table.ndim == 2 and bool(np.isfinite(table).all()), "no table of embeddings")
 
 
 def hf_json(data: bytes) -> None:
     """JSON files of a Hugging Face folder: {"config.json": …, "model.safetensors.index.json": …, …}."""
-    with folder() as work:
-        parts = parts_of(data)
-        if parts is None:
-            (work / "config.json").write_bytes(data)
-            parts = {}
-        (work / seeds.SHARD).write_bytes(seeds.HF_WEIGHTS)
-        (work / weight_files.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
-        for name in {"config.json", "model.safetensors.index.json", "tokenizer.json"} & parts.keys():
-            write_json(work / name, parts[name])
-        if not (work / "model.safetensors.index.json").exists():
-            shutil.move(work / seeds.SHARD, work / "model.safetensors")
-        load_weights(work)
+    with temporary_folder() as folder:
+        contents = json_object(data)
+        if contents is None:
+            (folder / "config.json").write_bytes(data)
+            contents = {}
+        (folder / seeds.SHARD).write_bytes(seeds.HF_WEIGHTS)
+        write_tokenizer(folder)
+        for name in {"config.json", "model.safetensors.index.json", "tokenizer.json"} & contents.keys():
+            write_json(folder / name, contents[name])
+        if not (folder / "model.safetensors.index.json").exists():
+            shutil.move(folder / seeds.SHARD, folder / "model.safetensors")
+        load_weights(folder)
 
 
 def ckpt_pt(data: bytes) -> None:
-    """First byte: 0: a pickle in a torch archive; 1: the same, compressed; otherwise the whole file."""
-    kind, data = (data[0], data[1:]) if data else (9, b"")
-    with folder() as work:
-        canary = work / "canary"
+    """The first byte: 0: a pickle in a torch archive; 1: the same, compressed; otherwise the file itself."""
+    kind, data = first_byte(data, default=9)
+    with temporary_folder() as folder:
+        canary = folder / "canary"
         os.environ["FRADIQUE_CANARY"] = str(canary)
-        (work / "tokenizer.json").write_bytes(seeds.tokenizer_json()[0])
+        (folder / "tokenizer.json").write_bytes(seeds.tokenizer_json()[0])
         for name in ("ckpt.pt", "pytorch_model.bin"):
             if kind > 1:
-                (work / name).write_bytes(data)
+                (folder / name).write_bytes(data)
             else:
-                seeds.write_archive(work / name, data, deflated=bool(kind))
-        load_weights(work / "ckpt.pt")
-        (work / "ckpt.pt").unlink()
-        write_json(work / "config.json", seeds.HF_CONFIG)
-        (work / weight_files.FRADIQUE_TOKENIZER_FILE).write_bytes(seeds.tokenizer_json()[0])
-        load_weights(work)
+                seeds.write_archive(folder / name, data, deflated=bool(kind))
+        load_weights(folder / "ckpt.pt")
+        (folder / "ckpt.pt").unlink()
+        write_json(folder / "config.json", seeds.HF_CONFIG)
+        write_tokenizer(folder)
+        load_weights(folder)
         expect(not canary.exists(), "a pickle was executed")
 
 
 def load_weights(source: Path) -> None:
     with only_useful_errors():
         loaded = sample.load_model(str(source), device="cpu", dtype="float32")
-        expect(
-            all(bool(p.isfinite().all()) for p in loaded.model.parameters()), "weights that are not finite"
-        )
+        finite = all(bool(p.isfinite().all()) for p in loaded.model.parameters())
+        expect(finite, "weights that are not finite")
         loaded.model(torch.zeros(1, 1, dtype=torch.int64))
 
 
@@ -257,89 +264,83 @@ def load_weights(source: Path) -> None:
 
 
 def checkpoint_json(data: bytes) -> None:
-    """JSON files of a checkpoint: {"state.json": …, "model.json": …, "manifest.json": …}; checksums match."""
-    parts = parts_of(data)
-    with folder() as work:
-        step = seeds.write_run(work)
-        if parts is None:
+    """JSON files of a checkpoint: {"state.json": …, "model.json": …, "manifest.json": …}; with checksums."""
+    contents = json_object(data)
+    with temporary_folder() as folder:
+        step = seeds.write_run(folder)
+        if contents is None:
             (step / "state.json").write_bytes(data)
-        for name in {"state.json", "model.json"} & (parts or {}).keys():
-            write_json(step / name, parts[name])
-        seeds.write_manifest(step, (parts or {}).get("manifest.json"))
+        for name in {"state.json", "model.json"} & (contents or {}).keys():
+            write_json(step / name, contents[name])
+        seeds.write_manifest(step, (contents or {}).get("manifest.json"))
         with only_useful_errors():
-            saved = checkpoint.read_checkpoint(checkpoint.newest_checkpoint(work, warn=lambda _: None))
+            saved = checkpoint.read_checkpoint(checkpoint.newest_checkpoint(folder, warn=lambda _: None))
             state = TrainState.read(saved.state)
             json.dumps(asdict(state), allow_nan=False)
             expect(type(state.step) is int and 0 <= state.step < 2**63, "an invalid step")
-        load_weights(work)
+        load_weights(folder)
         with only_useful_errors():
-            continue_run(work)
+            continue_run(folder)
 
 
-def continue_run(work: Path) -> None:
+def continue_run(folder: Path) -> None:
     """Resume up to the first step: settings, model, weights and optimizer state."""
-    saved = run_folder.saved_settings(work)
+    saved = run_folder.saved_settings(folder)
     resolved = configurator.resolve(TrainSettings, ["--device=cpu"], saved, "settings.json")
-
-    opened = dataset.Corpus(work, None, None, tokenizers.CharTokenizer(seeds.CHARS))
-    settings = replace(resolved.settings, out_dir=str(work), init_from="resume")
+    opened = dataset.Corpus(folder, None, None, tokenizers.CharTokenizer(seeds.CHARS))
+    settings = replace(resolved.settings, out_dir=str(folder), init_from="resume")
     source = model_setup.find_model(settings, opened)
-    runtime = setup.choose_runtime(settings, source, (), average_gradients=True)
+    runtime = setup.choose_runtime(settings, source, (), average_gradients=True, device=None)
     model = model_setup.build_model(settings, source, runtime, OomReport())
-    built = optimizer.build_optimizers(
-        model,
-        name=settings.optimizer,
-        learning_rate=1e-3,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-        muon_learning_rate=0.02,
-        muon_momentum=0.95,
-    )
-    optimizer.load_state_by_name(built, source.checkpoint.optimizer)
+    adamw = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    muon = {"muon_learning_rate": 0.02, "muon_momentum": 0.95}
+    optimizers = optimizer.build_optimizers(model, name=settings.optimizer, **adamw, **muon)
+    optimizer.load_state_by_name(optimizers, source.checkpoint.optimizer)
 
 
 def checkpoint_tensors(data: bytes) -> None:
-    """A safetensors file of a checkpoint; first byte: 0: the model's, otherwise the optimizer's."""
-    with folder() as work:
-        step = seeds.write_run(work)
+    """A safetensors file of a checkpoint. The first byte: 0: the model's, otherwise the optimizer's."""
+    with temporary_folder() as folder:
+        step = seeds.write_run(folder)
         name = "model.safetensors" if not data or data[0] == 0 else "optimizer.safetensors"
         (step / name).write_bytes(data[1:])
         seeds.write_manifest(step)
-        load_weights(work)
+        load_weights(folder)
         with only_useful_errors():
-            continue_run(work)
+            continue_run(folder)
 
 
 def run_json(data: bytes) -> None:
     """Other files of a run folder: {"settings.json": …, "metrics.jsonl": […], "samples.txt": text}."""
-    parts = parts_of(data)
-    with folder() as work:
-        if parts is None:
+    contents = json_object(data)
+    with temporary_folder() as folder:
+        if contents is None:
             for name in (run_folder.SETTINGS_FILE, metrics_file.METRICS_FILE, metrics_file.SAMPLES_FILE):
-                (work / name).write_bytes(data)
-            parts = {}
-        if run_folder.SETTINGS_FILE in parts:
-            write_json(work / run_folder.SETTINGS_FILE, parts[run_folder.SETTINGS_FILE])
-        records = parts.get(metrics_file.METRICS_FILE)
+                (folder / name).write_bytes(data)
+            contents = {}
+        if run_folder.SETTINGS_FILE in contents:
+            write_json(folder / run_folder.SETTINGS_FILE, contents[run_folder.SETTINGS_FILE])
+        records = contents.get(metrics_file.METRICS_FILE)
         if isinstance(records, list):
-            (work / metrics_file.METRICS_FILE).write_text("".join(json.dumps(one) + "\n" for one in records))
-        if isinstance(parts.get(metrics_file.SAMPLES_FILE), str):
-            (work / metrics_file.SAMPLES_FILE).write_bytes(
-                parts[metrics_file.SAMPLES_FILE].encode("utf-8", "surrogatepass")
-            )
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (folder / metrics_file.METRICS_FILE).write_text(lines)
+        samples = contents.get(metrics_file.SAMPLES_FILE)
+        if isinstance(samples, str):
+            (folder / metrics_file.SAMPLES_FILE).write_bytes(samples.encode("utf-8", "surrogatepass"))
         with only_useful_errors():
-            configurator.resolve(TrainSettings, [], run_folder.saved_settings(work), "settings.json")
+            configurator.resolve(TrainSettings, [], run_folder.saved_settings(folder), "settings.json")
         with only_useful_errors():
-            loss_plot.plot_losses([loss_plot.read_curves(work)])
+            loss_plot.plot_losses([loss_plot.read_curves(folder)])
         with only_useful_errors():
-            report.settings_section(run_folder.saved_settings(work))
-            found = metrics_file.read_metrics(work)
-            report.speed_section(found, run_folder.run_metadata(work))
-            report.summary(found, GPTConfig(n_layer=1, n_head=1, n_embd=8), 1)
-            report.samples_section(metrics_file.read_samples(work))
+            report.settings_section(run_folder.saved_settings(folder))
+            metrics = metrics_file.read_metrics(folder)
+            report.speed_section(metrics, run_folder.run_metadata(folder))
+            report.summary(metrics, GPTConfig(n_layer=1, n_head=1, n_embd=8), 1)
+            report.samples_section(metrics_file.read_samples(folder))
         with only_useful_errors():
-            metrics_file.rewind_metrics(work, 3)
-            expect(all(one["step"] <= 3 for one in metrics_file.read_metrics(work)), "records after the step")
+            metrics_file.rewind_metrics(folder, 3)
+            steps = [record["step"] for record in metrics_file.read_metrics(folder)]
+            expect(all(step <= 3 for step in steps), "records after the step")
 
 
 # Text
@@ -347,32 +348,30 @@ def run_json(data: bytes) -> None:
 
 def prompt(data: bytes) -> None:
     """A prompt as a flag and as a file; the first byte selects the tokenizer."""
-    kind, data = (data[0], data[1:]) if data else (0, b"")
-    tokenizer = (GPT2, OWN, tokenizers.CharTokenizer("\nabc é"))[kind % 3]
-    words = data.decode("utf-8", "surrogateescape")
-    stop, _, start = words.partition("\n\n")
+    kind, data = first_byte(data, default=0)
+    tokenizer = (GPT2, TRAINED_BPE, tokenizers.CharTokenizer("\nabc é"))[kind % 3]
+    argument = data.decode("utf-8", "surrogateescape")
+    stop, _, start = argument.partition("\n\n")
     with only_useful_errors():
-        prompt_of(tokenizer, start, stop)
-    with folder() as work, only_useful_errors():
-        (work / "prompt").write_bytes(data)
-        prompt_of(tokenizer, sample.read_prompt(f"FILE:{work / 'prompt'}"), stop)
+        check_prompt(tokenizer, start, stop)
+    with temporary_folder() as folder, only_useful_errors():
+        (folder / "prompt").write_bytes(data)
+        check_prompt(tokenizer, sample.read_prompt(f"FILE:{folder / 'prompt'}"), stop)
     with only_useful_errors():
         sample.read_prompt(f"FILE:{stop}") if not stop.startswith("/") else None
-        time_budget.parse_duration(words)
-        tokenizers.parse_spec(words)
-        expect(len(str(common.number_problems("sizes", words, 0.0))) < 500, "a long message")
+        time_budget.parse_duration(argument)
+        tokenizers.parse_spec(argument)
+        expect(len(str(common.number_problems("sizes", argument, 0.0))) < 500, "a long message")
 
 
-def prompt_of(tokenizer: tokenizers.Tokenizer, start: str, stop: str) -> None:
+def check_prompt(tokenizer: tokenizers.Tokenizer, start: str, stop: str) -> None:
     ids = tokenizers.encode_prompt(tokenizer, start)
     expect(len(ids) > 0, "no token")
     if start and tokenizers._ByteLevelBPE in type(tokenizer).__mro__:
         expect(tokenizer.decode(tokenizer.encode(start)) == start, "decode(encode(text)) is not the text")
-    row, shown = sample.StreamedSample(tokenizer, stop), ""
-    for token in ids[:200].tolist():
-        shown += row.feed(token)
-    shown += row.flush()
-    expect(not stop or stop not in shown, "went on after the stop")
+    stream = sample.StreamedSample(tokenizer, stop)
+    output = "".join([stream.feed(token) for token in ids[:200].tolist()]) + stream.flush()
+    expect(not stop or stop not in output, "output after the stop text")
     common.token_labels(tokenizer, ids[:50])
 
 
@@ -380,34 +379,34 @@ def corpus_text(data: bytes) -> None:
     """A text file; the first three bytes are block size, piece size and tokenizer."""
     if len(data) < 3:
         return
-    block, piece, kind, data = 1 + data[0], 1 + data[1], data[2], data[3:]
-    with folder() as work:
-        path = work / "input.txt"
+    block_size, piece_size, kind, data = 1 + data[0], 1 + data[1], data[2], data[3:]
+    with temporary_folder() as folder:
+        path = folder / "input.txt"
         path.write_bytes(data)
         with only_useful_errors():
-            pieces = list(text.cut_pieces(text.read_file(path, block), piece, 4 * piece))
-            whole = data.decode("utf-8").removeprefix(
-                "\ufeff"
-            )  # valid UTF-8, or reading it would have raised
-            expect("".join(pieces) == whole, "pieces that are not the text")
-            expect(all(0 < len(one) <= 4 * piece for one in pieces), "a piece too long, or empty")
+            pieces = list(text.cut_pieces(text.read_file(path, block_size), piece_size, 4 * piece_size))
+            expected = data.decode("utf-8").removeprefix("\ufeff")  # valid UTF-8: read_file has decoded it
+            expect("".join(pieces) == expected, "pieces that are not the text")
+            lengths = [len(piece) for piece in pieces]
+            expect(all(0 < length <= 4 * piece_size for length in lengths), "a piece too long, or empty")
         with only_useful_errors():
             files = text.find_files([path])
             name = ("char", "bpe:260", "gpt2")[kind % 3]
-            made = build.prepare_text(text.files_text(files, "a text"), work / "made", name, 0.1)
-            opened = dataset.open_corpus(work / "made", 1)
+            meta = build.prepare_text(text.files_text(files, "a text"), folder / "made", name, 0.1)
+            opened = dataset.open_corpus(folder / "made", 1)
             ids = np.concatenate([*opened.train.token_files, *opened.val.token_files])
-            expect(opened.tokenizer.decode(ids) == whole, "a corpus that is not the text")
-            expect(sum(split["bytes"] for split in made["splits"].values()) == len(whole.encode()), "bytes")
+            expect(opened.tokenizer.decode(ids) == expected, "a corpus that is not the text")
+            n_bytes = sum(split["bytes"] for split in meta["splits"].values())
+            expect(n_bytes == len(expected.encode()), "a wrong number of bytes")
 
 
 def document_files(data: bytes) -> None:
-    """First byte: JSON Lines, gzipped JSON Lines, raw gzip data, Parquet."""
-    kind, data = (data[0] % 4, data[1:]) if data else (0, b"")
-    name = ("d.jsonl", "d.jsonl.gz", "d.jsonl.gz", "d.parquet")[kind]
-    with folder() as work, only_useful_errors():
-        (work / name).write_bytes(gzip.compress(data, 1) if kind == 1 else data)
-        for document in documents.local_documents([work / name]):
+    """Documents. The first byte selects JSON Lines, gzipped JSON Lines, raw gzip data or Parquet."""
+    kind, data = first_byte(data, default=0)
+    name = ("d.jsonl", "d.jsonl.gz", "d.jsonl.gz", "d.parquet")[kind % 4]
+    with temporary_folder() as folder, only_useful_errors():
+        (folder / name).write_bytes(gzip.compress(data, 1) if kind % 4 == 1 else data)
+        for document in documents.local_documents([folder / name]):
             "".join(document).encode("utf-8")
 
 
@@ -418,34 +417,21 @@ class Target:
     damage: Callable[..., bytes] = mutations.damaged_bytes
 
 
-def _after_first_byte(damage: Callable[..., bytes]) -> Callable[..., bytes]:
-    return lambda data, rng: data[:1] + damage(data[1:], rng)
-
-
-def _archive_damage(data: bytes, rng: Any) -> bytes:
-    return (data[:1] if rng.random() < 0.9 else b"\x02") + mutations.damaged_bytes(data[1:], rng)
-
-
-json_damage = mutations.damaged_json
 TARGETS = {
-    "settings": Target(
-        settings,
-        seeds.settings,
-        lambda d, r: (json_damage if d[:1] == b"{" else mutations.damaged_bytes)(d, r),
-    ),
+    "settings": Target(settings, seeds.settings, mutations.damaged_settings),
     "config_text": Target(config_text, seeds.config_text),
-    "meta_json": Target(meta_json, seeds.meta_json, json_damage),
+    "meta_json": Target(meta_json, seeds.meta_json, mutations.damaged_json),
     "token_file": Target(token_file, seeds.token_file),
     "meta_pkl": Target(meta_pkl, seeds.meta_pkl),
-    "tokenizer_json": Target(tokenizer_json, seeds.tokenizer_json, json_damage),
+    "tokenizer_json": Target(tokenizer_json, seeds.tokenizer_json, mutations.damaged_json),
     "safetensors_file": Target(safetensors_file, seeds.safetensors_file, mutations.damaged_safetensors),
-    "hf_json": Target(hf_json, seeds.hf_json, json_damage),
-    "ckpt_pt": Target(ckpt_pt, seeds.ckpt_pt, _archive_damage),
-    "checkpoint_json": Target(checkpoint_json, seeds.checkpoint_json, json_damage),
+    "hf_json": Target(hf_json, seeds.hf_json, mutations.damaged_json),
+    "ckpt_pt": Target(ckpt_pt, seeds.ckpt_pt, mutations.damaged_archive),
+    "checkpoint_json": Target(checkpoint_json, seeds.checkpoint_json, mutations.damaged_json),
     "checkpoint_tensors": Target(
-        checkpoint_tensors, seeds.checkpoint_tensors, _after_first_byte(mutations.damaged_safetensors)
+        checkpoint_tensors, seeds.checkpoint_tensors, mutations.damaged_checkpoint_tensors
     ),
-    "run_json": Target(run_json, seeds.run_json, json_damage),
+    "run_json": Target(run_json, seeds.run_json, mutations.damaged_json),
     "prompt": Target(prompt, seeds.prompt),
     "corpus_text": Target(corpus_text, seeds.corpus_text),
     "document_files": Target(document_files, seeds.document_files),

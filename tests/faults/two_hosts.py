@@ -1,11 +1,11 @@
 """Two hosts whose network connection is cut during a run.
 
-The hosts are two network namespaces connected by a veth pair, with torchrun in each; the link goes down for a
-while. The run must end with the losses of an undisturbed one.
+The hosts are two network namespaces connected by a veth pair, with torchrun in each; the link is set down for
+a while. The run must end with the losses of an uninterrupted run.
 
     sudo python tests/faults/two_hosts.py [--cut 5,40] [--steps 400]
 
-`--cut`: seconds without connection. After a short cut the ranks continue; after a long one, which exceeds
+`--cut`: seconds without connection. After a short cut the ranks continue; after a cut longer than
 `dist_timeout`, both torchruns rendezvous again and resume from the last checkpoint. Needs root, Linux and
 iproute2.
 """
@@ -38,31 +38,27 @@ from harness import (
 )
 
 A, B = (f"fradique-{os.getpid()}-{name}" for name in "ab")
-HOSTS = {A: "10.203.77.1", B: "10.203.77.2"}  # in a network of these two only
+HOSTS = {A: "10.203.77.1", B: "10.203.77.2"}  # in a network of only these two
 PATIENCE = 12  # seconds that ranks wait for each other
-STEPS = {
-    "eval_interval": 25,
-    "dropout": 0.0,
-    "gradient_accumulation_steps": 2,
-    "dist_timeout": PATIENCE,
-}
+# changes to harness.RUN
+CHANGES = {"eval_interval": 25, "dropout": 0.0, "gradient_accumulation_steps": 2, "dist_timeout": PATIENCE}
 
 
-def why_not() -> str | None:
-    """Why this machine cannot run the test; None if it can."""
+def missing_requirement() -> str | None:
+    """The requirement that this machine does not meet; None if it meets all."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need root on Linux"
     if not shutil.which("ip"):
         return "there is no `ip` (Debian's iproute2)"
     try:
-        with cable():
+        with connected_hosts():
             return None
     except subprocess.CalledProcessError as error:
-        return f"no two network namespaces with a cable can be made: {error.stderr.strip()}"
+        return f"two connected network namespaces cannot be made: {error.stderr.strip()}"
 
 
 @contextmanager
-def cable() -> Iterator[None]:
+def connected_hosts() -> Iterator[None]:
     """Create the two hosts and the connection between them; delete them afterwards."""
     (a, address_a), (b, address_b) = HOSTS.items()
     interfaces = ("fradique0", "fradique1")
@@ -98,12 +94,12 @@ def ip(arguments: str) -> None:
     subprocess.run(["ip", *arguments.split()], check=True, capture_output=True, text=True)
 
 
-def link(state: str) -> None:
+def set_link(state: str) -> None:
     """Set the link up or down."""
     ip(f"-n {A} link set fradique0 {state}")
 
 
-def host(name: str, number: int, flags: list[str], output: Path) -> subprocess.Popen:
+def start_host(name: str, number: int, flags: list[str], output: Path) -> subprocess.Popen:
     """Start torchrun on a host, with one rank. The first host has the rendezvous store."""
     interface = "fradique0" if name == A else "fradique1"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
@@ -120,20 +116,20 @@ def host(name: str, number: int, flags: list[str], output: Path) -> subprocess.P
         )
 
 
-def cut(folder: Path, data: Path, seconds: float, steps: int, expected: dict[int, float]) -> list[str]:
+def cut_link(folder: Path, data: Path, seconds: float, steps: int, expected: dict[int, float]) -> list[str]:
     """Cut the connection of a run for some seconds. Returns the problems."""
     out = folder / f"cut-{seconds:g}"
-    flags = train_flags(data, out, max_iters=steps, **STEPS)
+    flags = train_flags(data, out, max_iters=steps, **CHANGES)
     outputs = [folder / f"{name}-{seconds:g}.txt" for name in HOSTS]
-    processes = [host(name, i, flags, outputs[i]) for i, name in enumerate(HOSTS)]
+    processes = [start_host(name, i, flags, outputs[i]) for i, name in enumerate(HOSTS)]
     try:
         if not wait_for(lambda: last_step(out) >= steps // 6, processes[0], 240):
             return [f"it did not start: {outputs[0].read_text()[-2000:]}"]
-        link("down")
+        set_link("down")
         time.sleep(seconds)
-        reached = last_step(out)
-        link("up")
-        if reached >= steps:
+        step = last_step(out)
+        set_link("up")
+        if step >= steps:
             return ["the run ended before the connection was cut"]
         for process in processes:
             process.wait(timeout=300)
@@ -143,17 +139,17 @@ def cut(folder: Path, data: Path, seconds: float, steps: int, expected: dict[int
         for process in processes:
             kill_all(process)
     problems = [
-        f"{name} ended with {process.returncode}: {text.read_text()[-1500:]}"
-        for name, process, text in zip(HOSTS, processes, outputs, strict=True)
+        f"{name} ended with {process.returncode}: {output.read_text()[-1500:]}"
+        for name, process, output in zip(HOSTS, processes, outputs, strict=True)
         if process.returncode
     ]
-    got = losses(out)
-    if got.keys() != expected.keys() or any(abs(got[n] - expected[n]) > 1e-5 for n in expected):
+    actual = losses(out)
+    if actual.keys() != expected.keys() or any(abs(actual[n] - expected[n]) > 1e-5 for n in expected):
         problems.append("other losses than those of an undisturbed run")
     resumed = "resuming at step" in outputs[0].read_text() + outputs[1].read_text()
-    how = "resumed" if resumed else "waited"
+    reaction = "resumed" if resumed else "waited"
     result = "; ".join(problems) or "the losses are those of an undisturbed run"
-    print(f"a cut of {seconds:g} s at step {reached}: the ranks {how}; {result}", flush=True)
+    print(f"a cut of {seconds:g} s at step {step}: the ranks {reaction}; {result}", flush=True)
     return problems
 
 
@@ -165,16 +161,18 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are deleted
-    if reason := why_not():
+    if reason := missing_requirement():
         print(f"two hosts: skipped, {reason}")
         return 0
-    with tempfile.TemporaryDirectory() as name, cable():
+    with tempfile.TemporaryDirectory() as name, connected_hosts():
         folder = Path(name)
         data, reference = write_tiny_corpus(folder), folder / "undisturbed"
-        run_train(train_flags(data, reference, max_iters=args.steps, **STEPS))
+        run_train(train_flags(data, reference, max_iters=args.steps, **CHANGES))
         tensor_checksums(reference)  # fails if there is no complete checkpoint
         expected, cuts = losses(reference), args.cut.split(",")
-        problems = [problem for n in cuts for problem in cut(folder, data, float(n), args.steps, expected)]
+        problems = [
+            problem for n in cuts for problem in cut_link(folder, data, float(n), args.steps, expected)
+        ]
     print(f"two hosts: {'failed' if problems else 'ok'}")
     return 1 if problems else 0
 

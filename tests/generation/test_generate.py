@@ -1,4 +1,4 @@
-"""The generation loop: sliding window, cache, captured decode steps, options."""
+"""The generation loop: sliding window, KV cache, captured decode steps, options."""
 
 import numpy as np
 import pytest
@@ -44,11 +44,11 @@ def test_cached_generation_equals_uncached_in_every_architecture(name, options, 
         assert torch.equal(cached, uncached)
 
 
-def test_rows_of_a_batch_generate_as_they_do_alone():
+def test_rows_of_a_batch_equal_separate_generation():
     model, idx = tiny(), ids(3, 5)
-    together = model.generate(idx, 30, temperature=0)
+    batched = model.generate(idx, 30, temperature=0)
     for row in range(3):
-        assert torch.equal(model.generate(idx[row : row + 1], 30, temperature=0)[0], together[row])
+        assert torch.equal(model.generate(idx[row : row + 1], 30, temperature=0)[0], batched[row])
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -88,7 +88,7 @@ def test_the_cache_is_recomputed_once_per_hop():
 
 @pytest.mark.parametrize("prompt", [2, 4, 7, 20])
 def test_the_prompt_is_the_prefix_of_a_prefix_lm(prompt, architecture):
-    """prefix_len = 4. When the window moves, all tokens in it count as the prompt again."""
+    """prefix_len = 4. When the window moves, all tokens in it become the prompt."""
     model, idx = random_model(architecture("glm130b")), ids(1, prompt)
     assert model.config.prefix_len == 4
     text, start, prompt_length = idx[0].tolist(), -1, 0

@@ -49,12 +49,13 @@ def test_impossible_tokens_are_not_sampled_at_u_0_or_1(monkeypatch):
 
 
 # Filters
+
 finite = st.floats(-8, 8, width=32)
 rows = st.lists(st.lists(finite, min_size=6, max_size=6), min_size=1, max_size=4)
 
 
 def allowed_tokens(logits, **options):
-    """Which tokens (B, V) remain after the filters; their logits must be unchanged."""
+    """Which tokens (B, V) the filters allow; also checks that their logits are unchanged."""
     filtered = filter_logits(logits, **options)
     remaining = filtered > -math.inf
     assert torch.equal(filtered[remaining], logits[remaining]) and remaining.any(dim=1).all()
@@ -144,17 +145,17 @@ def test_top_p_and_min_p_equal_transformers(value):
 
 @reproducible
 @given(rows, st.lists(st.integers(0, 5), min_size=1, max_size=9), st.floats(0.5, 3.0))
-def test_repetition_penalty_equals_the_ctrl_formula(values, seen, penalty):
+def test_repetition_penalty_equals_the_ctrl_formula(values, previous_ids, penalty):
     logits = torch.tensor(values)
-    idx = torch.tensor([seen]).repeat(len(values), 1)
+    idx = torch.tensor([previous_ids]).repeat(len(values), 1)
     actual = penalize_repetition(logits, idx, penalty)
     for row, after in zip(values, actual.tolist(), strict=True):
         for token, (old, new) in enumerate(zip(row, after, strict=True)):
-            expected = old if token not in seen else old / penalty if old > 0 else old * penalty
+            expected = old if token not in previous_ids else old / penalty if old > 0 else old * penalty
             assert new == pytest.approx(expected, rel=1e-6)
     assert torch.equal(logits, torch.tensor(values))  # not changed in place
-    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(idx, logits.clone())
-    torch.testing.assert_close(actual, theirs, rtol=0, atol=0)
+    by_transformers = transformers.RepetitionPenaltyLogitsProcessor(penalty)(idx, logits.clone())
+    torch.testing.assert_close(actual, by_transformers, rtol=0, atol=0)
 
 
 def test_ids_beyond_the_vocabulary_are_ignored():

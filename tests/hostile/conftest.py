@@ -25,7 +25,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def gpt2(tmp_path):
-    """A tiny GPT-2 in Hugging Face's layout, with a tokenizer of ours."""
+    """A tiny GPT-2 in Hugging Face's layout, with a Fradique tokenizer file."""
     folder = tmp_path / "gpt2"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(seeds.HF_WEIGHTS)

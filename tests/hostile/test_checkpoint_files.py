@@ -46,21 +46,21 @@ def test_an_invalid_model_json_is_refused(run, key, value):
 
 def test_weights_that_are_not_finite_are_refused(run):
     for number in (math.nan, math.inf):
-        tensors = dict(seeds.OURS)
+        tensors = dict(seeds.FRADIQUE_WEIGHTS)
         tensors["transformer.ln_f.weight"] = np.full(8, number, np.float32)
-        replace_checkpoint_file(run, "model.safetensors", seeds.in_safetensors(tensors))
+        replace_checkpoint_file(run, "model.safetensors", seeds.to_safetensors(tensors))
         assert "NaN or infinity" in error_of(load_newest, run, match=run)
 
 
 def test_weights_of_another_dtype_are_refused(run):
-    tensors = dict(seeds.OURS)
+    tensors = dict(seeds.FRADIQUE_WEIGHTS)
     tensors["transformer.ln_f.weight"] = np.ones(8, np.float16)
-    replace_checkpoint_file(run, "model.safetensors", seeds.in_safetensors(tensors))
+    replace_checkpoint_file(run, "model.safetensors", seeds.to_safetensors(tensors))
     message = error_of(load_newest, run, match="ln_f.weight")
     assert "has dtype torch.float16, and torch.float32 in this model" in message
 
 
-def test_lora_matrices_that_do_not_fit_together_are_refused(run):
+def test_lora_matrices_of_mismatched_shapes_are_refused(run):
     config = json.dumps(seeds.MODEL | {"lora_alpha": 16.0}).encode()
     layer = "transformer.h.0.attn.c_proj"
     for extra in (
@@ -70,17 +70,19 @@ def test_lora_matrices_that_do_not_fit_together_are_refused(run):
         {"nowhere.lora_a": seeds.floats(2, 8), "nowhere.lora_b": seeds.floats(8, 2)},
     ):
         replace_checkpoint_file(run, "model.json", config)
-        replace_checkpoint_file(run, "model.safetensors", seeds.in_safetensors(seeds.OURS | extra))
+        replace_checkpoint_file(
+            run, "model.safetensors", seeds.to_safetensors(seeds.FRADIQUE_WEIGHTS | extra)
+        )
         assert "LoRA" in error_of(load_newest, run, match=run)
 
 
-def test_an_optimizer_state_of_wrong_shape_or_not_finite_is_refused(run):
+def test_a_misshapen_or_nan_optimizer_state_is_refused(run):
     name = "exp_avg/transformer.wte.weight"
     for invalid in (seeds.floats(3), np.full((11, 8), math.nan, np.float32)):
         tensors = load_safetensors((run / STEP / "optimizer.safetensors").read_bytes())
         tensors = {key: array.reshape(array.shape).copy() for key, array in tensors.items()}
         tensors[name] = invalid
-        replace_checkpoint_file(run, "optimizer.safetensors", seeds.in_safetensors(tensors))
+        replace_checkpoint_file(run, "optimizer.safetensors", seeds.to_safetensors(tensors))
         error_of(targets.continue_run, run, match=name)
 
 
@@ -112,7 +114,7 @@ def test_an_invalid_state_is_refused(key, value):
     error_of(TrainState.read, seeds.STATE | {key: value}, match=key)
 
 
-def test_a_state_needs_only_its_step():
+def test_a_state_needs_only_the_step():
     error_of(TrainState.read, {"seconds": 1.0}, match="no step")
     assert TrainState.read({"step": 5}).step == 5
     assert TrainState.read(seeds.STATE | {"colour": "red"}) == TrainState.read(seeds.STATE)
@@ -137,7 +139,7 @@ def test_a_checkpoint_with_an_invalid_manifest_is_skipped(run, manifest):
     assert "manifest.json" in newest_checkpoint_warning(run)
 
 
-def test_a_checkpoint_with_a_folder_in_place_of_a_file_is_skipped(run):
+def test_a_checkpoint_with_a_folder_for_a_file_is_skipped(run):
     (run / STEP / "model.json").unlink()
     (run / STEP / "model.json").mkdir()
     assert "model.json is missing" in newest_checkpoint_warning(run)

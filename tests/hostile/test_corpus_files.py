@@ -1,4 +1,4 @@
-"""Damaged and malicious corpora: meta.json, token files, and documents that unpack to more than memory."""
+"""Damaged and malicious corpora: meta.json, token files, and documents that decompress to a huge size."""
 
 import gzip
 import math
@@ -29,7 +29,7 @@ def test_a_corpus_cannot_name_a_file_by_its_absolute_path(corpus):
     error_of(dataset.open_corpus, corpus, 8, match="meta.json is damaged")
 
 
-def test_a_link_in_a_corpus_is_followed(corpus):
+def test_a_symlink_in_a_corpus_is_followed(corpus):
     (corpus / "train.bin").rename(corpus.parent / "elsewhere.bin")
     (corpus / "train.bin").symlink_to(corpus.parent / "elsewhere.bin")
     assert dataset.open_corpus(corpus, 8).train.tokens == 300
@@ -51,7 +51,9 @@ def test_a_value_of_the_wrong_type_in_meta_json_is_refused(corpus, keys, value):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\xff", b"\xef\xbb\xbf{}", b"[]", b"NaN", b"1e999999999", DEEPLY_NESTED, MANY_DIGITS]
+    "data",
+    [b"", b"\xff", b"\xef\xbb\xbf{}", b"[]", b"NaN", b"1e999999999", DEEPLY_NESTED, MANY_DIGITS],
+    ids=lambda data: str(data[:20]),
 )
 @pytest.mark.parametrize("name", ["meta.json", "tokenizer.json"])
 def test_a_file_that_is_not_a_json_object_is_refused(corpus, name, data):
@@ -59,7 +61,7 @@ def test_a_file_that_is_not_a_json_object_is_refused(corpus, name, data):
     error_of(dataset.open_corpus, corpus, 8, match=corpus / name)
 
 
-def test_of_a_repeated_key_the_last_value_counts(corpus):
+def test_the_last_value_of_a_repeated_key_is_used(corpus):
     text = (corpus / "meta.json").read_text()
     (corpus / "meta.json").write_text(text.replace('"format"', '"format": 7, "format"'))
     assert dataset.open_corpus(corpus, 8).train.tokens == 300

@@ -1,4 +1,4 @@
-"""Servers with wrong, slow or redirected answers: nothing is used unchecked, and nothing waits forever."""
+"""Servers that answer wrongly, slowly or with redirects: files are verified, and downloads time out."""
 
 import gzip
 import hashlib
@@ -16,7 +16,9 @@ PAGE = b"Era uma vez. " * 20
 PAGE_SHA256 = hashlib.sha256(PAGE).hexdigest()
 
 
-class Hostile(http.server.BaseHTTPRequestHandler):
+class HostileHandler(http.server.BaseHTTPRequestHandler):
+    """Each method is one wrong answer; the path of the request selects it."""
+
     def do_GET(self):
         getattr(self, self.path.strip("/").partition("?")[0])()
 
@@ -34,7 +36,7 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         self.send(Content_Length="9" * 5000)
         self.wfile.write(PAGE)
 
-    def short_length(self):  # less than it sends
+    def short_length(self):  # shorter than the body
         self.send(Content_Length=str(len(PAGE) - 1))
         self.wfile.write(PAGE)
 
@@ -78,7 +80,7 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         pass
 
 
-class Server(http.server.ThreadingHTTPServer):
+class HostileServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
@@ -88,7 +90,7 @@ class Server(http.server.ThreadingHTTPServer):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    with Server(("127.0.0.1", 0), Hostile) as httpd:
+    with HostileServer(("127.0.0.1", 0), HostileHandler) as httpd:
         httpd.closing = threading.Event()
         httpd.url = lambda name: f"http://127.0.0.1:{httpd.server_port}/{name}"
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
@@ -112,7 +114,7 @@ def server(monkeypatch):
         ("reason", "the server answered 418"),
     ],
 )
-def test_a_wrong_answer_is_reported_and_not_kept(server, tmp_path, name, message):
+def test_a_wrong_answer_is_reported_and_not_saved(server, tmp_path, name, message):
     path = tmp_path / "a.txt"
     path.write_bytes(b"old")
     with pytest.raises(ValueError, match=message) as caught:
@@ -133,7 +135,7 @@ def test_a_slow_server_reaches_the_total_timeout(server, tmp_path, name):
 @pytest.mark.parametrize(
     "target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "http://example.invalid/x"]
 )
-def test_a_redirect_may_lead_to_https_only(server, tmp_path, target):
+def test_a_redirect_to_a_non_https_url_is_refused(server, tmp_path, target):
     with pytest.raises(ValueError, match=r"is not an https URL|cannot be reached|not allowed|answers 302"):
         fetch(server.url(f"redirect?{target}"), PAGE_SHA256, tmp_path / "a.txt")
     assert list(tmp_path.iterdir()) == []
@@ -142,7 +144,7 @@ def test_a_redirect_may_lead_to_https_only(server, tmp_path, target):
 @pytest.mark.parametrize(
     "target", ["http://127.0.0.1/x", "http://localhost:80/x", "http://example.invalid/", "file:///x"]
 )
-def test_a_redirect_from_https_may_not_lead_to_http(target):
+def test_a_redirect_from_https_to_http_is_refused(target):
     request = urllib.request.Request("https://example.invalid/a.txt")
     with pytest.raises(ValueError, match="is not an https URL"):
         download._CheckedRedirects().redirect_request(request, open("/dev/null"), 302, "Found", {}, target)  # noqa: PTH123, SIM115
@@ -172,7 +174,7 @@ def test_only_https_is_downloaded(tmp_path, url):
 
 
 def test_a_finished_download_leaves_no_timer_thread(server, tmp_path):
-    Hostile.good = lambda self: (self.send(), self.wfile.write(PAGE))
+    HostileHandler.good = lambda self: (self.send(), self.wfile.write(PAGE))
     before = threading.active_count()
     assert fetch(server.url("good"), PAGE_SHA256, tmp_path / "a.txt").read_bytes() == PAGE
     for _ in range(100):

@@ -37,6 +37,7 @@ RECORD = {"step": 2, "loss": 1.5, "tokens": 10, "seconds": 1.0}
         "\ud800",
         "\x00",
     ],
+    ids=lambda line: ascii(line[:40]),
 )
 def test_an_invalid_line_of_metrics_is_skipped(tmp_path, line):
     text = f"{line}\n{json.dumps(RECORD)}\n"
@@ -88,7 +89,7 @@ def test_settings_json_with_a_value_of_the_wrong_type_is_refused(run, key, value
 def test_a_snapshot_that_is_not_a_table_of_numbers_is_refused(tmp_path, array):
     (tmp_path / embedding_snapshots.SNAPSHOT_FOLDER).mkdir()
     path = tmp_path / embedding_snapshots.SNAPSHOT_FOLDER / "step-1.safetensors"
-    path.write_bytes(seeds.in_safetensors({"tokens": array}))
+    path.write_bytes(seeds.to_safetensors({"tokens": array}))
     assert "delete it" in error_of(embedding_snapshots.read_snapshots, tmp_path, match=path)
 
 
@@ -97,5 +98,5 @@ def test_snapshots_of_different_sizes_are_refused(tmp_path):
     folder.mkdir()
     for step, rows in ((1, 4), (2, 5)):
         table = seeds.floats(rows, 8).astype(np.float16)
-        (folder / f"step-{step}.safetensors").write_bytes(seeds.in_safetensors({"tokens": table}))
+        (folder / f"step-{step}.safetensors").write_bytes(seeds.to_safetensors({"tokens": table}))
     error_of(embedding_snapshots.read_snapshots, tmp_path, match="step-2.safetensors")

@@ -1,4 +1,4 @@
-"""Secrets in environment variables are in no file of a run, in no line of its output, and in no report."""
+"""Secrets in environment variables are not written to run folders or reports, and not printed."""
 
 import os
 from dataclasses import replace
@@ -32,14 +32,14 @@ def test_no_secret_of_the_environment_is_written_or_printed(settings, tmp_path):
     folder, home = Path(settings.out_dir), tmp_path / "home"
     env = os.environ | SECRETS | {"WANDB_MODE": "offline", "HOME": str(home)}
     arguments = flags(replace(settings, max_iters=2, eval_interval=2, wandb_log=True))
-    processes = [
+    results = [
         run_script("train.py", *arguments, env=env),
         run_script("lab.report", f"--out_dir={folder}", env=env),
     ]
-    assert [process.returncode for process in processes] == [0, 0], processes
+    assert [result.returncode for result in results] == [0, 0], results
     assert list(folder.glob("wandb/offline-run-*/*.wandb")) and (folder / "report.html").exists()
-    output = "".join(process.stdout + process.stderr for process in processes)
+    output = "".join(result.stdout + result.stderr for result in results)
     assert not [secret for secret in SECRET_STRINGS if secret in output]
     assert files_with_secrets(folder) == []
-    (folder / "settings.json").write_text(f"{{{SECRETS['HF_TOKEN']}")  # a secret in a file would be found
+    (folder / "settings.json").write_text(f"{{{SECRETS['HF_TOKEN']}")  # files_with_secrets finds a secret
     assert files_with_secrets(folder) == ["settings.json"]

@@ -1,4 +1,4 @@
-"""Pipes, folders, endless devices and loops of links where a file is expected."""
+"""Pipes, folders, endless devices and symlink loops in place of files."""
 
 import os
 import warnings

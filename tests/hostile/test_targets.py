@@ -1,4 +1,4 @@
-"""Fuzzing: damaged and random input to the targets of tests/faults works, or raises with a message."""
+"""Fuzzing: the targets of tests/faults accept damaged and random input, or raise a useful error."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Difficult text: every Unicode string is decoded unchanged, and invalid text gets a message."""
+"""Difficult text: every Unicode string is decoded unchanged, and invalid text is refused with a message."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ TRICKY = (
 )
 GPT2 = tokenizers.GPT2Tokenizer()
 BPE = tokenizers.train_bpe(["Era uma vez um gato, uma casa, um gato, uma casa."], 290)
-SCRIPT = ROOT / "tests" / "faults" / "long_line.py"
+LONG_LINE_SCRIPT = ROOT / "tests" / "faults" / "long_line.py"
 SMALL_BPE = tokenizers.train_bpe(["aa aa"], 258)
 
 
@@ -59,45 +59,47 @@ def test_every_text_is_decoded_unchanged(tokenizer, text):
 
 
 @PROPERTY
-@given(text=any_text, other=any_text)
-def test_characters_are_decoded_and_an_unknown_one_is_named(text, other):
+@given(text=any_text, second_text=any_text)
+def test_known_characters_are_decoded_others_are_refused(text, second_text):
     if text:
         tokenizer = tokenizers.CharTokenizer("".join(sorted(set(text))))
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        unknown = [c for c in other if c not in text]
+        unknown = [c for c in second_text if c not in text]
         if unknown:
             with pytest.raises(ValueError, match=f"U\\+{ord(unknown[0]):04X}"):
-                tokenizer.encode(other)
+                tokenizer.encode(second_text)
 
 
 @pytest.mark.parametrize(
     "tokenizer", [GPT2, BPE, tokenizers.CharTokenizer("abc ")], ids=["gpt2", "bpe", "char"]
 )
 @pytest.mark.parametrize("text", ["\ud800", "abc\udfff", "\udc80" * 3, "a\ud83e \udd84"])
-def test_half_of_a_surrogate_pair_is_named(tokenizer, text):
+def test_half_of_a_surrogate_pair_is_refused(tokenizer, text):
     with pytest.raises(ValueError, match="half of a surrogate pair") as caught:
         tokenizers.encode_prompt(tokenizer, text)
     assert type(caught.value) is ValueError
 
 
 @pytest.mark.parametrize(
-    "word", ["--start=\udcff", "--start=a\ud800", "--out_dir=out/\udcfe", "--stop=a\udfff"]
+    "flag", ["--start=\udcff", "--start=a\ud800", "--out_dir=out/\udcfe", "--stop=a\udfff"]
 )
-def test_a_flag_that_is_not_text_is_named(word):
+def test_a_flag_that_is_not_utf8_is_refused(flag):
     with pytest.raises(ValueError, match="not UTF-8") as caught:
-        resolve(SampleSettings, [word])
-    assert word.partition("=")[0] in str(caught.value)
+        resolve(SampleSettings, [flag])
+    assert flag.partition("=")[0] in str(caught.value)
 
 
-def test_a_very_long_flag_gets_a_short_message():
-    for word in ("--n_layer=" + "9" * 1_000_000, "--" + "x" * 1_000_000 + "=1", "--dtype=" + "x" * 1_000_000):
+def test_a_very_long_flag_gives_a_short_message():
+    for flag in ("--n_layer=" + "9" * 1_000_000, "--" + "x" * 1_000_000 + "=1", "--dtype=" + "x" * 1_000_000):
         with pytest.raises(ValueError) as caught:
-            resolve(TrainSettings, [word])
+            resolve(TrainSettings, [flag])
         assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(
-    "text", ["9" * 1_000_000, "1" * 1_000_000 + "h", "9" * 400 + "h", "1h" * 100_000, "0s", "-1s"]
+    "text",
+    ["9" * 1_000_000, "1" * 1_000_000 + "h", "9" * 400 + "h", "1h" * 100_000, "0s", "-1s"],
+    ids=lambda text: text[:20],
 )
 def test_an_invalid_duration_is_refused_with_a_short_message(text):
     with pytest.raises(ValueError, match="not a duration") as caught:
@@ -105,22 +107,21 @@ def test_an_invalid_duration_is_refused_with_a_short_message(text):
     assert len(str(caught.value)) < 300
 
 
-def test_a_command_line_that_is_not_text_gets_one_message(capsys):
-    assert (
-        command(sample.main, SampleSettings, [b"--start=\xff\x1b[2J".decode("utf-8", "surrogateescape")]) == 2
-    )
+def test_a_command_line_that_is_not_utf8_gives_one_message(capsys):
+    flag = b"--start=\xff\x1b[2J".decode("utf-8", "surrogateescape")
+    assert command(sample.main, SampleSettings, [flag]) == 2
     message = capsys.readouterr().err
     assert "--start=\\udcff\\x1b[2J: must be text" in message and "Traceback" not in message
 
 
-def test_a_prompt_that_is_not_text_is_named(tmp_path):
+def test_a_prompt_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_bytes(b"abc\xff")
     with pytest.raises(ValueError, match=r"prompt\.txt is not UTF-8: byte 3 is 0xff"):
         read_prompt(f"FILE:{path}")
 
 
-def test_a_stop_of_a_million_characters_is_never_reached():
+def test_a_stop_text_of_a_million_characters_never_matches():
     stream = StreamedSample(GPT2, "a" * 1_000_000)
     text = "".join(stream.feed(token) for token in GPT2.encode("Era uma vez a").tolist()) + stream.flush()
     assert text == "Era uma vez a"
@@ -145,9 +146,8 @@ def test_invalid_utf8_is_found_with_blocks_of_any_size(tmp_path, block):
             path.write_bytes(prefix + invalid + b"z")
             with pytest.raises(UnicodeDecodeError) as reference:
                 (prefix + invalid + b"z").decode("utf-8")
-            with pytest.raises(
-                ValueError, match=rf"text\.txt is not UTF-8 .* at offset {reference.value.start} "
-            ):
+            message = rf"text\.txt is not UTF-8 .* at offset {reference.value.start} "
+            with pytest.raises(ValueError, match=message):
                 list(read_file(path, block))
 
 
@@ -164,8 +164,8 @@ def test_a_corpus_of_unusual_characters_is_decoded_unchanged(tmp_path, text, kin
 
 
 def test_a_line_of_64_mb_needs_less_than_64_mb_of_memory(tmp_path):
-    command = [sys.executable, str(SCRIPT), str(64 << 20), "char", str(tmp_path / "made")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    arguments = [sys.executable, str(LONG_LINE_SCRIPT), str(64 << 20), "char", str(tmp_path / "made")]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     before, peak = map(int, re.findall(r"\d+", result.stdout.rpartition("resident:")[2]))
     assert peak - before < 64, result.stdout
@@ -174,7 +174,7 @@ def test_a_line_of_64_mb_needs_less_than_64_mb_of_memory(tmp_path):
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")]
 )
-def test_out_of_memory_gets_a_message_and_other_errors_do_not(error, capsys):
+def test_only_out_of_memory_errors_get_a_message(error, capsys):
     def fail(resolved):
         with OomReport():
             raise error

@@ -44,7 +44,9 @@ def test_ten_million_merges_are_refused_before_they_are_applied():
     error_of(bpe.token_bytes, [("a", "b")] * 10_000_000, match="out of range")
 
 
-@pytest.mark.parametrize("kind", ["x" * 10_000, [["x"] * 99] * 99, None, 7, {"char": 1}])
+@pytest.mark.parametrize(
+    "kind", ["x" * 10_000, [["x"] * 99] * 99, None, 7, {"char": 1}], ids=lambda kind: str(kind)[:20]
+)
 def test_an_unknown_kind_of_tokenizer_gives_a_short_message(tmp_path, kind):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"format": 1, "kind": kind}))
     error_of(tokenizers.load_tokenizer, tmp_path / "tokenizer.json", match="its kind is")

@@ -34,7 +34,7 @@ def test_a_damaged_file_is_fetched_again(server, tmp_path):
         ("gone.txt", PAGE_SHA256, "the server answered 404"),
     ],
 )
-def test_a_failed_download_names_the_url_and_an_alternative(server, tmp_path, name, sha256, message):
+def test_a_failed_download_names_url_and_alternative(server, tmp_path, name, sha256, message):
     path = tmp_path / name
     path.write_bytes(b"old")
     with pytest.raises(ValueError, match=message) as caught:
@@ -43,7 +43,7 @@ def test_a_failed_download_names_the_url_and_an_alternative(server, tmp_path, na
     assert file_names(tmp_path) == [name] and path.read_bytes() == b"old"
 
 
-def test_a_redirect_is_followed_but_not_to_plain_http(server, tmp_path):
+def test_a_redirect_is_followed_but_not_to_http(server, tmp_path):
     assert fetch(server.url("moved.txt"), PAGE_SHA256, tmp_path / "moved.txt").read_bytes() == PAGE
     with pytest.raises(ValueError, match=r"http://example.invalid/good.txt is not an https URL"):
         fetch(server.url("gone_away.txt"), PAGE_SHA256, tmp_path / "gone_away.txt")
@@ -58,11 +58,11 @@ def test_the_size_is_limited_with_and_without_content_length(server, tmp_path, n
     assert fetch(server.url(name), PAGE_SHA256, tmp_path / name, max_bytes=len(PAGE)).read_bytes() == PAGE
 
 
-def test_no_network_names_the_url_and_an_alternative(tmp_path, monkeypatch):
+def test_a_refused_connection_names_url_and_alternative(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # not listening
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.txt"
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound but not listening
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/a.txt"
         with pytest.raises(ValueError, match=r"a\.txt cannot be reached .*refused.*--input"):
             fetch(url, PAGE_SHA256, tmp_path / "a.txt")
     assert file_names(tmp_path) == []
@@ -86,7 +86,7 @@ def test_only_https_is_allowed_for_other_machines(tmp_path, url):
 
 
 def test_processes_with_equal_ids_can_fetch_the_same_file(server, tmp_path, monkeypatch):
-    """As containers that share a disk do: each has its own temporary file."""
+    """Containers that share a disk may have equal process ids; each download has its own temporary file."""
     monkeypatch.setattr(files.os, "getpid", lambda: 7)
     real_download, temporary_files = download._download, []
 

@@ -10,7 +10,7 @@ import pytest
 from fradique.io import files
 
 
-def names(folder):
+def file_names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -18,7 +18,7 @@ def test_an_atomic_write_replaces_the_whole_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("a longer old text")
     files.write_text(path, "new")
-    assert path.read_bytes() == b"new" and names(tmp_path) == ["a.txt"]
+    assert path.read_bytes() == b"new" and file_names(tmp_path) == ["a.txt"]
 
 
 def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path):
@@ -28,19 +28,19 @@ def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path):
         temporary.write_text("half")
         assert path.read_text() == "old"
         assert temporary.parent == tmp_path and temporary.name == f".a.txt.{os.getpid()}.tmp"
-    assert path.read_text() == "half" and names(tmp_path) == ["a.txt"]
+    assert path.read_text() == "half" and file_names(tmp_path) == ["a.txt"]
 
 
-def test_after_an_error_only_the_old_file_is_left(tmp_path):
+def test_an_error_keeps_only_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError, match="stopped"), files.atomic_path(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError("stopped")
-    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+    assert path.read_text() == "old" and file_names(tmp_path) == ["a.txt"]
 
 
-def test_after_a_full_disk_only_the_old_file_is_left(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_only_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
 
@@ -50,18 +50,18 @@ def test_after_a_full_disk_only_the_old_file_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", raise_disk_full)
     with pytest.raises(OSError, match="No space left"):
         files.write_bytes(path, b"new")
-    assert path.read_bytes() == b"old" and names(tmp_path) == ["a.bin"]
+    assert path.read_bytes() == b"old" and file_names(tmp_path) == ["a.bin"]
 
 
-def test_an_error_before_the_first_write_leaves_nothing(tmp_path):
+def test_an_error_before_the_first_write_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError), files.atomic_path(tmp_path / "a.txt"):
         raise RuntimeError
-    assert names(tmp_path) == []
+    assert file_names(tmp_path) == []
 
 
-def test_the_temporary_name_can_keep_the_suffix_and_have_a_token(tmp_path):
+def test_a_temporary_name_can_have_a_writer_id_and_the_suffix(tmp_path):
     path = tmp_path / "loss.png"
-    with files.atomic_path(path, token="host-7", keep_suffix=True) as temporary:
+    with files.atomic_path(path, writer_id="host-7", keep_suffix=True) as temporary:
         assert temporary.name == ".loss.host-7.tmp.png"
         temporary.write_bytes(b"png")
     assert path.read_bytes() == b"png"
@@ -73,7 +73,7 @@ def test_text_files_are_utf8_with_lf_line_ends(tmp_path):
 
 
 def test_text_files_are_written_without_newline_translation(tmp_path, monkeypatch):
-    """Windows would write CRLF otherwise."""
+    """With the default, Windows would write CRLF."""
     path_open, newlines = Path.open, []
 
     def record_newline(path, *args, **options):
@@ -92,10 +92,10 @@ def test_json_refuses_nan_and_infinity(tmp_path, value):
         files.format_json(value)
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "a.json", value)
-    assert names(tmp_path) == []
+    assert file_names(tmp_path) == []
 
 
-def test_json_is_read_back(tmp_path):
+def test_written_json_is_read_unchanged(tmp_path):
     value = {"é": [1, 2.5, None, True], "a": {}}
     files.write_json(tmp_path / "a.json", value)
     assert files.read_json(tmp_path / "a.json") == files.read_json_object(tmp_path / "a.json") == value
@@ -109,15 +109,16 @@ def test_json_is_read_back(tmp_path):
         (b"[" * 100_000, "nested too deeply"),
         (b"", "is damaged"),
     ],
+    ids=lambda value: str(value[:20]),
 )
-def test_damaged_json_is_named(tmp_path, data, message):
+def test_damaged_json_is_reported(tmp_path, data, message):
     path = tmp_path / "a.json"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"a\.json .*{message}"):
         files.read_json(path)
 
 
-def test_a_missing_file_or_another_json_value_is_no_object(tmp_path):
+def test_a_missing_file_or_a_json_list_is_not_an_object(tmp_path):
     with pytest.raises(ValueError, match=r"a\.json is missing"):
         files.read_json_object(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("[]")
@@ -125,7 +126,7 @@ def test_a_missing_file_or_another_json_value_is_no_object(tmp_path):
         files.read_json_object(tmp_path / "a.json")
 
 
-def test_small_files_are_read_up_to_the_limit(tmp_path):
+def test_read_small_file_refuses_a_larger_file(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"12345")
     assert files.read_small_file(path, 5) == b"12345"
@@ -133,32 +134,32 @@ def test_small_files_are_read_up_to_the_limit(tmp_path):
         files.read_small_file(path, 4)
 
 
-def test_a_folder_is_no_small_file(tmp_path):
+def test_read_small_file_refuses_a_folder(tmp_path):
     with pytest.raises(ValueError, match="is not a plain file"):
         files.read_small_file(tmp_path, 10)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
-def test_a_pipe_is_no_small_file(tmp_path):
+def test_read_small_file_refuses_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="is not a plain file"):
         files.read_small_file(tmp_path / "pipe", 10)
 
 
-def test_a_missing_small_file_is_an_oserror(tmp_path):
+def test_read_small_file_raises_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         files.read_small_file(tmp_path / "a", 10)
 
 
-def test_a_folder_replaces_another(tmp_path):
+def test_replace_folder_removes_the_old_folder(tmp_path):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     files.replace_folder(tmp_path / "new", tmp_path / "old")
-    assert names(tmp_path) == ["old"] and names(tmp_path / "old") == ["new"]
+    assert file_names(tmp_path) == ["old"] and file_names(tmp_path / "old") == ["new"]
 
 
-def test_checksum_is_the_sha256_or_another_digest(tmp_path):
+def test_checksum_is_sha256_or_the_given_digest(tmp_path):
     data = b"ab" * 1_000_000  # more than one block
     (tmp_path / "a").write_bytes(data)
     assert files.checksum(tmp_path / "a") == hashlib.sha256(data).hexdigest()
@@ -166,12 +167,12 @@ def test_checksum_is_the_sha256_or_another_digest(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "c:", "a\n", None, 3])
-def test_names_that_lead_elsewhere_are_not_plain(name):
+def test_paths_and_special_names_are_not_plain_names(name):
     assert not files.is_plain_name(name)
     assert files.is_plain_name("train.bin")
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 63, True, 1.0, "1", None])
-def test_other_values_are_no_counts(value):
+def test_only_non_negative_64_bit_integers_are_counts(value):
     assert not files.is_count(value)
     assert files.is_count(0) and files.is_count((1 << 63) - 1)

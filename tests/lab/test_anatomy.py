@@ -27,12 +27,12 @@ def test_parameters_and_flops_agree_with_torch(name, architecture):
     for module in stats[1:]:
         assert module.flops == sum(by_module.get(f"GPT.{module.path}", {}).values()), module
     for module in stats[1:]:
-        if module.path != "lm_head" or not config.tie_weights:  # a tied lm_head has no parameters of its own
+        if module.path != "lm_head" or not config.tie_weights:  # a tied lm_head has no separate parameters
             parameters = model.get_submodule(module.path).parameters()
             assert module.parameters == sum(p.numel() for p in parameters), module
 
 
-def test_shapes_are_those_of_the_modules_outputs():
+def test_shapes_equal_those_of_the_module_outputs():
     config = GPTConfig(block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=8)
     shapes = {module.path: module.shape for module in anatomy.module_stats(config, batch=3, tokens=5)}
     assert shapes[""] == (3, 5, 30) and shapes["transformer.wte"] == (3, 5, 8)
@@ -40,7 +40,7 @@ def test_shapes_are_those_of_the_modules_outputs():
     assert shapes["transformer.h.0.mlp.c_fc"] == (3, 5, 32)
 
 
-def test_gpt2_has_the_parameters_of_its_paper():
+def test_gpt2_has_the_published_number_of_parameters():
     stats = anatomy.module_stats(GPTConfig(vocab_size=50257), batch=1, tokens=1024)
     assert stats[0].parameters == 124_439_808
     table = anatomy.format_table(stats)
@@ -54,6 +54,6 @@ def test_the_command_prints_the_table_and_writes_the_diagram(settings, tmp_path)
     result = run_lab("lab.anatomy", *options, "--batch=2", "--tokens=8")
     assert result.returncode == 0, result.stderr
     assert "2 x 8 x 16" in result.stdout and f"wrote {tmp_path / 'a.svg'}" in result.stdout
-    refused = run_lab("lab.anatomy", *options, "--tokens=17")
-    assert refused.returncode == 2
-    assert "--tokens=17 is more than the block_size of this model, 16" in refused.stderr
+    result = run_lab("lab.anatomy", *options, "--tokens=17")
+    assert result.returncode == 2
+    assert "--tokens=17 is more than the block_size of this model, 16" in result.stderr

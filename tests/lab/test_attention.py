@@ -1,4 +1,4 @@
-"""Attention weights against transformers, the model's own softmax, and patterns known in closed form."""
+"""Attention weights against transformers, the model's unfused softmax, and closed-form patterns."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_weights_equal_those_of_transformers(tmp_path):
     with torch.no_grad():
         expected = torch.cat(hf_model(ids, output_attentions=True).attentions)
     weights = attention.attention_weights(model, ids)
-    assert weights.std() > 0.1  # they differ between heads and between tokens
+    assert weights.std() > 0.1  # the weights differ between heads and tokens
     np.testing.assert_allclose(weights, expected.numpy(), atol=1e-5)
 
 
@@ -79,14 +79,14 @@ def test_weights_equal_the_softmax_of_the_unfused_path(name, architecture):
 
 @pytest.mark.parametrize("position", ["none", "alibi"])
 def test_zero_queries_give_uniform_or_alibi_weights(position):
-    """With queries of 0, weights depend on position alone: all equal, or e^(-slope distance)."""
+    """With queries of 0, weights depend only on the position: equal, or e^(-slope distance) with ALiBi."""
     config = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4, position=position)
     model = GPT(config)
     with torch.no_grad():
         model.transformer["h"][0].attn.c_attn.weight.zero_()
     weights = attention.attention_weights(model, torch.arange(5)[None])[0, 0]
     distance = np.arange(5)[:, None] - np.arange(5)
-    slope = 2**-8 if position == "alibi" else 0.0  # of a single head (Press et al. 2022)
+    slope = 2**-8 if position == "alibi" else 0.0  # ALiBi with one head (Press et al. 2022)
     pattern = np.where(distance >= 0, np.exp(-slope * distance), 0)
     np.testing.assert_allclose(weights, pattern / pattern.sum(-1, keepdims=True), atol=1e-6)
 
@@ -100,7 +100,7 @@ def test_edges_are_causal_and_sorted_by_weight():
         assert weights[int(layer), int(head), int(query), int(key)] == weight
 
 
-def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
+def test_the_command_writes_images_pages_and_arrays(settings, tmp_path):
     run_training(settings)
     to = tmp_path / "pictures" / "here"
     result = run_lab(
@@ -118,9 +118,8 @@ def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
     for path in (to.with_suffix(".html"), to.with_name("here-3d.html")):
         text = path.read_text(encoding="utf-8")
         assert r"\u2423" in text and len(text) < 15e6  # the prompt's space, as a symbol
-        assert not re.search(
-            r"<(script|link|img|iframe)[^>]+(src|href)=", text
-        )  # nothing is loaded from the network
+        # nothing is loaded from the network
+        assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", text)
     for options, message in (
         (["--layer=2"], "--layer=2: this model has 2 layers, 0 to 1"),
         (["--head=7"], "--head=7: this model has 2 heads, 0 to 1"),
@@ -128,6 +127,6 @@ def test_the_command_writes_pictures_pages_and_arrays(settings, tmp_path):
         (["--start=amor amor amor amor"], "prompt too long: 19 tokens, maximum 16. Shorten --start"),
         ([f"--out_dir={tmp_path / 'nowhere'}"], "no trained model in"),
     ):
-        refused = run_lab("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *options)
-        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
-        assert "Traceback" not in refused.stderr
+        result = run_lab("lab.attention", f"--out_dir={settings.out_dir}", "--start=amor", *options)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr

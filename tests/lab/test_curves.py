@@ -40,4 +40,4 @@ def test_the_command_writes_png_page_and_arrays(settings, tmp_path):
     expected = loss_plot.read_curves(folder).evaluated["val"].tolist()
     assert arrays["run evaluated val"].tolist() == expected
     result = run_script("lab.curves", f"--out_dir={tmp_path}")
-    assert result.returncode == 2 and "has no metrics.jsonl" in result.stderr
+    assert result.returncode == 2 and "metrics.jsonl is missing" in result.stderr

@@ -45,7 +45,7 @@ def test_pca_equals_the_projection_on_singular_vectors():
         np.testing.assert_allclose(np.abs(projected[:, i]), np.abs(expected[:, i]), atol=1e-9)
 
 
-def test_the_initial_model_is_the_one_that_training_starts_from(settings):
+def test_the_initial_model_equals_that_of_a_new_run(settings):
     t = setup.setup_training(settings)
     t.close()
     initial = embeddings.initial_model(t.model.config, settings.seed)
@@ -66,5 +66,5 @@ def test_the_command_draws_before_and_after_training(settings, tmp_path, positio
     assert (tmp_path / "e.png").stat().st_size > 20_000
     text = (tmp_path / "e.html").read_text(encoding="utf-8")
     assert "t-SNE, before training" in text and "vowel" in text
-    refused = run_lab("lab.embeddings", f"--out_dir={settings.out_dir}", "--groups=vogais")
-    assert refused.returncode == 2 and "name=characters" in refused.stderr
+    result = run_lab("lab.embeddings", f"--out_dir={settings.out_dir}", "--groups=vogais")
+    assert result.returncode == 2 and "name=characters" in result.stderr

@@ -163,12 +163,12 @@ def test_hovering_over_a_heat_map_shows_the_weight(browser, pages):
 
 def test_the_menu_selects_another_head(browser, pages):
     open_page(browser, pages / "attention.html")
-    values = "return JSON.stringify(document.querySelector('.js-plotly-plot')._fullData[0].z)"
-    first = browser.execute_script(values)
+    script = "return JSON.stringify(document.querySelector('.js-plotly-plot')._fullData[0].z)"
+    values_before = browser.execute_script(script)
     browser.find_element(By.CSS_SELECTOR, ".updatemenu-header").click()
     browser.find_elements(By.CSS_SELECTOR, ".updatemenu-dropdown-button")[3].click()
     time.sleep(0.5)
-    assert browser.execute_script(values) != first and not console_errors(browser)
+    assert browser.execute_script(script) != values_before and not console_errors(browser)
 
 
 def test_each_token_has_a_tooltip_with_its_score(browser, pages):

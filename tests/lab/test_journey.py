@@ -1,4 +1,4 @@
-"""Runs that are trained, resumed or reused, and their comparison."""
+"""lab.journey: runs are trained, resumed or reused, and then compared."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ pytest.importorskip("plotly", reason="the pages need plotly")
 
 from lab import common, journey
 
-SMALL = """
+SMALL_CONFIG = """
 data_dir = {data!r}
 dataset = "tiny"
 out_dir = {out!r}
@@ -36,12 +36,12 @@ device = "cpu"
 
 @pytest.fixture
 def configs(data_dir, tmp_path):
-    """Two configs, 8 and 16 wide."""
+    """The paths of two configs: models of width 8 and 16."""
     paths = []
     for width in (8, 16):
         path = tmp_path / f"wide{width}.py"
         out = str(tmp_path / f"wide-{width}")
-        path.write_text(SMALL.format(data=str(data_dir), out=out, width=width), encoding="utf-8")
+        path.write_text(SMALL_CONFIG.format(data=str(data_dir), out=out, width=width), encoding="utf-8")
         paths.append(path)
     return paths
 
@@ -60,16 +60,16 @@ def test_runs_are_trained_once_and_compared(configs, tmp_path):
     columns = np.load(arrays)
     assert columns["parameters"][0] < columns["parameters"][1]
     assert columns["name"].tolist() == ["wide-8", "wide-16"]
-    written = (tmp_path / "wide-8" / metrics_file.METRICS_FILE).read_bytes()
-    again = run_script("lab.journey", *options)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is already trained") == 2
-    assert (tmp_path / "wide-8" / metrics_file.METRICS_FILE).read_bytes() == written
+    metrics_before = (tmp_path / "wide-8" / metrics_file.METRICS_FILE).read_bytes()
+    result = run_script("lab.journey", *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("is already trained") == 2
+    assert (tmp_path / "wide-8" / metrics_file.METRICS_FILE).read_bytes() == metrics_before
 
 
 def test_an_interrupted_run_is_resumed(configs, tmp_path):
-    first = run_script("train.py", configs[0])
-    assert first.returncode == 0, first.stderr
+    result = run_script("train.py", configs[0])
+    assert result.returncode == 0, result.stderr
     path = tmp_path / "wide-8" / metrics_file.METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("".join(line + "\n" for line in lines if "final_loss" not in line), encoding="utf-8")
@@ -79,14 +79,14 @@ def test_an_interrupted_run_is_resumed(configs, tmp_path):
     assert "final_loss" in json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
 
-def test_a_run_with_other_settings_is_refused(configs, tmp_path):
+def test_a_run_with_different_settings_is_refused(configs, tmp_path):
     options = [configs[0], f"--to={tmp_path / 'x'}"]
     assert run_script("lab.journey", *options).returncode == 0
-    other = run_script("lab.journey", *options, "--max_iters=3")
-    assert other.returncode == 2
-    assert "other settings (max_iters = 6, now 3): add --overwrite=True" in other.stderr
-    anew = run_script("lab.journey", *options, "--max_iters=3", "--overwrite=True")
-    assert anew.returncode == 0, anew.stderr
+    result = run_script("lab.journey", *options, "--max_iters=3")
+    assert result.returncode == 2
+    assert "other settings (max_iters = 6, now 3): add --overwrite=True" in result.stderr
+    result = run_script("lab.journey", *options, "--max_iters=3", "--overwrite=True")
+    assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "wide-8" / "settings.json").read_text())["settings"]["max_iters"] == 3
 
 

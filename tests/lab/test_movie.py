@@ -42,7 +42,7 @@ def test_pca_projects_all_snapshots_on_the_axes_of_the_last(points):
         np.testing.assert_allclose(np.abs(projected[0][:, i]), np.abs(expected[:, i]), atol=1e-9)
 
 
-def test_with_tsne_points_move_smoothly(points):
+def test_points_move_smoothly_with_tsne(points):
     """Snapshots that differ little have similar projections; independent t-SNEs would not."""
     rng = np.random.default_rng(1)
     snapshots = [points, points + 0.01 * rng.normal(size=points.shape)]
@@ -84,8 +84,8 @@ def test_missing_runs_and_snapshots_are_reported(settings, tmp_path):
     run_training(settings)
     result = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
     assert result.returncode == 2 and "train with --snapshot_interval=50" in result.stderr
-    single = replace(settings, overwrite=True, max_iters=0, snapshot_interval=5)
-    result = run_script("train.py", *flags(single))
+    one_snapshot = replace(settings, overwrite=True, max_iters=0, snapshot_interval=5)
+    result = run_script("train.py", *flags(one_snapshot))
     assert result.returncode == 0, result.stderr
     result = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
     assert result.returncode == 2 and "an animation needs two" in result.stderr

@@ -1,4 +1,4 @@
-"""Measures of repetition on short sequences, and the command."""
+"""Measures of repetition in short sequences, and the lab.sampling command."""
 
 import re
 
@@ -59,5 +59,5 @@ def test_the_command_compares_greedy_and_sampled_text(settings, tmp_path):
     text = (tmp_path / "s.html").read_text(encoding="utf-8")
     assert "<h2>greedy</h2>" in text and "<mark>" in text
     assert (tmp_path / "s.png").stat().st_size > 5000
-    refused = run_lab("lab.sampling", f"--out_dir={settings.out_dir}", "--temperatures=-1,x")
-    assert refused.returncode == 2 and "comma-separated numbers" in refused.stderr
+    result = run_lab("lab.sampling", f"--out_dir={settings.out_dir}", "--temperatures=-1,x")
+    assert result.returncode == 2 and "comma-separated numbers" in result.stderr

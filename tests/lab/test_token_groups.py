@@ -26,6 +26,6 @@ def test_bpe_tokens_are_grouped_by_kind():
         "!": "punctuation",
     }
     for text, group in groups.items():
-        (token, *others) = tokenizer.encode(text).tolist()
-        if not others:
+        (token, *more_tokens) = tokenizer.encode(text).tolist()
+        if not more_tokens:
             assert token_groups(tokenizer, [token]).tolist() == [group], text

@@ -1,4 +1,4 @@
-"""One text in three vocabularies, against tiktoken and the model's own parameters."""
+"""One text in three vocabularies, compared with tiktoken and with a model's parameter count."""
 
 import re
 
@@ -19,12 +19,12 @@ TEXT = make_text(800) + "\nÀ noite, 42 gatos…\n"
 
 
 def test_each_tokenizer_splits_the_text():
-    characters, gpt2, own = lab_tokenizers.tokenize_all(TEXT, 300)
+    characters, gpt2, trained_bpe = lab_tokenizers.tokenize_all(TEXT, 300)
     assert len(characters.ids) == len(TEXT) and characters.vocab_size == len(set(TEXT))
     encoding: tiktoken.Encoding = bpe.gpt2_encoding()[1]
     assert gpt2.ids.tolist() == encoding.encode_ordinary(TEXT) and gpt2.vocab_size == 50257
-    assert own.vocab_size == 300
-    for tokenization in (characters, gpt2, own):
+    assert trained_bpe.vocab_size == 300
+    for tokenization in (characters, gpt2, trained_bpe):
         assert tokenization.bytes_per_token == len(TEXT.encode()) / len(tokenization.ids)
     assert "".join(characters.labels) == TEXT[:3000].replace(" ", "␣").replace("\n", "⏎")
 
@@ -32,10 +32,10 @@ def test_each_tokenizer_splits_the_text():
 def test_the_embedding_share_agrees_with_a_model():
     config = GPTConfig(vocab_size=300, n_layer=3, n_head=2, n_embd=64, position="none", bias=False)
     model = GPT(config)
-    own = lab_tokenizers.tokenize("own", lab_tokenizers.tokenizers.train_bpe([TEXT], 300), TEXT)
+    trained_bpe = lab_tokenizers.tokenize("own", lab_tokenizers.tokenizers.train_bpe([TEXT], 300), TEXT)
     norms = 64 * (2 * 3 + 1)
     share = model.transformer["wte"].weight.numel() / (model.num_params(non_embedding=False) - norms)
-    assert own.embedding_share(64, 3) == pytest.approx(share, rel=1e-12)
+    assert trained_bpe.embedding_share(64, 3) == pytest.approx(share, rel=1e-12)
 
 
 def test_labels_are_laid_out_without_gaps():
@@ -72,5 +72,5 @@ def test_the_command_compares_texts_and_runs(settings, tmp_path):
         ([f"--input={tmp_path / 'empty.txt'}"], "empty"),
         ([f"--input={book}", f"--out_dir={tmp_path}"], "has no finished run"),
     ):
-        refused = run_lab("lab.tokenizers", *options, f"--to={tmp_path / 'r'}")
-        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+        result = run_lab("lab.tokenizers", *options, f"--to={tmp_path / 'r'}")
+        assert result.returncode == 2 and message in result.stderr, result.stderr

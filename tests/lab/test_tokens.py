@@ -1,4 +1,4 @@
-"""Next-token probabilities and scores against torch and numpy, and the pictures of them."""
+"""Next-token probabilities and scores against torch and numpy, and the images of them."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_token_losses_average_to_the_models_loss():
         assert scores.loss[i] == pytest.approx(-np.log(scores.probability[i]))
 
 
-def test_ids_of_a_padded_vocabulary_are_left_out():
+def test_padding_ids_of_the_vocabulary_are_excluded():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=4, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
     ids = torch.tensor([[1, 2, 3]])
@@ -65,7 +65,7 @@ def test_ids_of_a_padded_vocabulary_are_left_out():
     assert F.softmax(logits, -1).sum(-1).tolist() == pytest.approx([1.0] * 3)
 
 
-def test_the_command_writes_pictures_a_page_and_arrays(settings, tmp_path):
+def test_the_command_writes_images_a_page_and_arrays(settings, tmp_path):
     run_training(settings)
     to = tmp_path / "next"
     options = [f"--out_dir={settings.out_dir}", f"--to={to}", f"--save_arrays={tmp_path / 'x'}"]
@@ -85,5 +85,5 @@ def test_the_command_writes_pictures_a_page_and_arrays(settings, tmp_path):
         ("--temperatures=0", "each must be above 0"),
         ("--start=日", "is not among the"),
     ):
-        refused = run_lab("lab.tokens", f"--out_dir={settings.out_dir}", option)
-        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+        result = run_lab("lab.tokens", f"--out_dir={settings.out_dir}", option)
+        assert result.returncode == 2 and message in result.stderr, result.stderr

@@ -12,7 +12,7 @@ from configurator import resolve
 from model import GPT, GPTConfig
 from train import TrainSettings
 
-SAME_ACTIVATION = {"gelu_tanh": "gelu"}  # forms that are not distinguished below
+SAME_ACTIVATION = {"gelu_tanh": "gelu"}  # EXPECTED does not distinguish these
 EXPECTED = {  # norm, norm_place, position, activation, bias, and other settings that are not the default
     "gpt2": ("layernorm", "pre", "learned", "gelu", True, {}),
     "gpt3": ("layernorm", "pre", "learned", "gelu", True, {}),
@@ -39,14 +39,14 @@ def test_every_architecture_has_a_config_file():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_files_set_exactly_the_expected_values(name, architecture):
-    norm, norm_place, position, activation, bias, others = EXPECTED[name]
+    norm, norm_place, position, activation, bias, changes = EXPECTED[name]
     config = architecture(name)
     assert SAME_ACTIVATION.get(config.activation, config.activation) == activation
-    expected = small(norm=norm, norm_place=norm_place, position=position, bias=bias, **others)
+    expected = small(norm=norm, norm_place=norm_place, position=position, bias=bias, **changes)
     assert replace(config, activation="gelu") == expected
 
 
-OTHER_THAN_DEFAULT = {
+NON_DEFAULT = {
     "n_layer": 3,
     "n_head": 2,
     "n_embd": 48,
@@ -70,18 +70,20 @@ OTHER_THAN_DEFAULT = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_architecture_file_overrides_every_model_setting(name, tmp_path):
-    first, *rest = (ARCH / f"{name}.py").read_text(encoding="utf-8").splitlines()
-    assert re.match(r"# \w+", first)
-    assert any(f"config/arch/{name}.py" in line for line in rest)
-    assert 'reset("architecture")' in rest
+    title, *lines = (ARCH / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert re.match(r"# \w+", title)
+    assert any(f"config/arch/{name}.py" in line for line in lines)
+    assert 'reset("architecture")' in lines
     training = tmp_path / "train.py"
-    training.write_text("\n".join(f"{key} = {value!r}" for key, value in OTHER_THAN_DEFAULT.items()))
+    training.write_text("\n".join(f"{key} = {value!r}" for key, value in NON_DEFAULT.items()))
     argv = [str(training), str(ARCH / f"{name}.py")]
     resolved = resolve(TrainSettings, argv)
-    shape = set(GPTConfig.names()) - {"block_size", "vocab_size", "dropout", "flash"}
-    assert {key for key, source in resolved.sources.items() if source == argv[1]} == shape
-    alone = resolve(TrainSettings, argv[1:]).settings
-    assert all(getattr(resolved.settings, key) == getattr(alone, key) for key in shape)
+    model_settings = set(GPTConfig.names()) - {"block_size", "vocab_size", "dropout", "flash"}
+    assert {key for key, source in resolved.sources.items() if source == argv[1]} == model_settings
+    without_training_config = resolve(TrainSettings, argv[1:]).settings
+    assert all(
+        getattr(resolved.settings, key) == getattr(without_training_config, key) for key in model_settings
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_config_files_combine_with_training_configs(name, training):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_token_changes_only_later_logits_and_its_prefix(name, architecture):
+def test_a_token_changes_only_later_and_prefix_logits(name, architecture):
     config = architecture(name)
     model, idx = random_model(config), ids(2, 16)
     before = model(idx, idx)[0]
@@ -107,9 +109,9 @@ def test_a_token_changes_only_later_logits_and_its_prefix(name, architecture):
         changed = idx.clone()
         changed[:, t:] = (changed[:, t:] + 1 + ids(2, 16 - t) % 30) % 31
         after = model(changed, changed)[0]
-        assert torch.equal(after[:, :t], before[:, :t])  # to the last bit
+        assert torch.equal(after[:, :t], before[:, :t])  # bit for bit
         assert not torch.equal(after[:, t], before[:, t])
-    for t in range(16):  # a token does change the logits from its position on, and those of its prefix
+    for t in range(16):  # a token changes the logits from its position on; one in the prefix changes all
         changed = idx.clone()
         changed[:, t] = (changed[:, t] + 1) % 31
         affected = (model(changed, changed)[0] != before).any(-1).all(0).tolist()
@@ -163,8 +165,8 @@ def test_every_architecture_runs_in_bfloat16_and_autocast(name, architecture):
     model, idx = random_model(architecture(name), std=0.05), ids(2, 16)
     expected = model(idx, idx)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        low_precision, text = model(idx, idx)[0], model.generate(idx[:, :5], 20, temperature=0)
-    assert text.shape == (2, 25)
+        low_precision, tokens = model(idx, idx)[0], model.generate(idx[:, :5], 20, temperature=0)
+    assert tokens.shape == (2, 25)
     torch.testing.assert_close(low_precision.float(), expected, rtol=0, atol=0.05)
     model.to(torch.bfloat16)
     torch.testing.assert_close(model(idx, idx)[0].float(), expected, rtol=0, atol=0.05)

@@ -40,7 +40,7 @@ def random_config(seed: int) -> GPTConfig:
 
 
 def is_consistent(c: GPTConfig) -> bool:
-    """Whether settings that are in range fit together: the rules of `GPTConfig.problems`, written again."""
+    """Whether settings in range are consistent: the rules of `GPTConfig.problems`, written independently."""
     return not (
         c.n_embd % c.n_head
         or (c.position == "rope" and c.n_embd // c.n_head % 2)
@@ -103,8 +103,8 @@ def test_random_configs_are_rejected_or_equal_the_equations(seed):
             {"prefix_len": 4, "sliding_window": 8},
             "prefix_len = 4 and sliding_window = 8 contradict each other",
         ),
-        ({"prefix_len": 16}, "prefix_len = 16 leaves nothing of block_size = 16"),
-        ({"prefix_len": 17}, "prefix_len = 17 leaves nothing of block_size = 16"),
+        ({"prefix_len": 16}, "prefix_len = 16 must be less than block_size = 16"),
+        ({"prefix_len": 17}, "prefix_len = 17 must be less than block_size = 16"),
         ({"logit_softcap": -1.0}, "logit_softcap = -1.0 must be at least 0"),
         ({"rope_theta": 0.0}, "rope_theta = 0.0 must be above 0"),
         ({"rope_theta": float("nan")}, "rope_theta = nan must be above 0"),
@@ -122,7 +122,7 @@ def test_random_configs_are_rejected_or_equal_the_equations(seed):
 )
 def test_each_invalid_setting_has_a_message(changes, message):
     (problem,) = small(**changes).problems()
-    assert all(part in problem for part in message.split(".* "))
+    assert all(fragment in problem for fragment in message.split(".* "))
     with pytest.raises(ValueError, match=re.escape(message.split(".* ")[0])):
         GPT(small(**changes))
 
@@ -131,7 +131,7 @@ def test_all_contradictions_are_reported_together():
     invalid = {"n_kv_head": 3, "n_embd": 12, "position": "rope", "prefix_len": 16, "sliding_window": 5}
     invalid |= {"norm": "batchnorm", "norm_place": "sandwich", "activation": "mish", "rope_theta": -1.0}
     problems = small(**invalid, dropout=1.0).problems()
-    hints = ("n_kv_head = 3", "is odd", "contradict each other", "leaves nothing", "norm = ", "norm_place = ")
+    hints = ("n_kv_head = 3", "is odd", "contradict each other", "must be less", "norm = ", "norm_place = ")
     hints += ("activation = ", "rope_theta = ", "dropout = ")
     for hint in hints:
         assert sum(hint in problem for problem in problems) == 1, hint

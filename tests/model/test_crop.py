@@ -40,7 +40,7 @@ def test_cropping_works_without_a_position_table(position):
 def test_cropping_to_the_prefix_is_rejected(position):
     model = random_model(small(prefix_len=5, position=position))
     for length in (5, 4):
-        with pytest.raises(ValueError, match=f"prefix_len = 5 leaves nothing of block_size = {length}"):
+        with pytest.raises(ValueError, match=f"prefix_len = 5 must be less than block_size = {length}"):
             model.crop_block_size(length)
         assert model.config.block_size == 16
         assert model(ids(2, 16))[0].isfinite().all()

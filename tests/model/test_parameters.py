@@ -39,9 +39,9 @@ def test_parameter_count_is_the_sum_of_the_layers(name, architecture):
     block = (C + 2 * kv + C) * C + (2 * C + 2 * kv) * c.bias
     block += (3 if gated else 2) * width * C + ((2 if gated else 1) * width + C) * c.bias
     norm_weights = (1 if c.parallel_block else 2) * C + (2 * 8 if c.qk_norm else 0)
-    others = C * ((c.norm_place == "pre") + c.embd_norm)
+    other_norms = C * ((c.norm_place == "pre") + c.embd_norm)
     tables = 31 * C * (1 if c.tie_weights else 2) + {"learned": 16 * C, "relative": 32 * 4}.get(c.position, 0)
-    expected = tables + 2 * (block + norm_weights * (1 + norm_biases)) + others * (1 + norm_biases)
+    expected = tables + 2 * (block + norm_weights * (1 + norm_biases)) + other_norms * (1 + norm_biases)
     assert GPT(c).num_params(non_embedding=False) == expected
 
 
@@ -107,7 +107,7 @@ def test_flops_equal_the_palm_formula():
 
 def test_flops_exclude_tables_and_keys_outside_the_window():
     tied, untied, narrow = (GPT(small(**c)) for c in ({}, {"tie_weights": False}, {"sliding_window": 5}))
-    in_blocks = sum(p.numel() for p in tied.transformer["h"].parameters()) + 2 * 32  # and the final norm
+    in_blocks = sum(p.numel() for p in tied.transformer["h"].parameters()) + 2 * 32  # + the final norm
     assert tied.flops_per_token() == 6 * (in_blocks + 31 * 32) + 12 * 2 * 32 * 16
     assert untied.flops_per_token() == tied.flops_per_token()
     assert narrow.flops_per_token() == 6 * (in_blocks + 31 * 32) + 12 * 2 * 32 * 5
@@ -143,7 +143,7 @@ def test_deepnorm_initializes_with_scaled_xavier(changes):
     kv = 32 * changes.get("n_kv_head", 4)
     inner = 344 if changes.get("activation") == "geglu" else 512
     rows = inner * (2 if changes.get("activation") == "geglu" else 1)
-    gain = (2 * 3) ** -0.5  # DeepNorm's β for a decoder-only model, without its constant
+    gain = (2 * 3) ** -0.5  # DeepNorm's β for a decoder-only model, without the constant factor
     expected = {"q": (128, 128, 1), "k": (kv, 128, 1), "v": (kv, 128, gain), "attn.c_proj": (128, 128, gain)}
     expected |= {"mlp.c_fc": (rows, 128, gain), "mlp.c_proj": (128, inner, gain)}
     for name, (fan_out, fan_in, scale) in expected.items():

@@ -1,4 +1,4 @@
-"""Our models and those of the transformers library: the same weights give the same logits and gradients."""
+"""Our models and those of transformers: the same weights give the same logits, loss and gradients."""
 
 import re
 from collections.abc import Callable
@@ -22,20 +22,20 @@ def unchanged(name: str, theirs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A model of transformers, our config that it equals, and the names of our parameters in it."""
+    """A model of transformers, our equivalent config, and the names of our parameters in their model."""
 
     build: Callable[[], nn.Module]
     ours: dict[str, object]  # arguments of small()
     names: dict[str, str | tuple[str, ...]]  # our module -> theirs, or several, concatenated
     layout: Callable[[str, Tensor], Tensor] = unchanged  # converts their parameter to our layout
-    zero: str = r"(?!)"  # their parameters that ours has not; set to 0
+    zero: str = r"(?!)"  # their parameters that our model lacks; set to 0
     unread: str = r"(?!)"  # their parameters that the forward pass does not use
-    absent: str = r"(?!)"  # our parameters that theirs has not: norm weights of 1
+    absent: str = r"(?!)"  # our parameters that their model lacks: norm weights, which are 1
     mask: Callable[[int], Tensor] | None = None  # their attention mask, if it is not causal
 
 
 def to_our_names(oracle: Oracle, ours: GPT, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors (weights or gradients) under our names. Fails if one of either side is missing."""
+    """Their tensors (weights or gradients) under our names. Fails if a tensor is missing on either side."""
     remaining, converted = dict(theirs), {}
     for name, parameter in ours.named_parameters():
         module, kind = name.removeprefix("transformer.").rsplit(".", 1)
@@ -52,13 +52,13 @@ def to_our_names(oracle: Oracle, ours: GPT, theirs: dict[str, Tensor]) -> dict[s
 
 
 def block_names(prefix: str, **names: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
-    """Our modules of a block -> their names, which begin with `prefix`."""
+    """Names of our modules in a block -> their names, which begin with `prefix`."""
     ours = {"c_attn": "attn.c_attn", "attn_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_proj": "mlp.c_proj"}
     ours |= {"q_norm": "attn.q_norm", "k_norm": "attn.k_norm"}
     return {
         f"h.{{}}.{ours.get(key, key)}": prefix + theirs
         if isinstance(theirs, str)
-        else tuple(prefix + part for part in theirs)
+        else tuple(prefix + name for name in theirs)
         for key, theirs in names.items()
     }
 
@@ -100,8 +100,8 @@ def opt(ours: dict[str, object], zero: str = r"(?!)", **changes: object) -> Orac
     def build() -> nn.Module:
         sizes = {"vocab_size": 31, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 128}
         sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 16}
-        others = {"pad_token_id": None, "attn_implementation": "eager"}
-        return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **others, **changes))
+        extra = {"pad_token_id": None, "attn_implementation": "eager"}
+        return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **extra, **changes))
 
     def layout(name: str, theirs: Tensor) -> Tensor:
         return theirs[2:] if "embed_positions" in name else theirs  # positions 0 and 1 are for padding
@@ -176,9 +176,9 @@ def llama(
     def build() -> nn.Module:
         sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 16}
-        others = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "pad_token_id": None}
-        others |= {"attn_implementation": "eager"}
-        config = getattr(transformers, f"{kind}Config")(**sizes | others | changes)
+        extra = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "pad_token_id": None}
+        extra |= {"attn_implementation": "eager"}
+        config = getattr(transformers, f"{kind}Config")(**sizes | extra | changes)
         return getattr(transformers, f"{kind}ForCausalLM")(config)
 
     return Oracle(build, ROPE | (ours or {}), LLAMA, mask=mask)
@@ -196,14 +196,14 @@ def nanochat() -> Oracle:
     def build() -> nn.Module:
         sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
-        others = {"rms_norm_eps": 1e-5, "pad_token_id": None, "final_logit_softcapping": 3.0}
-        config = transformers.NanoChatConfig(**sizes, **others, attn_implementation="eager")
+        extra = {"rms_norm_eps": 1e-5, "pad_token_id": None, "final_logit_softcapping": 3.0}
+        config = transformers.NanoChatConfig(**sizes, **extra, attn_implementation="eager")
         return transformers.NanoChatForCausalLM(config)
 
     def layout(name: str, theirs: Tensor) -> Tensor:
         if not re.search(r"[qk]_proj", name):
             return theirs
-        return theirs.unflatten(0, (-1, 2, 4)).flip(1).flatten(0, 2)  # it rotates in the opposite direction
+        return theirs.unflatten(0, (-1, 2, 4)).flip(1).flatten(0, 2)  # rotation in the opposite direction
 
     names = LLAMA | {"h.{}.mlp.c_fc": "model.layers.{}.mlp.fc1", "h.{}.mlp.c_proj": "model.layers.{}.mlp.fc2"}
     ours = ROPE | {"activation": "relu2", "qk_norm": True, "embd_norm": True, "logit_softcap": 3.0}
@@ -216,13 +216,13 @@ def cohere(kv_heads: int) -> Oracle:
     def build() -> nn.Module:
         sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 16}
-        others = {"logit_scale": 1.0, "rope_theta": 1e4, "pad_token_id": None, "attn_implementation": "eager"}
-        return transformers.CohereForCausalLM(transformers.CohereConfig(**sizes, **others))
+        extra = {"logit_scale": 1.0, "rope_theta": 1e4, "pad_token_id": None, "attn_implementation": "eager"}
+        return transformers.CohereForCausalLM(transformers.CohereConfig(**sizes, **extra))
 
     def layout(name: str, theirs: Tensor) -> Tensor:
         if not re.search(r"[qk]_proj", name):
             return theirs
-        # it rotates adjacent elements as pairs
+        # Cohere rotates adjacent elements as pairs
         return theirs.unflatten(0, (-1, 4, 2)).transpose(1, 2).flatten(0, 2)
 
     ours = {"position": "rope", "activation": "swiglu", "bias": False, "parallel_block": True}
@@ -232,8 +232,8 @@ def cohere(kv_heads: int) -> Oracle:
 def falcon() -> Oracle:
     def build() -> nn.Module:
         sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-        others = {"multi_query": True, "parallel_attn": True, "bias": True, "attn_implementation": "eager"}
-        return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, **others))
+        extra = {"multi_query": True, "parallel_attn": True, "bias": True, "attn_implementation": "eager"}
+        return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, **extra))
 
     names = {"wte": "transformer.word_embeddings", "ln_f": "transformer.ln_f"} | block_names(
         "transformer.h.{}.",
@@ -252,11 +252,11 @@ def marian() -> Oracle:
     def build() -> nn.Module:
         sizes = {"vocab_size": 31, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
         sizes |= {"decoder_ffn_dim": 128, "max_position_embeddings": 16}
-        others = {"activation_function": "relu", "scale_embedding": True, "pad_token_id": None}
-        config = transformers.MarianConfig(**sizes, **others, attn_implementation="eager")
+        extra = {"activation_function": "relu", "scale_embedding": True, "pad_token_id": None}
+        config = transformers.MarianConfig(**sizes, **extra, attn_implementation="eager")
         return transformers.MarianForCausalLM(config)
 
-    interleave = torch.arange(32).view(2, 16).T.flatten()  # its columns: all sines, then all cosines
+    interleave = torch.arange(32).view(2, 16).T.flatten()  # Marian's columns are all sines, then all cosines
 
     def layout(name: str, theirs: Tensor) -> Tensor:
         if re.search(r"([qkv]_proj|fc1|embed_tokens)\.weight", name):
@@ -282,9 +282,9 @@ class T5(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = {"vocab_size": 31, "d_model": 32, "d_kv": 8, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-        others = {"layer_norm_epsilon": 1e-5, "feed_forward_proj": "gelu", "is_decoder": True}
-        others |= {"initializer_factor": 0.1, "attn_implementation": "eager"}
-        config = transformers.T5Config(**sizes, **others)
+        extra = {"layer_norm_epsilon": 1e-5, "feed_forward_proj": "gelu", "is_decoder": True}
+        extra |= {"initializer_factor": 0.1, "attn_implementation": "eager"}
+        config = transformers.T5Config(**sizes, **extra)
         self.stack = T5Stack(config)
         for module in self.modules():
             if isinstance(module, T5Attention):

@@ -1,4 +1,4 @@
-"""The attention kernels against the equation in float64 and autograd."""
+"""The attention kernels against the equation in float64 under autograd."""
 
 import math
 
@@ -18,7 +18,7 @@ def random_qkv(B=2, H=3, T=10, D=8, kv_heads=None, dtype=torch.float32):
 
 
 def reference_attention(q, k, v, mask=None, keep=None, keep_prob=1.0):
-    """Attention in float64 with dropout mask `keep`; differentiated by autograd."""
+    """Attention in float64 with the dropout mask `keep`; autograd computes its gradients."""
     q, k, v = (a.double() for a in (q, k, v))
     k, v = (a.repeat_interleave(q.size(1) // k.size(1), dim=1) for a in (k, v))
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
@@ -39,7 +39,7 @@ MASKS = {
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("mask", MASKS)
-def test_attention_equals_the_reference_attention(mask, kv_heads, blocks, monkeypatch):
+def test_attention_equals_the_reference(mask, kv_heads, blocks, monkeypatch):
     if blocks:
         monkeypatch.setattr(attention, "MAX_SAVED_T", 4)
         monkeypatch.setattr(attention, "QUERY_BLOCK", 4)  # 10 = 4 + 4 + 2
@@ -49,10 +49,10 @@ def test_attention_equals_the_reference_attention(mask, kv_heads, blocks, monkey
     same_with_gradients(actual, reference_attention(q, k, v, mask), (q, k, v), 1e-6)
 
 
-def test_attention_dropout_follows_its_mask(monkeypatch):
+def test_attention_dropout_applies_the_drawn_mask(monkeypatch):
     masks = []
-    draw = functional.dropout_mask
-    monkeypatch.setattr(functional, "dropout_mask", lambda *args: masks.append(draw(*args)) or masks[-1])
+    original = functional.dropout_mask
+    monkeypatch.setattr(functional, "dropout_mask", lambda *args: masks.append(original(*args)) or masks[-1])
     q, k, v = random_qkv()
     actual = attention.attention(q, k, v, None, 0.3)
     assert len(masks) == 1
@@ -62,7 +62,7 @@ def test_attention_dropout_follows_its_mask(monkeypatch):
     same_with_gradients(actual, expected, (q, k, v), 2e-6)
 
 
-def test_the_gradient_of_an_added_mask_is_that_of_the_reference_attention():
+def test_attention_mask_gradient_equals_the_reference():
     q, k, v = random_qkv()
     mask = normal(1, 3, 10, 10, seed=5).requires_grad_()
     actual, expected = attention._cpu_attention(q, k, v, mask, 0.0), reference_attention(q, k, v, mask)
@@ -74,12 +74,12 @@ def test_float32_attention_equals_plain_attention():
     torch.testing.assert_close(attention.attention(q, k, v), plain_attention(q, k, v), rtol=0, atol=1e-6)
 
 
-def test_attention_in_bfloat16_is_near_the_reference_attention():
+def test_bfloat16_attention_is_near_the_reference():
     q, k, v = random_qkv(T=40, dtype=torch.bfloat16)
     same_with_gradients(attention.attention(q, k, v), reference_attention(q, k, v), (q, k, v), 0.03)
 
 
-def test_attention_over_a_long_context_equals_the_reference_attention(monkeypatch):
+def test_long_context_attention_equals_the_reference(monkeypatch):
     monkeypatch.setattr(attention, "KEY_BLOCK", 4)
     q, k, v = random_qkv()
     actual = attention._FlashAttention.apply(q, k, v)
@@ -95,14 +95,14 @@ def test_long_bfloat16_contexts_use_flash_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_attention_in_a_compiled_graph_equals_the_reference_attention(mask):
+def test_compiled_attention_equals_the_reference(mask):
     q, k, v = random_qkv(kv_heads=1)
     mask = MASKS[mask]()
     compiled = torch.compile(attention._cpu_attention, backend=IN_GRAPH)
     same_with_gradients(compiled(q, k, v, mask, 0.0), reference_attention(q, k, v, mask), (q, k, v), 1e-6)
 
 
-def test_compiled_attention_dropout_follows_its_bytes():
+def test_compiled_attention_dropout_applies_the_drawn_mask():
     q, k, v = random_qkv()
     torch.manual_seed(3)
     actual = torch.compile(attention.attention, backend=IN_GRAPH)(q, k, v, None, 0.3)

@@ -26,7 +26,7 @@ def test_chunked_cross_entropy_equals_torch(softcap, max_logits, monkeypatch):
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
-    for _ in range(2):  # a second backward pass gives the same
+    for _ in range(2):  # the second backward pass gives the same gradients
         gradients = (torch.autograd.grad(3 * y, (x, weight), retain_graph=True) for y in (actual, expected))
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -70,12 +70,12 @@ class MaxFloat32(TorchDispatchMode):
         self.vocab, self.numel = vocab, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
             fp32 = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
             if fp32 and tensor.dim() == 2 and tensor.size(1) == self.vocab:
                 self.numel = max(self.numel, tensor.numel())
-        return out
+        return output
 
 
 @pytest.mark.parametrize("with_logits", [False, True])
@@ -85,11 +85,11 @@ def test_at_most_half_of_the_logits_are_float32_at_a_time(with_logits):
     with MaxFloat32(50304) as recorder, torch.autocast("cpu", torch.bfloat16):
         loss = model(idx, idx, with_logits=with_logits)[1]
         loss.backward()
-    # with_logits=True stores all of them in float32, which shows that the test can fail
+    # with_logits=True stores all logits in float32: this shows that the recorder finds them
     assert (recorder.numel <= 32 * 50304) != with_logits
 
 
-# In a model
+# Loss of a model
 
 
 def assert_same_loss_and_gradients(losses, model):
@@ -112,7 +112,7 @@ def test_loss_is_the_same_with_and_without_logits():
     assert_same_loss_and_gradients(losses, model)
 
 
-def test_the_loss_in_a_compiled_graph_is_that_of_the_reference_attention():
+def test_compiled_loss_equals_eager_loss():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=20000, n_layer=1, n_head=2, n_embd=16))
     idx = torch.arange(32).view(2, 16)

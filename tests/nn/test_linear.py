@@ -26,18 +26,18 @@ def test_linear_and_its_gradients_equal_float64(outputs, inputs, bias, monkeypat
     monkeypatch.setattr(linear, "MIN_ROWS", 0)
     monkeypatch.setattr(linear, "MIN_WIDTH", 0)
     x, weight = normal(2, 7, inputs).requires_grad_(), normal(outputs, inputs, seed=1).requires_grad_()
-    shift = normal(outputs, seed=2).requires_grad_() if bias else None
-    parts = [x, weight] + [shift] * bias
+    bias_vector = normal(outputs, seed=2).requires_grad_() if bias else None
+    leaves = [x, weight] + [bias_vector] * bias
     with torch.autocast("cpu", torch.bfloat16):
-        actual, plain = linear.linear(x, weight, shift), F.linear(x, weight, shift)
+        actual, plain = linear.linear(x, weight, bias_vector), F.linear(x, weight, bias_vector)
     assert "_Linear" in type(actual.grad_fn).__name__ and torch.equal(actual, plain)
     grad = normal(2, 7, outputs, seed=3).bfloat16()
-    mine = torch.autograd.grad(actual, parts, grad)
-    low = [part.detach().bfloat16().double().requires_grad_() for part in parts]  # the rounded inputs
-    truth = torch.autograd.grad(F.linear(*low), low, grad.double())
-    for part, a, b in zip(parts, mine, truth, strict=True):
-        assert a.dtype == part.dtype
-        torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=2**-7)  # bfloat16 has eight digits
+    actual_grads = torch.autograd.grad(actual, leaves, grad)
+    rounded = [leaf.detach().bfloat16().double().requires_grad_() for leaf in leaves]
+    expected_grads = torch.autograd.grad(F.linear(*rounded), rounded, grad.double())
+    for leaf, a, b in zip(leaves, actual_grads, expected_grads, strict=True):
+        assert a.dtype == leaf.dtype
+        torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=2**-7)  # bfloat16 has 8 significant bits
 
 
 def test_small_or_float32_products_use_torch():
@@ -47,8 +47,8 @@ def test_small_or_float32_products_use_torch():
         with torch.autocast("cpu", torch.bfloat16):
             actual = linear.linear(x, weight.requires_grad_())
         assert ("_Linear" in type(actual.grad_fn).__name__) == fast
-        exact = linear.linear(x, weight)  # float32
-        assert "_Linear" not in type(exact.grad_fn).__name__
+        float32_output = linear.linear(x, weight)
+        assert "_Linear" not in type(float32_output.grad_fn).__name__
 
 
 def test_model_gradients_equal_those_of_torch_linear(monkeypatch):
@@ -57,9 +57,9 @@ def test_model_gradients_equal_those_of_torch_linear(monkeypatch):
     model = GPT(GPTConfig(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=16))
     idx = torch.randint(32, (4, 16))
     grads = []
-    for wide in (linear.MIN_WIDTH, 0):
-        monkeypatch.setattr(linear, "MIN_WIDTH", wide)
-        monkeypatch.setattr(linear, "MIN_ROWS", wide)
+    for minimum in (linear.MIN_WIDTH, 0):
+        monkeypatch.setattr(linear, "MIN_WIDTH", minimum)
+        monkeypatch.setattr(linear, "MIN_ROWS", minimum)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(idx, idx)[1]

@@ -61,9 +61,9 @@ def plain_model(model):
 )
 def test_freeze_freezes_exactly_the_named_parameters(names, frozen):
     model = tiny()
-    everything = trained(model)
+    all_names = trained(model)
     lora.freeze(model, names)
-    assert everything - trained(model) == {name for name in everything if frozen(name)} != set()
+    assert all_names - trained(model) == {name for name in all_names if frozen(name)} != set()
 
 
 def test_freezing_layer_1_keeps_layer_10_trainable():
@@ -85,7 +85,9 @@ def test_only_parameters_that_are_not_frozen_change():
 
 @pytest.mark.parametrize("names", ["wtf", "h.3", "h.7-9", "attn", "h.0.attention,lm_head"])
 def test_unknown_names_are_reported_with_valid_ones(names):
-    with pytest.raises(ValueError, match=r"names nothing of this model; it has wte, wpe, ln_f, h\.0-2"):
+    with pytest.raises(
+        ValueError, match=r"no parameter of this model matches .*; use wte, wpe, ln_f, h\.0-2"
+    ):
         lora.freeze(tiny(), names)
 
 
@@ -103,18 +105,18 @@ def test_only_lora_matrices_are_trained():
     model = tiny()
     lora.add_lora(model, 2, 8.0, "c_attn,mlp.c_proj")
     assert trained(model) == {
-        f"h.{layer}.{part}.lora_{matrix}"
+        f"h.{layer}.{layer_name}.lora_{matrix}"
         for layer in range(3)
-        for part in ("attn.c_attn", "mlp.c_proj")
+        for layer_name in ("attn.c_attn", "mlp.c_proj")
         for matrix in "ab"
     }
     assert lora.count_trainable(model) == 3 * 2 * (8 + 24 + 32 + 8)
-    before = model(ids(4, 8), ids(4, 8).roll(-1, 1))[1].item()
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    initial_loss = model(ids(4, 8), ids(4, 8).roll(-1, 1))[1].item()
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model)
-    assert model(ids(4, 8), ids(4, 8).roll(-1, 1))[1].item() < before - 0.05
+    assert model(ids(4, 8), ids(4, 8).roll(-1, 1))[1].item() < initial_loss - 0.05
     for name, p in model.named_parameters():
-        assert torch.equal(p, start[name]) == (not p.requires_grad), name
+        assert torch.equal(p, initial[name]) == (not p.requires_grad), name
 
 
 def test_lora_layer_equals_the_formula():

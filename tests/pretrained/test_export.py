@@ -1,4 +1,4 @@
-"""Export: transformers opens the folder, without our code, and computes what the model does."""
+"""Export: transformers loads the folder without our code, and its model and tokenizer equal ours."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def write(model, tokens=CHARS, folder="out", **options):
 
 
 def open_with_transformers(folder="out"):
-    """The model and the tokenizer, with every warning an error."""
+    """The model and the tokenizer; every warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -60,7 +60,7 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_transformers_computes_what_the_model_does(name):
+def test_logits_loss_and_gradients_equal_in_transformers(name):
     hf_class, changes = ARCHITECTURES[name]
     model = random_model(**changes)
     layout = write(model)
@@ -99,7 +99,7 @@ def test_an_exported_model_is_loaded_unchanged(name):
     loaded = loader.load_weights("out")
     original = {n: p.detach() for n, p in model.named_parameters()}
     assert loaded.tokenizer == CHARS
-    added = loaded.tensors.keys() - original.keys()  # GPT-2's class always has biases
+    added = loaded.tensors.keys() - original.keys()  # GPT2LMHeadModel always has biases
     assert all(n.endswith(".bias") and not loaded.tensors[n].any() for n in added)
     assert layout.name in Path("out/config.json").read_text()
     assert bool(added) == (layout is hf_weights.GPT2 and not model.config.bias)
@@ -137,7 +137,7 @@ def test_the_character_tokenizer_is_the_same_in_transformers(text):
     assert ids == CHARS.encode(text).tolist() and hf_tokenizer.decode(ids) == text
 
 
-def test_a_character_outside_the_vocabulary_raises_in_transformers():
+def test_a_character_outside_the_vocabulary_raises():
     write(random_model())
     with pytest.raises(Exception, match="UNK"):
         open_with_transformers()[1]("xyz")
@@ -189,16 +189,16 @@ def test_a_model_without_a_tokenizer_is_exported_without_one():
     ],
 )
 def test_the_settings_that_prevent_an_export_are_listed(changes):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         write(random_model(**changes))
-    gpt2_reasons, llama_reasons = str(caught.value).split("; not in ")
+    gpt2_reasons, llama_reasons = str(error.value).split("; not in ")
     for name, value in changes.items():
         reason = f"{name} = {value!r} (it has "
         assert reason in gpt2_reasons or reason in llama_reasons
     assert not list(Path().iterdir())
 
 
-def test_a_folder_that_is_not_empty_is_left_alone():
+def test_a_folder_with_other_files_is_not_overwritten():
     Path("out").mkdir()
     Path("out/thesis.txt").write_text("years of work")
     for overwrite in (False, True):
@@ -209,15 +209,15 @@ def test_a_folder_that_is_not_empty_is_left_alone():
 
 def test_an_exported_model_is_replaced_only_when_asked():
     write(random_model())
-    other = random_model(**LLAMA | {"bias": False})
+    llama_model = random_model(**LLAMA | {"bias": False})
     with pytest.raises(ValueError, match="--overwrite to replace"):
-        write(other)
+        write(llama_model)
     assert json.loads(Path("out/config.json").read_text())["model_type"] == "gpt2"
-    write(other, overwrite=True)
+    write(llama_model, overwrite=True)
     assert isinstance(open_with_transformers()[0], LlamaForCausalLM)
 
 
-def test_a_folder_with_more_than_a_model_is_never_replaced():
+def test_a_model_folder_with_other_files_is_not_replaced():
     write(random_model())
     Path("out/thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"is not empty: choose another folder$"):
@@ -231,7 +231,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
     assert not Path("out").exists()
 
 
-def test_a_failed_write_leaves_nothing(monkeypatch):
+def test_a_failed_write_leaves_no_files(monkeypatch):
     def disk_full(*args, **options):
         raise OSError(28, "No space left on device")
 
@@ -245,7 +245,7 @@ def test_a_failed_write_leaves_nothing(monkeypatch):
 
 
 def save_run(**changes):
-    """A run folder with one checkpoint, and its model."""
+    """Write a run folder with one checkpoint. Returns its model."""
     model = random_model(**changes)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     saved = checkpoint.Checkpoint(dataclasses.asdict(model.config), tensors, {}, {"step": 3})
@@ -271,7 +271,7 @@ def test_the_command_exports_a_run(capsys):
         (["--out_dir=run", "--to=run"], "run already exists and is not empty"),
     ],
 )
-def test_a_mistake_gives_one_message_and_exit_status_2(arguments, message, capsys):
+def test_invalid_arguments_give_one_message_and_status_2(arguments, message, capsys):
     save_run()
     assert __main__.main(["export", *arguments]) == 2
     error = capsys.readouterr().err

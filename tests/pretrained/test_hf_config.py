@@ -1,4 +1,4 @@
-"""Hugging Face's config.json: what it leaves out, what our model does not have, and what is damaged."""
+"""Hugging Face's config.json: missing keys, unsupported settings, and damaged files."""
 
 import json
 from dataclasses import fields
@@ -29,26 +29,26 @@ def test_every_unsupported_setting_is_listed():
 
 
 @pytest.mark.parametrize("value", [0, -1, "12", None, 1.5, True, []])
-def test_an_invalid_size_is_named(value):
+def test_an_invalid_size_is_reported(value):
     folder, _ = save_gpt2()
     edit_config(folder, n_embd=value)
     assert f"n_embd = {value!r} is not a size" in load_error(folder)
 
 
-def test_n_inner_may_be_written_out():
+def test_an_explicit_default_n_inner_becomes_0():
     folder, _ = save_gpt2()
-    edit_config(folder, n_inner=128)
-    assert loader.load_weights(str(folder)).config.n_embd == 32
+    edit_config(folder, n_inner=4 * GPT2_SIZES["n_embd"])
+    assert loader.load_weights(str(folder)).config.n_inner == 0
 
 
-def test_keys_that_an_old_config_lacks_have_gpt2s_defaults():
+def test_missing_keys_have_the_defaults_of_gpt2():
     folder, _ = save_gpt2()
     Path(folder / "config.json").write_text(json.dumps({**GPT2_SIZES, "architectures": ["GPT2LMHeadModel"]}))
     assert loader.load_weights(str(folder)).config.activation == "gelu_tanh"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\udcff", ""])
-def test_a_damaged_config_is_named(text):
+def test_a_damaged_config_is_reported(text):
     folder, _ = save_gpt2()
     (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     assert f"{folder / 'config.json'} is damaged" in load_error(folder)
@@ -56,7 +56,7 @@ def test_a_damaged_config_is_named(text):
 
 def test_every_field_of_gptconfig_is_checked_or_written():
     converted = {*POSITIVE_SIZES, "bias", "dropout", "n_inner", "tie_weights", "rope_theta", "n_kv_head"}
-    checked = {field.name for field in fields(GPTConfig)} - converted - {"flash"}  # flash: only the speed
+    checked = {field.name for field in fields(GPTConfig)} - converted - {"flash"}  # which affects speed only
     for layout in hf_weights.LAYOUTS:
         assert checked <= hf_config.SUPPORTED_VALUES[layout.name].keys()
     assert hf_config.unsupported_settings(GPTConfig(), hf_weights.GPT2) == []

@@ -1,4 +1,4 @@
-"""Hugging Face's tensors and ours: conversion both ways, and what is wrong with tensors that do not fit."""
+"""Conversion between Hugging Face's tensors and ours, and messages about tensors that do not fit."""
 
 import pytest
 import torch
@@ -29,9 +29,12 @@ def test_converting_a_name_that_gpt2_does_not_have_raises():
         hf_weights.to_hf(tensors, GPTConfig())
 
 
-def test_a_parameter_without_all_its_parts_raises():
+def test_a_parameter_with_missing_tensors_raises():
     query = {"model.layers.0.self_attn.q_proj.weight": torch.ones(8, 8)}
-    with pytest.raises(ValueError, match=r"k_proj\.weight, layers\.0\.self_attn\.v_proj\.weight is missing"):
+    with pytest.raises(
+        ValueError,
+        match=r"is there, but not layers\.0\.self_attn\.k_proj\.weight, layers\.0\.self_attn\.v_proj\.weight",
+    ):
         hf_weights.from_hf(query, hf_weights.LLAMA)
 
 
@@ -64,18 +67,18 @@ def test_all_problems_of_the_tensors_are_listed():
         "h.1.ln_2.bias is missing",
         "h.1.attn.rotary is not a tensor of this GPT2LMHeadModel",
         "h.7.ln_1.bias is not a tensor of this GPT2LMHeadModel",
-        "wpe.weight is (79, 32) and should be (80, 32)",
-        "h.0.attn.c_attn.weight is (96, 32) and should be (32, 96)",
-        "ln_f.weight holds NaN or infinity",
-        "ln_f.bias holds NaN or infinity",
-        "h.0.ln_1.bias is of torch.int8",
+        "wpe.weight has shape (79, 32), expected (80, 32)",
+        "h.0.attn.c_attn.weight has shape (96, 32), expected (32, 96)",
+        "ln_f.weight contains NaN or infinity",
+        "ln_f.bias contains NaN or infinity",
+        "h.0.ln_1.bias has dtype torch.int8",
         "lm_head.weight differs from wte.weight",
     ]:
         assert f"\n  - {line}" in message
     assert message.startswith("hf cannot be used, 9 problems:")
 
 
-def test_a_head_of_another_precision_is_not_the_tied_one():
+def test_an_output_layer_of_another_dtype_is_not_tied():
     folder, _ = save_gpt2()
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].half()}))
     assert "lm_head.weight differs" in load_error(folder)

@@ -1,4 +1,4 @@
-"""huggingface_hub's client against a hub on this machine, which answers correctly or not."""
+"""huggingface_hub's client with a local hub server, which can also send wrong answers."""
 
 import hashlib
 import http.server
@@ -14,7 +14,7 @@ from support import ROOT
 from transformers import GPT2Config, GPT2LMHeadModel
 
 COMMIT = "c" * 40
-# One process for all tests: it reads the folder of the cache as a line, and prints its result as a line.
+# One process for all tests: it reads a cache folder from each line of stdin, and prints a line per result.
 LOAD = """
 import sys
 from huggingface_hub import constants
@@ -32,7 +32,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the hub serves: a tiny GPT-2."""
+    """The files of the hub: a tiny GPT-2."""
     folder = tmp_path_factory.mktemp("gpt2")
     config = GPT2Config(n_positions=16, vocab_size=31, n_embd=16, n_layer=2, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(folder)
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def hub_checksum(path):
-    """SHA-256 of large files, git's SHA-1 of small ones."""
+    """SHA-256 of large files, git's SHA-1 of small files."""
     content = path.read_bytes()
     if path.suffix == ".safetensors":
         return hashlib.sha256(content).hexdigest()
@@ -48,7 +48,7 @@ def hub_checksum(path):
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
-    """The requests of huggingface_hub: the list of a model's files, the headers of a file, and the file."""
+    """Answers the requests of huggingface_hub: the list of a model's files, the headers of a file, a file."""
 
     protocol_version = "HTTP/1.1"
 
@@ -103,7 +103,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def reset(self):
         """Answer correctly from now on."""
         self.requests = []  # (method, file name)
-        self.damaged = None  # the name of a file that is sent with another last byte
+        self.damaged = None  # the name of a file that is sent with its last byte changed
         self.false_sizes = {}  # file name -> the size that the list of files gives
         self.offline = False  # every request fails
         self.unlisted = False  # files can be downloaded, but not listed
@@ -139,7 +139,7 @@ def hub(folder):
 
 @pytest.fixture
 def load(hub, tmp_path):
-    """A function that loads the weights, with a cache of the test's own, and returns the result as a line."""
+    """A function that loads the weights with a new cache, and returns the line with the result."""
     hub.reset()
 
     def load_once():
@@ -150,7 +150,7 @@ def load(hub, tmp_path):
     return load_once
 
 
-def test_weights_are_downloaded_and_later_found_without_a_network(hub, load):
+def test_downloaded_weights_are_later_loaded_offline(hub, load):
     first = load()
     assert first.startswith("loaded: 2 layers"), first
     assert ("GET", "model.safetensors") in hub.requests
@@ -159,17 +159,17 @@ def test_weights_are_downloaded_and_later_found_without_a_network(hub, load):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_with_another_checksum_than_the_hubs_is_refused(hub, load, name):
+def test_a_file_with_a_wrong_checksum_is_rejected(hub, load, name):
     hub.damaged = name
     message = load()
     assert message.startswith("error:") and f"{name} is damaged: its checksum is" in message, message
     hub.damaged = None
-    assert load() == message  # it is in the cache
-    Path(message.partition("delete ")[2].partition(" and run")[0]).unlink()  # as the message says
+    assert load() == message  # from the cache
+    Path(message.partition("delete ")[2].partition(" and run")[0]).unlink()  # as the message advises
     assert load().startswith("loaded: 2 layers")
 
 
-def test_weights_larger_than_their_config_says_are_not_downloaded(hub, load):
+def test_weights_larger_than_the_config_are_not_downloaded(hub, load):
     hub.false_sizes["model.safetensors"] = 10**12
     message = load()
     assert "is not what its config.json describes" in message, message

@@ -1,4 +1,4 @@
-"""load_weights: the model equals that of transformers; run folders, names on the hub, and tokenizers."""
+"""load_weights: equality with transformers, run folders, names on the hub, and tokenizers."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ from model import GPT, GPTConfig
 
 
 def check_same_gradients(model, hf_model):
-    """Every gradient equals that of transformers."""
+    """Check every gradient against that of transformers."""
     gradients = {name: p.grad for name, p in model.named_parameters()}
     gradients = hf_weights.to_hf(gradients, model.config)
     assert gradients.keys() == dict(hf_model.named_parameters()).keys()
@@ -86,7 +86,7 @@ def test_gpt2_at_its_full_size_equals_that_of_transformers():
     assert torch.equal(model.generate(prompt, 200, temperature=0), tokens)
 
 
-def test_names_without_prefix_buffers_and_a_tied_head_are_accepted():
+def test_unprefixed_names_buffers_and_tied_heads_are_accepted():
     folder, hf_model = save_gpt2()
     expected = loader.load_weights(str(folder))
     hf_model.transformer.save_pretrained("bare")
@@ -129,11 +129,11 @@ def test_a_width_that_is_not_a_multiple_of_64_needs_config_json():
 )
 def test_the_error_for_a_missing_source_lists_what_can_be_loaded(source):
     message = load_error(source)
-    for possible in ("run folder", "ckpt.pt", "config.json", ".safetensors", "gpt2-xl", "owner/name"):
-        assert possible in message
+    for kind in ("run folder", "ckpt.pt", "config.json", ".safetensors", "gpt2-xl", "owner/name"):
+        assert kind in message
 
 
-def test_a_folder_without_weights_is_named():
+def test_a_folder_without_weights_is_reported():
     Path("empty").mkdir()
     assert load_error("empty").startswith(
         "empty contains no weights. Weights can be loaded from a run folder"
@@ -144,7 +144,7 @@ def test_a_folder_without_weights_is_named():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl", "someone/some-gpt2"])
-def test_without_a_network_the_error_gives_the_alternatives(name):
+def test_the_error_without_a_network_gives_alternatives(name):
     message = load_error(name)
     assert f"{name} is no file or folder here" in message
     assert "could not be downloaded from the Hugging Face hub" in message
@@ -159,7 +159,7 @@ def test_a_misspelt_path_is_not_looked_up_on_the_hub():
 
 
 def mock_hub(monkeypatch, folder):
-    """A hub on which every name is `folder`. Returns the list to which requests are appended."""
+    """Make every hub name refer to `folder`. Returns a list to which requests are appended."""
     requests = []
 
     def snapshot_download(name, *, allow_patterns, **options):
@@ -188,7 +188,7 @@ def test_another_architecture_on_the_hub_is_not_downloaded(monkeypatch):
     assert [patterns for _, patterns in requests] == [["config.json", "tokenizer.json", "vocab.json"]]
 
 
-def test_without_safetensors_the_hub_is_asked_for_the_old_pickle(monkeypatch):
+def test_without_safetensors_the_pickle_is_requested(monkeypatch):
     folder, _ = save_gpt2()
     (folder / "model.safetensors").unlink()
     requests = mock_hub(monkeypatch, folder)
@@ -221,9 +221,9 @@ def test_weights_with_gpt2s_vocabulary_have_its_tokenizer(gpt2_vocab_folder, fil
 
 
 def test_another_vocabulary_of_the_same_size_is_not_gpt2s(gpt2_vocab_folder):
-    other = gpt2_vocabulary()
-    other["Ġthe"], other["Ġof"] = other["Ġof"], other["Ġthe"]
-    for vocab in (other, {"a": 0}, {"a": []}, [], None):
+    swapped = gpt2_vocabulary()
+    swapped["Ġthe"], swapped["Ġof"] = swapped["Ġof"], swapped["Ġthe"]
+    for vocab in (swapped, {"a": 0}, {"a": []}, [], None):
         (gpt2_vocab_folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
         assert loader.load_weights(str(gpt2_vocab_folder)).tokenizer is None
 
@@ -243,7 +243,7 @@ def test_a_corpus_with_another_tokenizer_is_refused():
 
 
 def save_run(run, *steps):
-    """A run folder with a checkpoint at each step, whose only tensor is the step; the first is best."""
+    """Write a run folder with a checkpoint at each step. Its only tensor is the step; the first is best."""
     run.mkdir()
     (run / "settings.json").write_text("{}")
     tokenizer.save_tokenizer(tokenizer.CharTokenizer("abc"), run / "tokenizer.json")
@@ -275,12 +275,12 @@ def test_a_checkpoint_folder_has_the_tokenizer_of_its_run():
 
 
 @pytest.mark.parametrize("name", ["30", "worst", "-1", ""])
-def test_the_error_for_a_missing_checkpoint_lists_the_others(name):
+def test_the_error_for_a_missing_checkpoint_lists_all_others(name):
     save_run(Path("run"), 10, 20)
     assert f"run has no checkpoint {name!r}; it has best, 10, 20" in load_error("run", checkpoint=name)
 
 
-def test_a_run_without_checkpoints_says_so():
+def test_a_run_without_checkpoints_is_reported():
     save_run(Path("run"))
     assert "it has none yet" in load_error("run")
     message = load_error("run", checkpoint="newest")
@@ -290,9 +290,9 @@ def test_a_run_without_checkpoints_says_so():
 def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning():
     save_run(Path("run"), 10, 20)
     (Path("run/step-00000020/model.safetensors")).write_bytes(b"cut")
-    warned = []
-    assert loader.load_weights("run", "newest", warned.append).tensors["x"].item() == 10
-    assert len(warned) == 1 and "step-00000020" in warned[0]
+    warnings = []
+    assert loader.load_weights("run", "newest", warnings.append).tensors["x"].item() == 10
+    assert len(warnings) == 1 and "step-00000020" in warnings[0]
     with pytest.warns(UserWarning, match="step-00000020"):
         loader.load_weights("run", "newest")
     assert "model.safetensors is damaged" in load_error("run", checkpoint="20")

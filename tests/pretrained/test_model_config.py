@@ -1,4 +1,4 @@
-"""model.json of a checkpoint: older than a field, or damaged."""
+"""model.json of a checkpoint: missing fields of older runs, and invalid values."""
 
 from dataclasses import asdict
 
@@ -19,7 +19,7 @@ def test_every_field_is_read():
     assert model_config.parse_model_config(asdict(CONFIG), tensors(), "model.json") == CONFIG
 
 
-def test_fields_that_an_older_run_lacks_have_their_defaults():
+def test_missing_fields_have_their_defaults():
     values = {
         name: getattr(CONFIG, name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
     }
@@ -28,7 +28,7 @@ def test_fields_that_an_older_run_lacks_have_their_defaults():
 
 def test_all_problems_are_listed():
     changes = {"n_layer": "1", "bias": 0, "norm": None, "rope_theta": float("nan"), "colour": "red"}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         model_config.parse_model_config(asdict(CONFIG) | changes, tensors(), "model.json")
     for line in [
         "n_layer = '1' is not a whole number",
@@ -37,10 +37,10 @@ def test_all_problems_are_listed():
         "rope_theta = nan is not a number",
         "there is no setting 'colour'",
     ]:
-        assert f"\n  - {line}" in str(caught.value)
+        assert f"\n  - {line}" in str(error.value)
 
 
-def test_sizes_that_the_tensors_cannot_have_are_named():
+def test_sizes_that_contradict_the_tensors_are_reported():
     for changes in ({"n_layer": 10**6}, {"n_embd": 10**6}, {"n_inner": 10**6}, {"vocab_size": 10**6}):
         (name,) = changes
         with pytest.raises(ValueError, match=rf"model.json .*\n  - {name} = 1000000 is too large"):
@@ -50,6 +50,6 @@ def test_sizes_that_the_tensors_cannot_have_are_named():
         model_config.parse_model_config(asdict(CONFIG), meta, "model.json")
 
 
-def test_a_contradiction_of_sizes_is_named():
+def test_contradictory_sizes_are_reported():
     with pytest.raises(ValueError, match="n_embd = 8 is not divisible by n_head = 3"):
         model_config.parse_model_config(asdict(CONFIG) | {"n_head": 3}, tensors(), "model.json")

@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt: the model that it makes, its tokenizer, and checkpoints that are inconsistent."""
+"""nanoGPT's ckpt.pt: the loaded model, its tokenizer, and inconsistent checkpoints."""
 
 import math
 import pickle
@@ -61,7 +61,7 @@ def test_a_ckpt_of_nanogpt_gives_its_logits(bias, zipped):
     assert (logits - nanogpt_logits(state, NANOGPT_ARGS, idx)).abs().max() < 1e-4
 
 
-def test_a_folder_with_a_compiled_model_and_masks_is_the_same():
+def test_compiled_names_and_masks_give_the_same_weights():
     state = save_nanogpt()
     expected = loader.load_weights("ckpt.pt").tensors
     masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
@@ -71,16 +71,16 @@ def test_a_folder_with_a_compiled_model_and_masks_is_the_same():
     assert equal_tensors(loader.load_weights("nano").tensors, expected)
 
 
-def test_tensors_that_do_not_fit_the_model_args_are_named():
+def test_tensors_that_contradict_model_args_are_reported():
     state = nanogpt_state()
     del state["transformer.h.1.mlp.c_fc.bias"]
     save_nanogpt(state=state | {"lm_head.weight": torch.zeros(31, 16)}, args={"block_size": 8})
     message = load_error("ckpt.pt")
     assert "h.1.mlp.c_fc.bias is missing" in message and "lm_head.weight differs" in message
-    assert "wpe.weight is (16, 16) and should be (8, 16)" in message
+    assert "wpe.weight has shape (16, 16), expected (8, 16)" in message
 
 
-def test_model_args_that_nanogpt_does_not_have_are_named():
+def test_invalid_model_args_are_reported():
     save_nanogpt(args={"n_kv_head": 1, "n_layer": "two", "bias": 1, "dropout": "x"})
     message = load_error("ckpt.pt")
     assert "nanoGPT has no 'n_kv_head'" in message and "n_layer = 'two' is not a whole number" in message
@@ -91,7 +91,7 @@ def test_model_args_that_nanogpt_does_not_have_are_named():
     assert "model_args" in load_error("ckpt.pt")
 
 
-def test_the_tokenizer_is_the_one_of_the_corpus_if_it_fits():
+def test_the_tokenizer_of_the_corpus_is_used_if_it_fits():
     save_nanogpt()
     assert loader.load_weights("ckpt.pt").tokenizer is None
     chars = [chr(ord("A") + i) for i in range(31)]
@@ -102,7 +102,8 @@ def test_the_tokenizer_is_the_one_of_the_corpus_if_it_fits():
     # the corpus was prepared again from another text
     tokenizer.save_tokenizer(tokenizer.CharTokenizer("abc"), "data/book/tokenizer.json")
     assert loader.load_weights("ckpt.pt").tokenizer is None
-    tokenizer.save_tokenizer(tokenizer.CharTokenizer("".join(reversed(chars))), "tokenizer.json")  # beside it
+    # a tokenizer in the folder of ckpt.pt
+    tokenizer.save_tokenizer(tokenizer.CharTokenizer("".join(reversed(chars))), "tokenizer.json")
     assert loader.load_weights("ckpt.pt").tokenizer == tokenizer.CharTokenizer("".join(reversed(chars)))
 
 

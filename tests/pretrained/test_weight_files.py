@@ -1,4 +1,4 @@
-"""Files of tensors: shards, pickles, the memory that loading needs; damaged and malicious files."""
+"""Files of tensors: shards, pickles, memory use; damaged and malicious files."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from weight_folders import equal_tensors, load_error, save_gpt2, save_nanogpt
 from fradique.pretrained import loader
 
 
-def test_shards_with_an_index_are_the_same_weights():
+def test_shards_with_an_index_give_the_same_weights():
     folder, hf_model = save_gpt2()
     hf_model.save_pretrained("shards", max_shard_size="20KB")
     assert len(list(Path("shards").glob("*.safetensors"))) > 2
     assert equal_tensors(loader.load_weights("shards").tensors, loader.load_weights(str(folder)).tensors)
 
 
-def test_a_missing_shard_is_named():
+def test_a_missing_shard_is_reported():
     _, hf_model = save_gpt2()
     hf_model.save_pretrained("shards", max_shard_size="20KB")
     shard = sorted(Path("shards").glob("*.safetensors"))[1]
@@ -62,7 +62,7 @@ from pathlib import Path
 from fradique.pretrained import loader
 def memory(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-loader.load_weights("small")  # what torch itself needs at the first call
+loader.load_weights("small")  # includes the memory that torch needs at the first call
 before = memory("VmRSS")
 weights = loader.load_weights("large")
 print(json.dumps([before, memory("VmHWM")]))
@@ -78,7 +78,7 @@ print(json.dumps([before, memory("VmHWM")]))
     assert peak - before < 1.2 * weight_bytes
 
 
-def test_files_that_are_not_safetensors_are_refused():
+def test_files_that_are_not_safetensors_are_rejected():
     folder, hf_model = save_gpt2()
     path = folder / "model.safetensors"
     intact = path.read_bytes()
@@ -104,7 +104,7 @@ def test_an_old_pickle_of_tensors_is_loaded():
 
 
 @pytest.mark.parametrize("content", [{}, [], 3, {"model": torch.ones(1)}, {"model": {}, "model_args": {}}])
-def test_a_pickle_without_a_model_is_refused(content):
+def test_a_pickle_without_a_model_is_rejected(content):
     torch.save(content, "ckpt.pt")
     assert load_error("ckpt.pt").startswith("ckpt.pt ") or "config.json" in load_error("ckpt.pt")
 
@@ -118,7 +118,7 @@ class Malicious:
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "hf/pytorch_model.bin"])
 @pytest.mark.parametrize("zipped", [True, False, None])
-def test_a_pickle_that_runs_code_is_refused_and_not_run(name, zipped):
+def test_a_pickle_that_runs_code_is_rejected_and_not_run(name, zipped):
     Path("hf").mkdir()
     if zipped is None:
         Path(name).write_bytes(pickle.dumps(Malicious(), protocol=2))
@@ -128,11 +128,11 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(name, zipped):
         message = load_error(source)
         assert f"{name} is a pickle" in message and ".mkdir, which could run code" in message
     assert not Path("it-ran").exists()
-    pickle.loads(pickle.dumps(Malicious()))  # without the check it would have run
+    pickle.loads(pickle.dumps(Malicious()))  # shows that the pickle runs code
     assert Path("it-ran").exists()
 
 
-def test_a_damaged_pickle_is_refused():
+def test_a_damaged_pickle_is_rejected():
     save_nanogpt()
     intact = Path("ckpt.pt").read_bytes()
     for content in (b"", b"no", intact[:100], intact[: len(intact) // 2], b"\x80\x02}q\x00."):

@@ -1,5 +1,7 @@
-"""reference/gpt2.c, built with every warning an error and with sanitizers: against transformers' GPT-2,
-against files that lie, and with wrong signs planted."""
+"""reference/gpt2.c against transformers' GPT-2, with invalid files, and with wrong signs.
+
+The program is built with all warnings as errors, and with sanitizers.
+"""
 
 import json
 import os
@@ -11,15 +13,15 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from gpt2_oracle import SIZES, gpt2, loss_of
+from gpt2_oracle import SIZES, logits_and_loss, save_random_gpt2
 from safetensors.numpy import load_file, save_file
 from support import ROOT
 
 FILE = ROOT / "reference" / "gpt2.c"
-COMPILER = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+COMPILER = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler here: apt-get install gcc")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler: apt-get install gcc")
 
 
 def build(out, *flags, source=FILE):
@@ -35,7 +37,7 @@ def build(out, *flags, source=FILE):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small GPT-2 in model.safetensors, 100 tokens in tokens.bin, and the program, plain and sanitized."""
+    """A folder with 100 tokens in tokens.bin, and the program `gpt2`, built with sanitizers."""
     folder = tmp_path_factory.mktemp("gpt2_c")
     np.random.default_rng(3).integers(50, size=100).astype("<u2").tofile(folder / "tokens.bin")
     build(folder / "gpt2", *SANITIZERS)
@@ -43,13 +45,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def theirs(folder):
-    return gpt2(folder)
+def hf_model(folder):
+    return save_random_gpt2(folder)
 
 
 def run(folder, *options, program="gpt2", heads=True, refused=False):
-    """What the program does; no sanitizer may say a word. Where it is to end with a message it need not free
-    what it has."""
+    """The finished process of a command. Fails if a sanitizer reports an error.
+
+    `refused`: the program is expected to exit with an error; it need not free its memory then.
+    """
     command = [str(folder / program), *map(str, options), *(["--heads=2"] if heads else [])]
     environment = os.environ | {"ASAN_OPTIONS": f"detect_leaks={int(not refused)}"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
@@ -57,40 +61,40 @@ def run(folder, *options, program="gpt2", heads=True, refused=False):
     return result
 
 
-def figures(word, text):
-    return [float(figure) for figure in re.findall(word + r" ([\d.]+)", text)]
+def numbers_after(label, text):
+    return [float(number) for number in re.findall(label + r" ([\d.]+)", text)]
 
 
 def tokens_of(folder):
     return np.fromfile(folder / "tokens.bin", "<u2").astype(np.int64)
 
 
-def test_loss_and_logits_are_those_of_transformers(folder, theirs):
+def test_loss_and_logits_equal_transformers(folder, hf_model):
     result = run(
         folder, "loss", "model.safetensors", "tokens.bin", "--block=9", "--batch=4", "--logits=logits.bin"
     )
     assert result.returncode == 0, result.stderr
     tokens = tokens_of(folder)
-    logits, loss = loss_of(theirs, tokens[:99].reshape(11, 9), tokens[1:100].reshape(11, 9))
-    assert figures("loss", result.stdout)[0] == pytest.approx(loss.item(), abs=1e-5)
-    ours = np.fromfile(folder / "logits.bin", np.float32).reshape(11, 9, 50)
-    assert ours == pytest.approx(logits.detach().numpy(), abs=1e-4)
+    logits, loss = logits_and_loss(hf_model, tokens[:99].reshape(11, 9), tokens[1:100].reshape(11, 9))
+    assert numbers_after("loss", result.stdout)[0] == pytest.approx(loss.item(), abs=1e-5)
+    actual = np.fromfile(folder / "logits.bin", np.float32).reshape(11, 9, 50)
+    assert actual == pytest.approx(logits.detach().numpy(), abs=1e-4)
 
 
-def theirs_far_from(folder, theirs, path) -> dict[str, float]:
-    """How far each gradient in a file is from that of transformers, relative to its size."""
-    theirs.zero_grad()
+def distances_from_transformers(folder, hf_model, path) -> dict[str, float]:
+    """‖gradient - expected‖ / ‖expected‖ for each gradient in a file; expected is that of transformers."""
+    hf_model.zero_grad()
     tokens = tokens_of(folder)
-    _, loss = loss_of(theirs, tokens[:27].reshape(3, 9), tokens[1:28].reshape(3, 9))
+    _, loss = logits_and_loss(hf_model, tokens[:27].reshape(3, 9), tokens[1:28].reshape(3, 9))
     loss.backward()
-    ours = load_file(path)
-    named = dict(theirs.transformer.named_parameters())
-    assert set(ours) == set(named)
-    apart = {}
+    actual = load_file(path)
+    named = dict(hf_model.transformer.named_parameters())
+    assert set(actual) == set(named)
+    distances = {}
     for name, parameter in named.items():
         gradient = parameter.grad.numpy()
-        apart[name] = float(np.linalg.norm(ours[name] - gradient) / np.linalg.norm(gradient))
-    return apart
+        distances[name] = float(np.linalg.norm(actual[name] - gradient) / np.linalg.norm(gradient))
+    return distances
 
 
 ONE_STEP = (
@@ -104,15 +108,15 @@ ONE_STEP = (
 )
 
 
-def test_every_gradient_is_that_of_transformers(folder, theirs):
+def test_gradients_equal_transformers(folder, hf_model):
     result = run(folder, *ONE_STEP)
     assert result.returncode == 0, result.stderr
-    apart = theirs_far_from(folder, theirs, folder / "g.safetensors")
-    assert all(distance < 1e-3 for distance in apart.values()), apart  # and none is no number
+    distances = distances_from_transformers(folder, hf_model, folder / "g.safetensors")
+    assert all(distance < 1e-3 for distance in distances.values()), distances  # False for NaN too
 
 
-def test_with_openmp_and_wide_vectors_it_is_the_same(folder, theirs):
-    """The program as `make reference` builds it; its tiles are of another size, and it shares work."""
+def test_gradients_are_the_same_with_openmp_and_wide_vectors(folder, hf_model):
+    """The program as `make reference` builds it: tiles of another size, several threads."""
     build(folder / "fast", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
     run(folder, *ONE_STEP)
     slow = load_file(folder / "g.safetensors")
@@ -121,91 +125,93 @@ def test_with_openmp_and_wide_vectors_it_is_the_same(folder, theirs):
     fast = load_file(folder / "g.safetensors")
     for name, gradient in slow.items():
         assert fast[name] == pytest.approx(gradient, rel=1e-3, abs=1e-5), name
-    apart = theirs_far_from(folder, theirs, folder / "g.safetensors")
-    assert all(distance < 1e-3 for distance in apart.values()), apart
+    distances = distances_from_transformers(folder, hf_model, folder / "g.safetensors")
+    assert all(distance < 1e-3 for distance in distances.values()), distances
 
 
 @pytest.mark.parametrize("program", ["gpt2", "fast"])
-def test_a_model_wide_enough_for_every_loop_is_that_of_transformers(folder, tmp_path, program):
-    """More inputs than are laid out at a time (768), vectors longer than those of the machine, several shares
-    of work: of a gradient, of a loss, and of writing token by token."""
+def test_a_wide_model_equals_transformers(folder, tmp_path, program):
+    """The width makes every loop run more than once: more than 768 inputs (KC), several tiles and threads.
+
+    Checks the gradients, and generation with the KV cache.
+    """
     if not (folder / program).exists():
         build(folder / program, "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
-    wide = gpt2(tmp_path, vocab_size=900, n_embd=256, n_head=4, n_layer=1)
+    hf_model = save_random_gpt2(tmp_path, vocab_size=900, n_embd=256, n_head=4, n_layer=1)
     np.random.default_rng(4).integers(900, size=100).astype("<u2").tofile(tmp_path / "tokens.bin")
     for name in ("gpt2", "fast"):
         if (folder / name).exists():
             (tmp_path / name).symlink_to(folder / name)
     result = run(tmp_path, *ONE_STEP, program=program, heads=False)
     assert result.returncode == 0, result.stderr
-    apart = theirs_far_from(tmp_path, wide, tmp_path / "g.safetensors")
-    assert all(distance < 1e-3 for distance in apart.values()), apart
+    distances = distances_from_transformers(tmp_path, hf_model, tmp_path / "g.safetensors")
+    assert all(distance < 1e-3 for distance in distances.values()), distances
     result = run(tmp_path, "generate", "model.safetensors", "tokens.bin", program=program, heads=False)
     assert result.returncode == 0, result.stderr
-    written, window = tokens_of(tmp_path)[:8].tolist(), 8
+    expected, window = tokens_of(tmp_path)[:8].tolist(), 8
     for _ in range(40):
         window = 8 if window > 16 else window
         with torch.no_grad():
-            written.append(int(wide(torch.tensor([written[-window:]])).logits[0, -1].argmax()))
+            expected.append(int(hf_model(torch.tensor([expected[-window:]])).logits[0, -1].argmax()))
         window += 1
-    assert [int(part) for part in result.stdout.split(",")] == written[8:]
+    assert [int(token) for token in result.stdout.split(",")] == expected[8:]
 
 
-def test_ten_steps_of_adamw_follow_torch(folder, theirs):
+def test_ten_steps_of_adamw_equal_torch(folder, hf_model):
     result = run(
         folder, "train", "model.safetensors", "tokens.bin", "--steps=10", "--block=8", "--batch=3",
         "--learning_rate=0.01", "--out=trained.safetensors",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    matrices = [p for p in theirs.parameters() if p.ndim > 1]
-    vectors = [p for p in theirs.parameters() if p.ndim == 1]
-    before = {name: weight.clone() for name, weight in theirs.state_dict().items()}
+    matrices = [p for p in hf_model.parameters() if p.ndim > 1]
+    vectors = [p for p in hf_model.parameters() if p.ndim == 1]
+    before = {name: weight.clone() for name, weight in hf_model.state_dict().items()}
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    torchs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
-    tokens, losses = tokens_of(folder), figures("loss", result.stdout)
+    torch_optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    tokens, losses = tokens_of(folder), numbers_after("loss", result.stdout)
     assert len(losses) == 10
-    for step, mine in enumerate(losses):
-        starts = [(step * 3 + row) % 12 * 8 for row in range(3)]  # windows side by side, then the first again
+    for step, actual_loss in enumerate(losses):
+        starts = [(step * 3 + row) % 12 * 8 for row in range(3)]  # consecutive windows of 12, cyclically
         rows = np.stack([tokens[start : start + 9] for start in starts])
-        _, loss = loss_of(theirs, rows[:, :-1], rows[:, 1:])
-        torchs.zero_grad()
+        _, loss = logits_and_loss(hf_model, rows[:, :-1], rows[:, 1:])
+        torch_optimizer.zero_grad()
         loss.backward()
-        torchs.step()
-        assert mine == pytest.approx(loss.item(), abs=1e-4), step
+        torch_optimizer.step()
+        assert actual_loss == pytest.approx(loss.item(), abs=1e-4), step
     after = {
-        name: parameter.detach().numpy().copy() for name, parameter in theirs.transformer.named_parameters()
+        name: parameter.detach().numpy().copy() for name, parameter in hf_model.transformer.named_parameters()
     }
-    theirs.load_state_dict(before)
+    hf_model.load_state_dict(before)
     trained = load_file(folder / "trained.safetensors")
     for name, weight in after.items():
-        if name.endswith(
-            "c_attn.bias"
-        ):  # softmax does not see the keys' bias: its gradient is noise around 0
+        if name.endswith("c_attn.bias"):  # the keys' bias cancels in softmax: its gradient is rounding noise
             weight[12:24] = trained[name][12:24] = 0
         assert trained[name] == pytest.approx(weight, abs=2e-3), name
 
 
-@pytest.mark.parametrize("begin", [3, 16, 17, 40])
-def test_it_writes_what_transformers_writes_and_past_the_block_too(folder, theirs, begin):
-    result = run(folder, "generate", "model.safetensors", "tokens.bin", f"--prompt={begin}", "--count=30")
+@pytest.mark.parametrize("prompt_length", [3, 16, 17, 40])
+def test_greedy_generation_equals_transformers(folder, hf_model, prompt_length):
+    result = run(
+        folder, "generate", "model.safetensors", "tokens.bin", f"--prompt={prompt_length}", "--count=30"
+    )
     assert result.returncode == 0, result.stderr
-    written, window = tokens_of(folder)[:begin].tolist(), min(begin, 16)
+    expected, window = tokens_of(folder)[:prompt_length].tolist(), min(prompt_length, 16)
     for _ in range(30):
-        window = 8 if window > 16 else window  # the block is full: its last half is read anew
+        window = 8 if window > 16 else window  # the block is full: the last half is the new context
         with torch.no_grad():
-            written.append(int(theirs(torch.tensor([written[-window:]])).logits[0, -1].argmax()))
+            expected.append(int(hf_model(torch.tensor([expected[-window:]])).logits[0, -1].argmax()))
         window += 1
-    assert [int(part) for part in result.stdout.split(",")] == written[begin:]
-    assert len(set(written)) > 7
+    assert [int(token) for token in result.stdout.split(",")] == expected[prompt_length:]
+    assert len(set(expected)) > 7
 
 
-def test_more_rows_at_a_time_than_there_are_take_no_more_memory(folder, theirs):
-    few = run(folder, "loss", "model.safetensors", "tokens.bin", "--batch=6")
-    many = run(folder, "loss", "model.safetensors", "tokens.bin", "--batch=1000000")
-    assert few.stdout == many.stdout and many.returncode == 0, many.stderr
+def test_a_batch_larger_than_the_file_is_reduced(folder, hf_model):
+    small_batch = run(folder, "loss", "model.safetensors", "tokens.bin", "--batch=6")
+    large_batch = run(folder, "loss", "model.safetensors", "tokens.bin", "--batch=1000000")
+    assert small_batch.stdout == large_batch.stdout and large_batch.returncode == 0, large_batch.stderr
 
 
-def test_what_it_writes_is_read_again(folder, theirs):
+def test_saved_weights_are_loaded_unchanged(folder, hf_model):
     result = run(folder, "train", "model.safetensors", "tokens.bin", "--steps=0", "--out=same.safetensors")
     assert result.returncode == 0, result.stderr
     for name, weight in load_file(folder / "same.safetensors").items():
@@ -214,7 +220,7 @@ def test_what_it_writes_is_read_again(folder, theirs):
     assert lines[0] == lines[1] and "loss" in lines[0]
 
 
-# Files that lie
+# Invalid files
 
 
 def file_of(header, numbers=b"", length=None):
@@ -222,11 +228,11 @@ def file_of(header, numbers=b"", length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + numbers
 
 
-def tensor(begin, end, shape=None, dtype="F32"):
-    return {"dtype": dtype, "shape": shape or [(end - begin) // 4], "data_offsets": [begin, end]}
+def tensor(start, end, shape=None, dtype="F32"):
+    return {"dtype": dtype, "shape": shape or [(end - start) // 4], "data_offsets": [start, end]}
 
 
-LIES = {
+INVALID_FILES = {
     "empty": (b"", "too short"),
     "seven bytes": (b"1234567", "too short"),
     "header longer than 100 MB": (file_of(b"{}", length=100_000_001), "longer than 100 MB"),
@@ -278,7 +284,7 @@ LIES = {
         "names a tensor twice",
     ),
     "nested a million deep": (file_of(b'{"a":' + b"[" * 1_000_000), "not the JSON"),
-    # a model of this width would take 77 GB: it is refused before there is memory for any of it
+    # a model of this width would need 77 GB: it is refused before memory is allocated
     "a small file of a huge model": (
         file_of(
             {"wte.weight": tensor(0, 160000, [1, 40000]), "wpe.weight": tensor(160000, 320000, [1, 40000])}
@@ -295,47 +301,48 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("name", LIES)
-def test_a_file_that_lies_is_refused_with_a_message(folder, name):
-    content, words = LIES[name]
+@pytest.mark.parametrize("name", INVALID_FILES)
+def test_an_invalid_file_is_reported(folder, name):
+    content, message = INVALID_FILES[name]
     (folder / "lie.safetensors").write_bytes(content)
     result = run(folder, "loss", "lie.safetensors", "tokens.bin", heads=False, refused=True)
-    assert result.returncode == 1 and words in result.stderr and result.stdout == "", result.stderr
+    assert result.returncode == 1 and message in result.stderr and result.stdout == "", result.stderr
     assert result.stderr.startswith("gpt2: lie.safetensors")
 
 
-def test_a_file_cut_anywhere_is_refused(folder, theirs):
-    whole = (folder / "model.safetensors").read_bytes()
-    for length in (0, 8, 9, 100, len(whole) // 2, len(whole) - 1):
-        (folder / "lie.safetensors").write_bytes(whole[:length])
+def test_a_truncated_file_is_reported(folder, hf_model):
+    content = (folder / "model.safetensors").read_bytes()
+    for length in (0, 8, 9, 100, len(content) // 2, len(content) - 1):
+        (folder / "lie.safetensors").write_bytes(content[:length])
         result = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
         assert result.returncode == 1 and "lie.safetensors" in result.stderr
 
 
-def test_a_gpt2_with_something_wrong_is_refused(folder, theirs):
+def test_missing_extra_and_misshapen_tensors_are_reported(folder, hf_model):
     weights = load_file(folder / "model.safetensors")
     name = "transformer.h.1.mlp.c_fc.bias"
-    layer = {k: v for k, v in weights.items() if k != "transformer.h.1.ln_1.weight"}
+    without_ln_1 = {k: v for k, v in weights.items() if k != "transformer.h.1.ln_1.weight"}
     mask = {"transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}
     save_file(
         weights | mask | {"lm_head.weight": weights["transformer.wte.weight"]}, folder / "lie.safetensors"
     )
-    assert run(folder, "loss", "lie.safetensors", "tokens.bin").returncode == 0  # this is none
+    # masks and the tied output layer are allowed
+    assert run(folder, "loss", "lie.safetensors", "tokens.bin").returncode == 0
     cases = [
-        (layer, "holds what GPT-2 has not: transformer.h.1."),  # a layer that lacks its first part
+        (without_ln_1, "holds what GPT-2 has not: transformer.h.1."),  # not counted as a layer
         (weights | {"x": np.zeros(1, np.float32)}, "holds what GPT-2 has not: x"),
         ({k: v for k, v in weights.items() if k != name}, "h.1.mlp.c_fc.bias is missing"),
         (weights | {name: weights[name][:12]}, "h.1.mlp.c_fc.bias has not the shape"),
         (weights | {name: weights[name].astype(np.float16)}, "keeps h.1.mlp.c_fc.bias as F16: F32 is needed"),
     ]
-    for tensors, words in cases:
+    for tensors, message in cases:
         save_file(tensors, folder / "lie.safetensors")
         result = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
-        assert result.returncode == 1 and words in result.stderr, result.stderr
+        assert result.returncode == 1 and message in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["loss", "none.safetensors", "tokens.bin"], "none.safetensors cannot be read"),
         (["loss", ".", "tokens.bin"], ". cannot be read"),
@@ -362,22 +369,22 @@ def test_a_gpt2_with_something_wrong_is_refused(folder, theirs):
         (["generate", "model.safetensors", "few.bin"], "few.bin holds 5 tokens, and 8 are needed"),
     ],
 )
-def test_bad_input_gets_a_message(folder, theirs, options, words):
+def test_invalid_input_is_reported(folder, hf_model, options, message):
     (folder / "odd.bin").write_bytes(b"123")
     np.full(40, 50, "<u2").tofile(folder / "high.bin")
     np.zeros(5, "<u2").tofile(folder / "few.bin")
     result = run(folder, *options, heads="--heads=5" not in options, refused=True)
-    assert result.returncode == 1 and words in result.stderr, result.stderr
+    assert result.returncode == 1 and message in result.stderr, result.stderr
 
 
-def test_without_arguments_it_tells_its_usage(folder):
+def test_without_arguments_the_usage_is_printed(folder):
     result = run(folder, heads=False)
     assert result.returncode == 2 and "usage: gpt2 loss|generate|train" in result.stderr
 
 
-# Mutations: a wrong sign in each backward pass
+# Mutants: a wrong sign in each backward pass
 
-SIGNS = [  # what stands in gpt2.c, once; and with a wrong sign
+SIGNS = [  # code that occurs once in gpt2.c, and the same with a wrong sign
     ("dw, O, true);\n", "dw, O, true);\n    for (size_t i = 0; i < I * O; i++) dw[i] = -dw[i];\n"),
     ("dx, I, false);\n", "dx, I, false);\n    for (size_t i = 0; i < N * I; i++) dx[i] = -dx[i];\n"),
     ("out[c] += a[n * C + c]", "out[c] -= a[n * C + c]"),
@@ -394,7 +401,7 @@ SIGNS = [  # what stands in gpt2.c, once; and with a wrong sign
     ("dp[i] = p[i] * (dp[i] - (float)shared)", "dp[i] = p[i] * (dp[i] + (float)shared)"),
     ("dp[i] = p[i] * (dp[i]", "dp[i] = -p[i] * (dp[i]"),
     ("weights + t * T, t + 1, 1.0f", "weights + t * T, t + 1, -1.0f"),
-    ("dqkv + at, 3 * C, false);", "dqkv + at + C, 3 * C, false);"),  # dq where dk belongs
+    ("dqkv + at, 3 * C, false);", "dqkv + at + C, 3 * C, false);"),  # dq overwrites dk
     ("dqkv + at + 2 * C, 3 * C, false);", "dqkv + at + C, 3 * C, false);"),
     ("dwte[ids[n] * C + c] += dx", "dwte[ids[n] * C + c] -= dx"),
     ("dwpe[n % T * C + c] += dx", "dwpe[n % T * C + c] -= dx"),
@@ -404,19 +411,19 @@ SIGNS = [  # what stands in gpt2.c, once; and with a wrong sign
 
 
 @pytest.mark.parametrize("n", range(len(SIGNS)))
-def test_a_wrong_sign_in_any_backward_pass_is_noticed(folder, theirs, tmp_path, n):
+def test_a_wrong_sign_in_any_backward_pass_is_detected(folder, hf_model, tmp_path, n):
     before, after = SIGNS[n]
     source = FILE.read_text(encoding="utf-8")
-    assert source.count(before) == 1, "the table of signs has fallen behind the code"
+    assert source.count(before) == 1, "SIGNS does not match gpt2.c"
     (tmp_path / "mutant.c").write_text(source.replace(before, after), encoding="utf-8")
     build(folder / f"mutant{n}", "-O0", source=tmp_path / "mutant.c")
     options = [*ONE_STEP[:-1], f"--gradients=g{n}.safetensors"]
     result = run(folder, *options, program=f"mutant{n}")
     assert result.returncode == 0, result.stderr
-    apart = theirs_far_from(folder, theirs, folder / f"g{n}.safetensors")
-    assert not all(distance < 1e-3 for distance in apart.values())
+    distances = distances_from_transformers(folder, hf_model, folder / f"g{n}.safetensors")
+    assert not all(distance < 1e-3 for distance in distances.values())
     (folder / f"mutant{n}").unlink()
 
 
-def test_the_small_gpt2_is_what_these_tests_think(theirs):
-    assert (theirs.config.n_positions, theirs.config.n_head) == (SIZES["n_positions"], 2)
+def test_the_random_gpt2_has_the_expected_size(hf_model):
+    assert (hf_model.config.n_positions, hf_model.config.n_head) == (SIZES["n_positions"], 2)

@@ -1,4 +1,4 @@
-"""What reference/ says of itself: it stands alone, and its notes quote the code as it is."""
+"""The documentation of reference/: quoted code, formulas, file names and the make target."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ FOLDER = ROOT / "reference"
 SOURCES = [*sorted(FOLDER.glob("*.py")), FOLDER / "gpt2.c"]
 
 
-def test_every_line_that_the_notes_quote_stands_in_the_code():
+def test_code_quoted_in_the_notes_is_in_the_sources():
     lines = {line.strip() for source in SOURCES for line in source.read_text(encoding="utf-8").splitlines()}
     quoted = re.findall(r"```(?:python|c)\n(.*?)```", (FOLDER / "NOTES.md").read_text(encoding="utf-8"), re.S)
     assert len(quoted) >= 10
@@ -20,15 +20,15 @@ def test_every_line_that_the_notes_quote_stands_in_the_code():
             assert line.strip() in lines, line
 
 
-def test_the_mathematics_of_the_notes_is_written_so_that_github_renders_it():
-    """In ```math and in $`…`$: elsewhere Markdown takes backslashes and underscores away."""
+def test_formulas_of_the_notes_render_on_github():
+    """Formulas must be in ```math or in $`…`$: elsewhere Markdown removes backslashes and underscores."""
     text = (FOLDER / "NOTES.md").read_text(encoding="utf-8")
     assert text.count("```math") >= 15
-    bare = re.sub(r"\$`[^`]+`\$|```.*?```|`[^`]*`", "", text, flags=re.S)
-    assert "$" not in bare and "\\" not in bare
+    without_code = re.sub(r"\$`[^`]+`\$|```.*?```|`[^`]*`", "", text, flags=re.S)
+    assert "$" not in without_code and "\\" not in without_code
 
 
-def test_the_files_that_the_notes_name_are_there():
+def test_files_named_in_the_notes_exist():
     for page in ("NOTES.md", "README.md"):
         text = (FOLDER / page).read_text(encoding="utf-8")
         for name in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -38,14 +38,14 @@ def test_the_files_that_the_notes_name_are_there():
 
 
 @pytest.mark.skipif(
-    shutil.which("make") is None or shutil.which("cc") is None, reason="no make or C compiler here"
+    shutil.which("make") is None or shutil.which("cc") is None, reason="make or a C compiler is missing"
 )
 def test_make_reference_builds_the_c_program(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(FOLDER, tmp_path / "reference", ignore=shutil.ignore_patterns("build", "__pycache__"))
-    result = subprocess.run(
+    make = subprocess.run(
         ["make", "reference", "CFLAGS=-O0"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert result.returncode == 0, result.stderr
-    told = subprocess.run([tmp_path / "reference/build/gpt2"], capture_output=True, text=True, check=False)
-    assert told.returncode == 2 and "usage: gpt2" in told.stderr
+    assert make.returncode == 0, make.stderr
+    program = subprocess.run([tmp_path / "reference/build/gpt2"], capture_output=True, text=True, check=False)
+    assert program.returncode == 2 and "usage: gpt2" in program.stderr

@@ -1,4 +1,4 @@
-"""Runtime, and the choice of device, dtype and compilation."""
+"""The choice of device, dtype and compilation, and the Runtime class."""
 
 import pytest
 import torch
@@ -39,9 +39,7 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):
         ("cpu", False, 384, 50304, "float32"),
     ],
 )
-def test_dtype_auto_chooses_what_is_fast_on_the_device(
-    monkeypatch, device, bf16, n_embd, vocab_size, expected
-):
+def test_dtype_auto_depends_on_device_and_model_size(monkeypatch, device, bf16, n_embd, vocab_size, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(devices, "cpu_has_bf16", lambda: bf16)
     assert devices.choose_dtype("auto", torch.device(device), n_embd, vocab_size)[0] == expected
@@ -58,7 +56,7 @@ def test_compile_auto_compiles_only_long_runs(monkeypatch):
     monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/g++")
     assert devices.choose_compile("auto", cpu, 1e17, None)[0]
     assert not devices.choose_compile("auto", cpu, 1e10, None)[0]
-    assert not devices.choose_compile("auto", cpu, 1e17, 60.0)[0]  # the budget counts, not max_iters
+    assert not devices.choose_compile("auto", cpu, 1e17, 60.0)[0]  # the time budget is too short
     assert not devices.choose_compile("auto", torch.device("mps"), 1e20, None)[0]
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert devices.choose_compile("auto", cpu, 1e17, None) == (False, "no C++ compiler found")
@@ -94,27 +92,27 @@ def test_autocast_is_off_in_float32():
             assert (x @ x).dtype == dtype
 
 
-def test_with_one_process_reductions_change_nothing():
+def test_reductions_of_one_process_change_nothing():
     runtime = devices.setup_runtime(device="cpu")
     assert runtime.sum(1.5, 2) == [1.5, 2] and runtime.max(3) == [3]
     assert runtime.is_main and runtime.wrap_ddp(torch.nn.Linear(1, 1)).__class__ is torch.nn.Linear
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "part_rows"),
+    ("rows", "length", "microbatch_rows"),
     [(64, 256, 16), (12, 64, 12), (2, 1024, 2), (7, 2048, 1), (3, 9999, 1), (18, 1024, 3), (1, 4, 1)],
 )
-def test_microbatches_are_split_into_the_largest_equal_parts(rows, length, part_rows, monkeypatch):
+def test_microbatches_are_split_as_little_as_possible(rows, length, microbatch_rows, monkeypatch):
     monkeypatch.setattr(devices, "CPU_MAX_TOKENS", 4096)
     x = torch.arange(rows * length).view(rows, length)
     runtime = devices.Runtime(torch.device("cpu"), torch.float32, False)
-    parts = runtime.split_microbatches([(x, x + 1), (x + 2, x + 3)])
-    assert {part[0].shape for part in parts} == {(part_rows, length)}
-    assert torch.equal(torch.cat([part[0] for part in parts]), torch.cat([x, x + 2]))
-    assert torch.equal(torch.cat([part[1] for part in parts]), torch.cat([x + 1, x + 3]))
+    microbatches = runtime.split_microbatches([(x, x + 1), (x + 2, x + 3)])
+    assert {microbatch[0].shape for microbatch in microbatches} == {(microbatch_rows, length)}
+    assert torch.equal(torch.cat([microbatch[0] for microbatch in microbatches]), torch.cat([x, x + 2]))
+    assert torch.equal(torch.cat([microbatch[1] for microbatch in microbatches]), torch.cat([x + 1, x + 3]))
 
 
-def test_seed_dropout_draws_as_manual_seed_does():
+def test_seed_dropout_equals_manual_seed():
     runtime = devices.Runtime(torch.device("cpu"), torch.float32, False)
     samples = []
     for seed in (runtime.seed_dropout, torch.manual_seed):

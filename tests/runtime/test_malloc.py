@@ -1,4 +1,4 @@
-"""The malloc options of a process, measured in processes of their own."""
+"""The malloc options of a process, measured in new processes."""
 
 import os
 import platform
@@ -39,7 +39,8 @@ def test_tensors_use_huge_pages():
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this kernel has no transparent huge pages")
     environ = {key: value for key, value in os.environ.items() if not key.startswith("THP")}
-    assert run_python(HUGE_PAGES, environ) >= 1 << 14  # kB: a quarter; the kernel may not have more
+    # in kB: a quarter of x, because the kernel may have no more huge pages
+    assert run_python(HUGE_PAGES, environ) >= 1 << 14
 
 
 PAGE_FAULTS = """
@@ -80,13 +81,13 @@ print(resident() - before)
 
 @linux_only
 @pytest.mark.parametrize(
-    ("call", "kept"), [("malloc.keep_freed_memory", True), ("malloc.return_freed_memory", False)]
+    ("call", "stays_resident"), [("malloc.keep_freed_memory", True), ("malloc.return_freed_memory", False)]
 )
-def test_large_tensors_are_returned_only_on_request(call, kept):
+def test_large_tensors_are_returned_only_on_request(call, stays_resident):
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("not glibc's malloc")
     growth = run_python(RESIDENT.format(call=call))
-    assert growth > 200 if kept else growth < 50
+    assert growth > 200 if stays_resident else growth < 50
 
 
 @pytest.mark.parametrize(
@@ -101,5 +102,5 @@ def test_only_sharded_runs_return_freed_memory(monkeypatch, parallel, world, exp
     assert device.configure_process("cpu", parallel=parallel).type == "cpu"
     assert calls == [expected]
     runtime = device.setup_runtime(device="cpu", parallel=parallel)
-    assert calls == [expected]  # a library call changes no process-wide state
+    assert calls == [expected]  # setup_runtime changes no malloc options
     assert runtime.sharded == (expected == "return")

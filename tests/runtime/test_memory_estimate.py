@@ -1,4 +1,4 @@
-"""Memory estimates against torch's own record of every allocation; and suggested settings."""
+"""Memory estimates, compared with torch's record of every allocation; and suggested settings."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def make_plan(config=SMALL, **changes):
         {"norm_place": "post", "qk_norm": True, "bias": True, "position": "sinusoidal"},
     ],
 )
-def test_parameter_counts_are_those_of_the_model(changes):
+def test_parameter_counts_equal_those_of_the_model(changes):
     config = replace(SMALL, **changes)
     with torch.device("meta"):
         model = GPT(config)
@@ -104,7 +104,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("config", "changes"), CASES, ids=lambda values: ",".join(map(str, values.items())) or "plain"
 )
-def test_an_estimate_is_what_torch_allocates(config, changes):
+def test_the_estimate_agrees_with_torchs_allocations(config, changes):
     """The tensors of a step, within 8%; bench.memory measures the rest of the process."""
     config = replace(SMALL, **config)
     plan = make_plan(config, **changes)
@@ -112,13 +112,13 @@ def test_an_estimate_is_what_torch_allocates(config, changes):
     assert max(phases) == pytest.approx(measure_peak(config, plan), rel=0.08)
 
 
-def test_one_process_holds_the_full_model_with_parallel_fsdp():
+def test_parallel_fsdp_in_one_process_shards_nothing():
     config = replace(SMALL, n_embd=256, vocab_size=8192)
-    full = estimate_memory(make_plan(config))
-    assert estimate_memory(make_plan(config, parallel="fsdp")) == full
+    unsharded = estimate_memory(make_plan(config))
+    assert estimate_memory(make_plan(config, parallel="fsdp")) == unsharded
     shard = estimate_memory(make_plan(config, parallel="fsdp", world=2, gradient_accumulation_steps=2))
-    assert shard.weights == full.weights // 2 and shard.optimizer == full.optimizer // 2
-    assert 0 < shard.fragmentation < full.fragmentation  # malloc returns large tensors
+    assert shard.weights == unsharded.weights // 2 and shard.optimizer == unsharded.optimizer // 2
+    assert 0 < shard.fragmentation < unsharded.fragmentation  # malloc returns large tensors
 
 
 def test_a_plan_splits_microbatches_as_the_runtime_does():
@@ -130,12 +130,12 @@ def test_a_plan_splits_microbatches_as_the_runtime_does():
         assert plan.forward_passes() == (parts[0][0].numel(), len(parts))
 
 
-def test_each_process_of_a_sharded_run_holds_a_shard():
-    full = estimate_memory(make_plan(device="cuda"))
+def test_each_process_of_a_sharded_run_stores_a_shard():
+    unsharded = estimate_memory(make_plan(device="cuda"))
     for world in (2, 4):
         plan = make_plan(device="cuda", parallel="fsdp", world=world, gradient_accumulation_steps=world)
         shard = estimate_memory(plan)
-        assert (shard.weights, shard.optimizer) == (full.weights // world, full.optimizer // world)
+        assert (shard.weights, shard.optimizer) == (unsharded.weights // world, unsharded.optimizer // world)
     ddp = estimate_memory(make_plan(device="cuda", parallel="ddp", world=2, gradient_accumulation_steps=2))
     assert ddp.communication == ddp.weights  # the buckets are a copy of the gradients
 

@@ -18,7 +18,7 @@ from fradique.runtime.memory_estimate import MemoryPlan, estimate_memory
 from fradique.runtime.memory_limits import OomReport
 from model import GPTConfig
 
-LIMITED = """
+LIMITED_TRAIN = """
 import re, resource, sys
 import train
 from configurator import command
@@ -33,7 +33,7 @@ sys.exit(command(train.main, train.TrainSettings, sys.argv[1:], base=setup.saved
 def train_with_limit(kind, mib, *flags):
     """Run train.py in a process that may allocate `mib` MiB after its imports."""
     field = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[kind]
-    code = LIMITED.format(kind=kind, field=field, extra=mib << 20)
+    code = LIMITED_TRAIN.format(kind=kind, field=field, extra=mib << 20)
     return subprocess.run(
         [sys.executable, "-c", code, *flags],
         capture_output=True,
@@ -47,9 +47,9 @@ def train_with_limit(kind, mib, *flags):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's process limits")
 @pytest.mark.parametrize("kind", ["RLIMIT_AS"])  # RLIMIT_DATA works too, and takes as long
 def test_a_run_that_does_not_fit_gets_advice_that_works(kind, data_dir, tmp_path):
-    out = tmp_path / "run"
+    folder = tmp_path / "run"
     flags = [
-        f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={out}", "--device=cpu", "--dtype=float32",
+        f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={folder}", "--device=cpu", "--dtype=float32",
         "--compile=False", "--n_layer=5", "--n_embd=256", "--n_head=4", "--block_size=128", "--eval_iters=1",
         "--max_iters=1", "--learning_rate=1e-3", "--sample_tokens=2",
     ]  # fmt: skip
@@ -60,12 +60,12 @@ def test_a_run_that_does_not_fit_gets_advice_that_works(kind, data_dir, tmp_path
     assert warning.startswith("warning: this run may run out of memory")
     assert error.startswith("error: out of memory: ") and "What would fit: --batch_size=" in error
     assert len(re.findall("error:", result.stderr)) == 1
-    saved = sorted(path.name for path in out.iterdir() if path.name.startswith("step-"))
-    assert saved == ["step-00000000"]  # a complete checkpoint, from which the next command resumes
+    saved = sorted(path.name for path in folder.iterdir() if path.name.startswith("step-"))
+    assert saved == ["step-00000000"]  # a complete checkpoint; the next command resumes from it
     suggested = re.search(r"What would fit: ([^;]*)", error)[1].split()
     result = train_with_limit(kind, 420, "--init_from=resume", *flags, *suggested)
     assert result.returncode == 0, result.stderr
-    assert "resuming at step 0" in result.stdout and (out / "step-00000001").exists()
+    assert "resuming at step 0" in result.stdout and (folder / "step-00000001").exists()
 
 
 def report(error, plan=None, device="cpu"):
@@ -110,7 +110,7 @@ def test_every_kind_of_out_of_memory_error_is_recognized(error):
     assert "smaller" in report(error)
 
 
-def test_an_error_caused_by_a_lack_of_memory_is_recognized():
+def test_an_error_caused_by_out_of_memory_is_recognized():
     outer = ValueError("a file: it cannot be read")
     outer.__cause__ = OSError(errno.ENOMEM, "Cannot allocate memory")
     assert memory_limits.is_out_of_memory(outer)
@@ -121,7 +121,7 @@ def test_other_errors_pass_unchanged():
         raise RuntimeError("shapes do not match")
 
 
-def test_sample_reports_a_lack_of_memory(monkeypatch, capsys):
+def test_sample_reports_out_of_memory(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise MemoryError
 
@@ -130,10 +130,10 @@ def test_sample_reports_a_lack_of_memory(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: out of memory: ")
 
 
-def test_a_containers_limit_is_read_from_its_control_groups(monkeypatch, tmp_path):
-    inner = tmp_path / "a" / "b"
-    inner.mkdir(parents=True)
-    for folder, limit, usage in ((inner, "max", 5), (tmp_path / "a", str(3 << 20), 2 << 20)):
+def test_a_containers_memory_limit_is_read_from_cgroups(monkeypatch, tmp_path):
+    child = tmp_path / "a" / "b"
+    child.mkdir(parents=True)
+    for folder, limit, usage in ((child, "max", 5), (tmp_path / "a", str(3 << 20), 2 << 20)):
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{usage}\n")
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {1 << 19}\n")

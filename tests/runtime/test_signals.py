@@ -1,4 +1,4 @@
-"""StopSignal: signals are remembered until a step is done, and all ranks agree on them."""
+"""StopSignal: a signal is stored until the step ends, and all ranks stop together."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from fradique.runtime.signals import StopSignal
 CPU = Runtime(torch.device("cpu"), torch.float32, False)
 
 
-def test_a_signal_is_remembered_and_its_handler_restored():
+def test_a_signal_is_stored_and_the_handler_restored():
     previous = signal.getsignal(signal.SIGTERM)
     stop = StopSignal()
     assert not stop.requested(CPU)
@@ -33,22 +33,22 @@ def test_a_second_ctrl_c_stops_at_once():
 
 
 class SignalDuringReduction:
-    """No rank had a signal; this process receives SIGTERM during the all-reduce."""
+    """No rank has received a signal; this process receives SIGTERM during the all-reduce."""
 
     def max(self, number):
         os.kill(os.getpid(), signal.SIGTERM)
         return [float(number)]
 
 
-class OtherRanksSilent:
-    """No other rank received a signal."""
+class OtherRanksWithoutSignal:
+    """No other rank has received a signal."""
 
     def max(self, number):
         return [float(number)]
 
 
 class OtherRankInterrupted:
-    """Another rank received Ctrl-C."""
+    """Another rank has received Ctrl-C."""
 
     def max(self, number):
         return [float(max(number, signal.SIGINT))]
@@ -58,7 +58,7 @@ def test_a_signal_during_the_all_reduce_is_not_lost():
     stop = StopSignal()
     try:
         assert not stop.requested(SignalDuringReduction())
-        assert stop.requested(OtherRanksSilent()) and stop.name == "SIGTERM"
+        assert stop.requested(OtherRanksWithoutSignal()) and stop.name == "SIGTERM"
     finally:
         stop.restore()
 

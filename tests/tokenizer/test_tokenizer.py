@@ -1,4 +1,4 @@
-"""What all tokenizers share: ids, equality, streaming, tokenizer.json; nanoGPT's meta.pkl; the benchmark."""
+"""All tokenizers: ids, equality, streaming, tokenizer.json, nanoGPT's meta.pkl, and the benchmark."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from fradique.tokenizer.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokeni
 def test_threads_do_not_change_the_ids(gpt2, trained):
     texts = [SAMPLE * i for i in range(12)]
     for tok in (gpt2, trained, CharTokenizer("".join(sorted(set(SAMPLE))))):
-        plain = [tok.encode(text).tolist() for text in texts]
-        assert [ids.tolist() for ids in tok.encode_batch(texts, 3)] == plain
+        expected = [tok.encode(text).tolist() for text in texts]
+        assert [ids.tolist() for ids in tok.encode_batch(texts, 3)] == expected
         assert tok.encode_batch([], 3) == []
 
 
@@ -68,7 +68,7 @@ def test_tokenizer_names_are_parsed():
 @pytest.mark.parametrize(
     "spec", ["", "bpe", "bpe:", "bpe:-1", "bpe:257", "bpe:1000001", "bpe:4k", "word", "char "]
 )
-def test_other_tokenizer_names_are_refused(spec):
+def test_unknown_tokenizer_names_are_refused(spec):
     with pytest.raises(ValueError, match=r"unknown tokenizer|out of range"):
         tokenizer.parse_spec(spec)
 
@@ -102,13 +102,13 @@ def test_a_saved_tokenizer_is_loaded_unchanged(tmp_path, gpt2, trained):
     for i, tok in enumerate((gpt2, trained, CharTokenizer('\n"\\é🙂\u2028'), CharTokenizer("\x00"))):
         path = tmp_path / f"{i}.json"
         tokenizer.save_tokenizer(tok, path)
-        first = path.read_bytes()
+        saved = path.read_bytes()
         loaded = tokenizer.load_tokenizer(path)
         assert loaded == tok and type(loaded) is type(tok)
         tokenizer.save_tokenizer(loaded, path)
-        assert path.read_bytes() == first
-        assert json.loads(first)["kind"] == tok.kind
-    assert len(list(tmp_path.iterdir())) == 4  # no temporary files
+        assert path.read_bytes() == saved
+        assert json.loads(saved)["kind"] == tok.kind
+    assert len(list(tmp_path.iterdir())) == 4  # no temporary files are left
 
 
 def test_a_failed_save_keeps_the_old_file_only(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def damaged_files() -> list[bytes]:
 
 
 @pytest.mark.parametrize("data", damaged_files(), ids=lambda data: data[:60].decode("latin-1"))
-def test_a_damaged_or_hostile_file_is_named(tmp_path, data):
+def test_a_damaged_or_malicious_file_is_refused(tmp_path, data):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used as a tokenizer: "):
@@ -214,7 +214,7 @@ def test_a_malicious_meta_pkl_runs_no_code(tmp_path):
         with pytest.raises(ValueError, match=r"meta\.pkl is not .* imports"):
             tokenizer.read_meta_pkl(path)
         assert not touched.exists()
-        pickle.loads(path.read_bytes())  # unrestricted, it runs the code
+        pickle.loads(path.read_bytes())  # pickle itself runs the code
         assert touched.exists()
         touched.unlink()
 
@@ -250,6 +250,7 @@ def test_an_inconsistent_meta_pkl_is_refused(tmp_path, changes):
         b"Nr\xff\xff\xff\x7f.",
         b"(" * 10_000 + b".",
     ],
+    ids=lambda data: str(data[:20]),
 )
 def test_a_damaged_meta_pkl_is_refused_without_using_memory(tmp_path, data):
     path = tmp_path / "meta.pkl"
@@ -258,15 +259,15 @@ def test_a_damaged_meta_pkl_is_refused_without_using_memory(tmp_path, data):
         tokenizer.read_meta_pkl(path)
 
 
-# Speed
+# The benchmark and its sample text
 
 
-def test_the_benchmark_measures_all_three():
+def test_the_benchmark_measures_all_three_tokenizers():
     result = bench_data.measure([SAMPLE * 50, SAMPLE * 20], threads=2, rounds=1)
     assert all(result[kind]["mb_s"] > 0 for kind in ("char", "gpt2", "bpe"))
     assert "tiktoken" in bench_data.table(result)
     json.dumps(result)
 
 
-def test_the_sample_has_every_category_of_character():
+def test_the_sample_text_has_all_unicode_categories():
     assert {unicodedata.category(char)[0] for char in SAMPLE} >= {"L", "N", "P", "Z", "C", "S"}

@@ -6,10 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import (
-    run_training,
-    stop_at,
-)
+from support import run_training, stop_at
 
 import train
 from fradique.checkpointing import checkpoint, metrics_file
@@ -20,20 +17,20 @@ from fradique.training import evaluation, logger, outputs, setup, time_budget
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves by a tenth of a second in each step, by one for 700 windows evaluated (there are
-    about as many), by `waits` in their batches, and not else."""
+    """A fake clock. A training step takes 0.1 s. An evaluation of 700 windows (about the whole corpus) takes
+    `windows` seconds, and each of its batches takes the next of `waits` longer. Nothing else takes time."""
     now = SimpleNamespace(seconds=1000.0, waits=iter(()), windows=1.0)
-    stand_in = SimpleNamespace(monotonic=lambda: now.seconds, time_ns=time.time_ns)
+    fake_time = SimpleNamespace(monotonic=lambda: now.seconds, time_ns=time.time_ns)
     for module in (train, setup, time_budget, evaluation, outputs, logger):
-        monkeypatch.setattr(module, "time", stand_in)
-    step, batches = train.train_step, dataset.Split.batches
+        monkeypatch.setattr(module, "time", fake_time)
+    real_step, real_batches = train.train_step, dataset.Split.batches
 
-    def slow_step(*words):
+    def slow_step(*arguments):
         now.seconds += 0.1
-        return step(*words)
+        return real_step(*arguments)
 
-    def slow_batches(self, *words):
-        for x, y in batches(self, *words):
+    def slow_batches(self, *arguments):
+        for x, y in real_batches(self, *arguments):
             now.seconds += now.windows * len(y) / 700 + next(now.waits, 0.0)
             yield x, y
 
@@ -42,76 +39,78 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_time_budget_ends_the_run_in_time_with_the_schedule_at_its_floor(settings, clock):
+def test_a_time_budget_ends_the_run_and_its_schedule_in_time(settings, clock):
     settings = replace(settings, time_budget="20s", max_iters=1, eval_interval=1000, log_interval=10)
     settings = replace(settings, lr_schedule="linear", warmup_iters=5, min_lr=0.0, eval_iters=10**6)
     status, t = run_training(settings)
     assert status == 0
-    assert 18.0 < clock.seconds - 1000.0 <= 20.0  # the whole budget, the last evaluation included
+    assert 18.0 < clock.seconds - 1000.0 <= 20.0  # nearly the whole budget, including the last evaluation
     assert 140 < t.state.step < 190  # the clock, not max_iters, ended it
     rates = {r["step"]: r["lr"] for r in metrics_file.read_metrics(Path(settings.out_dir)) if "lr" in r}
     assert rates[10] > 0.8 * settings.learning_rate and min(rates.values()) < 0.1 * settings.learning_rate
     assert list(rates.values()) == sorted(rates.values(), reverse=True)
 
 
-def test_a_time_budget_is_kept_with_long_steps_and_evaluations_on_the_way(settings, clock):
+def test_a_time_budget_includes_evaluations_during_training(settings, clock):
     for name, interval in (("a", 7), ("b", 10), ("c", 33)):
         clock.seconds = 1000.0
-        own = replace(
+        run_settings = replace(
             settings, out_dir=f"{settings.out_dir}-{name}", time_budget="20s", eval_interval=interval
         )
-        run_training(replace(own, eval_iters=10**6))
+        run_training(replace(run_settings, eval_iters=10**6))
         assert clock.seconds - 1000.0 <= 20.0
 
 
 @pytest.mark.parametrize("budget", ["60s", "15s"])
-def test_a_slow_batch_of_an_evaluation_does_not_shorten_the_run(settings, clock, budget):
-    """A first one that takes nine seconds more, as on a machine that was busy then."""
+def test_a_slow_evaluation_batch_does_not_shorten_the_run(settings, clock, budget):
+    """The first batch takes nine seconds longer, as on a machine that is busy for a moment."""
     clock.waits = iter([9.0])
     end = 1000.0 + time_budget.parse_duration(budget)
     run_training(replace(settings, time_budget=budget, eval_interval=100, eval_iters=10**6))
     assert end - 2.0 < clock.seconds <= end
 
 
-def test_ranks_agree_on_whether_time_is_up(settings):
-    """All that decides is the same for them: here another rank had the slower step."""
+def test_ranks_agree_on_when_the_time_is_over(settings):
+    """All ranks decide by the maximum over the ranks: here another rank had the slower step."""
     t = setup.setup_training(replace(settings, time_budget="1h"))
     t.close()
-    asked = []
+    calls = []
 
-    class Slower(device.Runtime):
+    class SlowerRank(device.Runtime):
         def max(self, *values):
-            asked.append(values)
+            calls.append(values)
             return [value if value != 0.25 else 7200.0 for value in values]
 
-    t.runtime = Slower(t.runtime.device, t.runtime.dtype, compile=False)
+    t.runtime = SlowerRank(t.runtime.device, t.runtime.dtype, compile=False)
     t.budget.step_seconds = 0.25
     assert train.is_finished(t)
-    assert asked and t.budget.step_seconds == 7200.0
+    assert calls and t.budget.step_seconds == 7200.0
 
 
-def test_a_budget_that_evaluations_alone_would_fill_is_half_used_for_training(settings, clock, capsys):
-    """One before and one behind, of seven seconds each, and fourteen to do all in."""
+def test_long_evaluations_leave_half_of_the_time_for_training(settings, clock, capsys):
+    """The first and the last evaluation take seven seconds each, and the budget is fourteen."""
     clock.windows = 7.0
     run_training(replace(settings, time_budget="14s", eval_interval=10**6, eval_iters=10**6))
     last = metrics_file.read_metrics(Path(settings.out_dir))[-1]
-    assert 30 <= last["step"] <= 36  # half of the seven seconds that were left, in steps of a tenth
-    assert f"warning: {last['step']} steps were made: the evaluations alone take" in capsys.readouterr().err
+    assert 30 <= last["step"] <= 36  # half of the seven seconds that are left, at 0.1 s per step
+    assert (
+        f"warning: only {last['step']} steps were made: the last evaluations alone" in capsys.readouterr().err
+    )
 
 
-def test_an_evaluation_is_the_same_however_many_windows_are_taken_at_once(settings, monkeypatch):
+def test_evaluation_does_not_depend_on_the_batch_size(settings, monkeypatch):
     t = setup.setup_training(settings)
-    found = []
-    for tokens in (4096, 64, 1):
-        monkeypatch.setattr(device, "CPU_MAX_TOKENS", tokens)
+    results = []
+    for max_tokens in (4096, 64, 1):
+        monkeypatch.setattr(device, "CPU_MAX_TOKENS", max_tokens)
         estimates = [split.loss for split in evaluation.estimate_loss(t).values()]
-        found.append([*estimates, evaluation.evaluate_val_split(t).loss])
+        results.append([*estimates, evaluation.evaluate_val_split(t).loss])
     t.close()
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-6)
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-6)
 
 
-def test_a_time_budget_goes_on_where_the_stopped_run_was(settings, clock, monkeypatch):
+def test_a_resumed_run_counts_the_time_before_the_stop(settings, clock, monkeypatch):
     settings = replace(settings, time_budget="20s", eval_interval=1000)
     stop_at(monkeypatch, 30)
     run_training(settings)

@@ -19,9 +19,9 @@ from fradique.training import setup
 from train import TrainSettings
 
 
-def error_of(settings, *words, **options):
-    """The message of a command line with a mistake."""
-    result = run_script("train.py", *flags(settings), *words, **options)
+def error_of(settings, *arguments, **options):
+    """Run train.py with a mistake on the command line and return the error message."""
+    result = run_script("train.py", *flags(settings), *arguments, **options)
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and "--debug=True" not in result.stderr
@@ -53,7 +53,7 @@ def test_contradictions_are_rejected(settings):
     )
 
 
-def test_a_missing_corpus_names_the_command(settings, tmp_path):
+def test_a_missing_corpus_is_reported_with_the_prepare_command(settings, tmp_path):
     folder = tmp_path / "data" / "eca_char"
     folder.mkdir(parents=True)
     (folder / "prepare.py").touch()
@@ -117,11 +117,11 @@ def test_a_prompt_that_cannot_be_encoded_is_rejected(settings):
 
 def test_overwrite_deletes_only_files_of_a_run(settings):
     run_training(replace(settings, max_iters=2))
-    mine = Path(settings.out_dir) / "notes.txt"
-    mine.write_text("mine")
+    notes = Path(settings.out_dir) / "notes.txt"
+    notes.write_text("mine")
     result = run_script("train.py", *flags(replace(settings, max_iters=1)), "--overwrite")
     assert result.returncode == 0, result.stderr
-    assert mine.read_text() == "mine"
+    assert notes.read_text() == "mine"
     assert [p.name for p in checkpoint.step_folders(Path(settings.out_dir))] == [
         "step-00000000",
         "step-00000001",
@@ -143,15 +143,17 @@ def test_resuming_with_another_shape_names_the_tensors(settings):
 def test_resuming_with_another_tokenizer_is_rejected(settings, tmp_path):
     run_training(replace(settings, max_iters=2))
     write_corpus(tmp_path / "data" / "other", make_text(300) + "ÀÁÂ")
-    other = replace(settings, init_from="resume", data_dir=str(tmp_path / "data"), dataset="other")
-    assert "another tokenizer" in error_of(other)
+    other_corpus = replace(settings, init_from="resume", data_dir=str(tmp_path / "data"), dataset="other")
+    assert "another tokenizer" in error_of(other_corpus)
 
 
 def test_weights_with_another_tokenizer_are_rejected(settings, tmp_path):
     run_training(replace(settings, max_iters=2))
     write_corpus(tmp_path / "data" / "other", make_text(300) + "ÀÁÂ")
-    other = replace(settings, data_dir=str(tmp_path / "data"), dataset="other", out_dir=str(tmp_path / "b"))
-    assert "tokenizer" in error_of(replace(other, init_from=settings.out_dir))
+    other_corpus = replace(
+        settings, data_dir=str(tmp_path / "data"), dataset="other", out_dir=str(tmp_path / "b")
+    )
+    assert "tokenizer" in error_of(replace(other_corpus, init_from=settings.out_dir))
 
 
 def test_a_block_longer_than_that_of_the_weights_is_rejected(settings, tmp_path):
@@ -174,13 +176,13 @@ def test_an_out_dir_in_proc_is_reported(settings):
 
 @pytest.fixture
 def enforced_modes(tmp_path):
-    """File modes apply to root, too: drops CAP_DAC_OVERRIDE during the test."""
+    """Drop CAP_DAC_OVERRIDE during the test, so that file modes apply to root too."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
     capabilities = (ctypes.c_uint32 * 6)()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc and libc.capget(header, capabilities) == 0:
-        effective, *others = capabilities
-        libc.capset(header, (ctypes.c_uint32 * 6)(effective & ~(1 << 1), *others))
+        effective, *remaining = capabilities
+        libc.capset(header, (ctypes.c_uint32 * 6)(effective & ~(1 << 1), *remaining))
     (tmp_path / "probe").mkdir(mode=0o555)
     try:
         (tmp_path / "probe" / "file").touch()
@@ -193,11 +195,11 @@ def enforced_modes(tmp_path):
             libc.capset(header, capabilities)
 
 
-@pytest.mark.parametrize("words", [[], ["--overwrite"], ["--init_from=resume", "--max_iters=4"]])
-def test_a_read_only_out_dir_is_reported_and_unchanged(settings, words, enforced_modes, capsys):
+@pytest.mark.parametrize("arguments", [[], ["--overwrite"], ["--init_from=resume", "--max_iters=4"]])
+def test_a_read_only_out_dir_is_reported_and_unchanged(settings, arguments, enforced_modes, capsys):
     folder = Path(settings.out_dir)
     folder.mkdir()
-    if words:
+    if arguments:
         run_training(replace(settings, max_iters=2))
 
     def content():
@@ -208,7 +210,7 @@ def test_a_read_only_out_dir_is_reported_and_unchanged(settings, words, enforced
     before = content()
     folder.chmod(0o555)
     capsys.readouterr()
-    argv = [*flags(settings), *words]
+    argv = [*flags(settings), *arguments]
     assert command(train.main, TrainSettings, argv, base=setup.saved_run_settings) == 2
     folder.chmod(0o755)
     message = capsys.readouterr().err
@@ -338,7 +340,7 @@ def test_nanogpt_config_files_run_unchanged(tmp_path, name):
             ), key
 
 
-def test_nanogpt_corpora_train(settings, tmp_path):
+def test_nanogpt_corpora_can_be_trained_on(settings, tmp_path):
     """train.bin, val.bin and meta.pkl as nanoGPT's prepare.py writes them."""
     text = make_text(400)
     chars = sorted(set(text))

@@ -8,12 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import (
-    before_steps,
-    flags,
-    run_script,
-    run_training,
-)
+from support import before_steps, flags, run_script, run_training
 
 import train
 from fradique.checkpointing import checkpoint, metrics_file
@@ -21,8 +16,8 @@ from fradique.io import files
 from fradique.training import evaluation, setup
 
 
-def test_the_final_figures_are_those_of_the_whole_split(settings):
-    """Against the definition, computed token by token with nothing of ours but the model."""
+def test_final_metrics_cover_the_whole_validation_split(settings):
+    """The expected values come from the definition, token by token; only the model is the project's."""
     _, t = run_training(replace(settings, max_iters=4, eval_interval=2))
     final = metrics_file.read_metrics(Path(settings.out_dir))[-1]
     ids = torch.from_numpy(np.fromfile(Path(settings.data_dir) / "tiny" / "val.bin", "<u2").astype("int64"))
@@ -51,8 +46,8 @@ def test_evaluations_of_the_same_weights_are_equal(settings):
     assert t.model.training
 
 
-def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(settings):
-    """With a learning rate that ruins the model after a while, the best is not the last."""
+def test_the_best_checkpoint_has_the_lowest_validation_loss(settings):
+    """The learning rate is so high that the model gets worse, so the best step is not the last."""
     settings = replace(settings, learning_rate=0.5, lr_schedule="constant", warmup_iters=15, min_lr=0.0)
     run_training(settings)
     records = [r for r in metrics_file.read_metrics(Path(settings.out_dir)) if "eval_val_loss" in r]
@@ -67,15 +62,17 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(settings
     assert state["best_val_loss"] == best["eval_val_loss"]
 
 
-def test_the_last_checkpoints_are_kept(settings):
+def test_keep_checkpoints_is_the_number_of_checkpoints_kept(settings):
     run_training(replace(settings, keep_checkpoints=3))
     names = sorted(p.name for p in Path(settings.out_dir).glob("step-*"))
     assert names == ["step-00000010", "step-00000015", "step-00000020"]
 
 
-def test_without_always_save_only_better_steps_and_the_last_are_saved(settings):
-    bad = replace(settings, learning_rate=0.5, lr_schedule="constant", warmup_iters=0, keep_checkpoints=9)
-    run_training(replace(bad, always_save_checkpoint=False))
+def test_without_always_save_only_better_or_last_step_is_saved(settings):
+    diverging = replace(
+        settings, learning_rate=0.5, lr_schedule="constant", warmup_iters=0, keep_checkpoints=9
+    )
+    run_training(replace(diverging, always_save_checkpoint=False))
     records = [r for r in metrics_file.read_metrics(Path(settings.out_dir)) if "eval_val_loss" in r]
     improved = [
         r["step"]
@@ -86,31 +83,31 @@ def test_without_always_save_only_better_steps_and_the_last_are_saved(settings):
     assert {p.name for p in Path(settings.out_dir).glob("step-*")} == expected
 
 
-def test_early_stopping_ends_a_run_that_gets_no_better(settings, capsys):
-    ruined = replace(settings, learning_rate=0.5, lr_schedule="constant", max_iters=10**6, early_stop_evals=3)
-    status, t = run_training(replace(ruined, warmup_iters=0))
+def test_early_stopping_ends_a_run_without_improvement(settings, capsys):
+    diverging = replace(
+        settings, learning_rate=0.5, lr_schedule="constant", max_iters=10**6, early_stop_evals=3
+    )
+    status, t = run_training(replace(diverging, warmup_iters=0))
     assert status == 0
     assert t.state.evals_since_best == 3 and t.state.step < 200
     assert "no better validation loss in 3 evaluations" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
-    settings, monkeypatch, where
-):
-    real = train.train_step
+@pytest.mark.parametrize("quantity", ["loss", "gradient"])
+def test_a_nonfinite_loss_or_gradient_stops_the_run(settings, monkeypatch, quantity):
+    real_step = train.train_step
 
-    def poisoned(t, lr):
+    def step_with_infinity(t, lr):
         weight = t.model.transformer["h"][0].mlp.c_fc.weight
-        if t.state.step == 12 and where == "loss":
+        if t.state.step == 12 and quantity == "loss":
             weight.data.fill_(math.nan)
         elif t.state.step == 12:
             weight.register_hook(lambda gradient: gradient * math.inf)
-        return real(t, lr)
+        return real_step(t, lr)
 
-    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(train, "train_step", step_with_infinity)
     with pytest.raises(
-        ValueError, match=f"step 13: the {where} is not finite.*learning_rate.*init_from=resume"
+        ValueError, match=f"step 13: the {quantity} is not finite.*learning_rate.*init_from=resume"
     ):
         run_training(settings)
     folders = checkpoint.step_folders(Path(settings.out_dir))
@@ -118,16 +115,16 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint
     assert all(checkpoint.all_finite(checkpoint.read_checkpoint(folder).model) for folder in folders)
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run_with_the_same_message(settings):
-    ruined = replace(
+def test_a_nonfinite_validation_loss_stops_the_run(settings):
+    diverging = replace(
         settings, learning_rate=1e30, max_iters=1, eval_interval=1, warmup_iters=0, grad_clip=0.0
     )
     with pytest.raises(ValueError, match=r"step 1: the loss is not finite.*learning_rate"):
-        run_training(ruined)
+        run_training(diverging)
     assert [p.name for p in checkpoint.step_folders(Path(settings.out_dir))] == ["step-00000000"]
 
 
-def test_eval_only_reports_and_writes_nothing(settings, capsys):
+def test_eval_only_prints_the_losses_and_writes_no_file(settings, capsys):
     result = run_script("train.py", *flags(replace(settings, eval_only=True)))
     assert result.returncode == 0, result.stderr
     assert re.search(r"train loss \d.*val loss \d", result.stdout)
@@ -137,13 +134,13 @@ def test_eval_only_reports_and_writes_nothing(settings, capsys):
     assert not Path(settings.out_dir).exists()
 
 
-def test_a_run_folder_stands_by_itself(settings):
+def test_a_run_folder_is_self_contained(settings):
     run_training(replace(settings, sample_interval=10))
     folder = Path(settings.out_dir)
     names = {p.name for p in folder.iterdir()}
     assert {"settings.json", "tokenizer.json", "metrics.jsonl", "samples.txt", "best", "loss.png"} <= names
-    about = files.read_json_object(folder / "settings.json")
-    assert about["settings"]["n_layer"] == 2 and about["versions"]["torch"] == torch.__version__
+    saved = files.read_json_object(folder / "settings.json")
+    assert saved["settings"]["n_layer"] == 2 and saved["versions"]["torch"] == torch.__version__
     samples = (folder / "samples.txt").read_text()
     assert re.findall(r"^=== step (\d+) ===$", samples, re.MULTILINE) == ["10", "20", "20"]
     record = next(r for r in metrics_file.read_metrics(folder) if "loss" in r)
@@ -159,8 +156,8 @@ def test_a_run_folder_stands_by_itself(settings):
     } <= record.keys()
 
 
-def test_the_loss_curve_is_drawn_anew_at_each_evaluation(settings, tmp_path, monkeypatch):
-    """Each time it is the picture of all that metrics.jsonl holds by then."""
+def test_the_loss_plot_is_redrawn_at_each_evaluation(settings, tmp_path, monkeypatch):
+    """Before each step after an evaluation, loss.png equals a plot of the current metrics.jsonl."""
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     from fradique.training import loss_plot
 

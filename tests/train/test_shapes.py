@@ -1,4 +1,4 @@
-"""Whole runs of other architectures and optimizers, and of parts of a model: trained, resumed, exported."""
+"""Runs with other architectures, with Muon, LoRA or frozen parameters: trained, resumed, exported."""
 
 import signal
 from contextlib import nullcontext
@@ -21,35 +21,35 @@ MODERN = {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": 
 ODD = {"norm_place": "deepnorm", "position": "relative", "activation": "geglu", "n_kv_head": 1, "bias": True}
 
 
-def interrupted_and_whole(settings, tmp_path, monkeypatch, step=13):
-    """The same run stopped in the middle of a step and resumed, and never stopped."""
-    whole = replace(settings, out_dir=str(tmp_path / "whole"))
-    _, undisturbed = run_training(whole)
+def train_with_and_without_a_stop(settings, tmp_path, monkeypatch, step=13):
+    """Train with a stop in the middle of a step and a resume, and without: (resumed, uninterrupted)."""
+    uninterrupted_settings = replace(settings, out_dir=str(tmp_path / "uninterrupted"))
+    _, uninterrupted = run_training(uninterrupted_settings)
     with monkeypatch.context() as patch:
         stop_at(patch, step)
         assert run_training(settings)[0] == 128 + signal.SIGTERM
     _, resumed = run_training(replace(settings, init_from="resume"))
-    assert losses(settings.out_dir) == losses(whole.out_dir)
-    return resumed, undisturbed
+    assert losses(settings.out_dir) == losses(uninterrupted_settings.out_dir)
+    return resumed, uninterrupted
 
 
-def same(a: train.Trainer, b: train.Trainer) -> bool:
+def same_checkpoints(a: train.Trainer, b: train.Trainer) -> bool:
     return same_folder(*(Path(t.settings.out_dir) / "step-00000020" for t in (a, b)))
 
 
 @pytest.mark.parametrize("changes", [MODERN, ODD], ids=["modern, muon", "deepnorm, relative, geglu"])
-def test_runs_of_other_architectures_resume_to_the_last_bit(settings, tmp_path, monkeypatch, changes):
-    resumed, undisturbed = interrupted_and_whole(
+def test_resuming_is_exact_for_other_architectures(settings, tmp_path, monkeypatch, changes):
+    resumed, uninterrupted = train_with_and_without_a_stop(
         replace(settings, **changes | {"n_head": 4}), tmp_path, monkeypatch
     )
-    assert same(resumed, undisturbed)
+    assert same_checkpoints(resumed, uninterrupted)
     assert resumed.model.config.activation == changes["activation"]
     if "optimizer" in changes:
-        held = checkpoint.read_checkpoint(Path(settings.out_dir) / "step-00000020")
-        assert any(name.startswith("momentum_buffer/transformer.h.0") for name in held.optimizer)
+        saved = checkpoint.read_checkpoint(Path(settings.out_dir) / "step-00000020")
+        assert any(name.startswith("momentum_buffer/transformer.h.0") for name in saved.optimizer)
 
 
-def test_muon_s_learning_rate_follows_the_schedule_in_proportion(settings):
+def test_muon_and_adamw_follow_the_same_schedule(settings):
     _, t = run_training(replace(settings, optimizer="muon", muon_learning_rate=0.05, max_iters=3))
     muon, adamw = t.optimizers
     assert muon.param_groups[0]["lr"] == pytest.approx(5 * adamw.param_groups[0]["lr"])
@@ -57,83 +57,86 @@ def test_muon_s_learning_rate_follows_the_schedule_in_proportion(settings):
 
 @pytest.fixture
 def base(settings, tmp_path) -> str:
-    """A run folder of a trained model to go on from."""
+    """The run folder of a trained model."""
     folder = str(tmp_path / "base")
     run_training(replace(settings, out_dir=folder))
     return folder
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"freeze": "wte,h.0"}], ids=["lora", "frozen"])
-def test_runs_of_parts_of_a_model_resume_to_the_last_bit(settings, base, tmp_path, monkeypatch, changes):
+def test_resuming_is_exact_with_lora_or_frozen_parameters(settings, base, tmp_path, monkeypatch, changes):
     settings = replace(settings, init_from=base, **changes)
-    resumed, undisturbed = interrupted_and_whole(settings, tmp_path, monkeypatch)
-    assert same(resumed, undisturbed)
+    resumed, uninterrupted = train_with_and_without_a_stop(settings, tmp_path, monkeypatch)
+    assert same_checkpoints(resumed, uninterrupted)
 
 
-def test_frozen_parts_are_the_given_ones_in_the_checkpoint(settings, base):
+def test_frozen_parameters_do_not_change(settings, base):
     run_training(replace(settings, init_from=base, freeze="wte,h.0"))
-    given, found = loader.load_weights(base).tensors, loader.load_weights(settings.out_dir, "newest").tensors
-    kept = {name for name in given if torch.equal(given[name], found[name])}
-    assert kept == {name for name in given if name.startswith(("transformer.wte", "transformer.h.0."))}
+    initial, trained = (
+        loader.load_weights(base).tensors,
+        loader.load_weights(settings.out_dir, "newest").tensors,
+    )
+    unchanged = {name for name in initial if torch.equal(initial[name], trained[name])}
+    assert unchanged == {name for name in initial if name.startswith(("transformer.wte", "transformer.h.0."))}
 
 
-def test_lora_trains_is_sampled_from_goes_on_and_merges_on_export(settings, base, tmp_path, capsys):
+def test_lora_weights_are_merged_for_sampling_and_export(settings, base, tmp_path, capsys):
     _, t = run_training(replace(settings, init_from=base, lora_rank=4, lora_targets="c_attn,mlp.c_fc"))
     assert "trainable)" in capsys.readouterr().out
     t.model.eval()
-    given, best = loader.load_weights(base).tensors, loader.load_weights(settings.out_dir)
-    assert best.tensors.keys() == given.keys()  # merged: plain weights
-    changed = {name for name in given if not torch.equal(given[name], best.tensors[name])}
+    initial, best = loader.load_weights(base).tensors, loader.load_weights(settings.out_dir)
+    assert best.tensors.keys() == initial.keys()  # LoRA is merged when the weights are loaded
+    changed = {name for name in initial if not torch.equal(initial[name], best.tensors[name])}
     assert changed == {
-        f"transformer.h.{layer}.{part}.weight" for layer in (0, 1) for part in ("attn.c_attn", "mlp.c_fc")
+        f"transformer.h.{layer}.{linear}.weight" for layer in (0, 1) for linear in ("attn.c_attn", "mlp.c_fc")
     }
     idx = torch.randint(12, (2, 16), generator=torch.Generator().manual_seed(0))
-    expected = t.model(idx, idx)[0]  # what `finish` left: the best weights, beside their difference
-    writer = sample.load_model(settings.out_dir)
-    torch.testing.assert_close(writer.model(idx, idx)[0], expected, rtol=0, atol=1e-5)
+    expected = t.model(idx, idx)[0]  # the best weights, with LoRA not yet merged
+    loaded = sample.load_model(settings.out_dir)
+    torch.testing.assert_close(loaded.model(idx, idx)[0], expected, rtol=0, atol=1e-5)
     assert __main__.main(["export", f"--out_dir={settings.out_dir}", f"--to={tmp_path / 'hf'}"]) == 0
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    torch.testing.assert_close(theirs(idx).logits, expected, rtol=0, atol=1e-5)
-    again = replace(settings, init_from=settings.out_dir, out_dir=str(tmp_path / "again"), lora_rank=2)
-    assert run_training(again)[0] == 0  # plain weights again, with another difference
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(exported(idx).logits, expected, rtol=0, atol=1e-5)
+    continued = replace(settings, init_from=settings.out_dir, out_dir=str(tmp_path / "again"), lora_rank=2)
+    assert run_training(continued)[0] == 0  # the merged weights get new LoRA matrices
 
 
-def test_a_run_goes_on_from_exported_weights(settings, base, tmp_path):
+def test_a_run_can_start_from_exported_weights(settings, base, tmp_path):
     assert __main__.main(["export", f"--out_dir={base}", f"--to={tmp_path / 'hf'}"]) == 0
-    both = []
+    estimates = []
     for source in (base, str(tmp_path / "hf")):
         t = setup.setup_training(replace(settings, init_from=source, eval_only=True))
-        both.append({name: split.loss for name, split in evaluation.estimate_loss(t).items()})
+        estimates.append({name: split.loss for name, split in evaluation.estimate_loss(t).items()})
         t.close()
-    assert both[0] == pytest.approx(both[1], abs=1e-6)
+    assert estimates[0] == pytest.approx(estimates[1], abs=1e-6)
 
 
-def test_the_block_may_be_cropped_and_dropout_set_on_given_weights(settings, base):
+def test_block_size_and_dropout_of_loaded_weights_can_be_set(settings, base):
     _, t = run_training(replace(settings, init_from=base, block_size=8, dropout=0.3, max_iters=2))
     assert t.model.config.block_size == 8 and t.model.config.dropout == 0.3
     assert t.model.transformer["wpe"].weight.shape == (8, 16)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["--lora_rank=4"], "lora_rank = 4 adapts existing weights, and init_from=scratch has none"),
-        (["--freeze=wtf"], "freeze: 'wtf' names nothing of this model; it has wte, wpe, ln_f, h.0-1"),
+        (["--freeze=wtf"], "freeze: no parameter of this model matches 'wtf'; use wte, wpe, ln_f, h.0-1"),
         (["--freeze=wte,wpe,h,ln_f"], "every parameter is frozen: there is nothing to train"),
-        (["--prefix_len=16"], "leaves nothing of block_size = 16 to predict"),
+        (["--prefix_len=16"], "prefix_len = 16 must be less than block_size = 16"),
     ],
 )
-def test_what_makes_no_sense_is_told_before_anything_is_written(settings, data_dir, words, said):
+def test_invalid_settings_are_reported_before_writing_files(settings, data_dir, arguments, message):
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4"]
-    place = [f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={settings.out_dir}", "--device=cpu"]
-    result = run_script("train.py", *shape, *place, *words)
+    paths = [f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={settings.out_dir}", "--device=cpu"]
+    result = run_script("train.py", *shape, *paths, *arguments)
     assert result.returncode == 2
-    assert said in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
     assert not Path(settings.out_dir).exists()
 
 
-def test_all_that_makes_no_sense_is_told_at_once(settings):
-    words = [
+def test_all_invalid_settings_are_reported_at_once(settings):
+    arguments = [
         "--n_head=6",
         "--n_embd=30",
         "--n_kv_head=4",
@@ -141,14 +144,14 @@ def test_all_that_makes_no_sense_is_told_at_once(settings):
         "--prefix_len=4",
         "--sliding_window=4",
     ]
-    with pytest.raises(ValueError) as told:
-        resolve(train.TrainSettings, words)
-    for part in ("n_embd / n_head = 5 is odd", "n_kv_head = 4", "contradict each other"):
-        assert part in str(told.value)
+    with pytest.raises(ValueError) as error:
+        resolve(train.TrainSettings, arguments)
+    for message in ("n_embd / n_head = 5 is odd", "n_kv_head = 4", "contradict each other"):
+        assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "config/arch").glob("*.py")))
-def test_every_architecture_file_goes_behind_a_training_config(name):
+def test_architecture_configs_combine_with_a_training_config(name):
     files = [str(ROOT / f"config/{path}.py") for path in ("train_eca_char", f"arch/{name}")]
     settings = resolve(train.TrainSettings, files).settings
     assert settings.dataset == "eca_char" and settings.n_embd == 128
@@ -156,7 +159,7 @@ def test_every_architecture_file_goes_behind_a_training_config(name):
 
 
 @pytest.mark.parametrize("changes", [{"position": "none"}, {"n_head": 4}, {"activation": "relu"}])
-def test_a_resumed_run_does_not_go_on_as_another_model(settings, changes):
+def test_resuming_with_another_architecture_is_rejected(settings, changes):
     settings = replace(settings, position="rope", max_iters=4)
     run_training(settings)
     ((name, value),) = changes.items()
@@ -167,30 +170,30 @@ def test_a_resumed_run_does_not_go_on_as_another_model(settings, changes):
 
 
 @pytest.mark.parametrize("before", ["adamw", "muon"])
-def test_a_resumed_run_keeps_its_optimizer(settings, base, before):
-    """With LoRA the names of what is trained do not tell which optimizer it was."""
+def test_resuming_with_another_optimizer_is_rejected(settings, base, before):
+    """With LoRA the names of the trained tensors do not show which optimizer was used."""
     settings = replace(settings, init_from=base, lora_rank=2, max_iters=4, optimizer=before)
     run_training(settings)
-    other = replace(settings, init_from="resume", optimizer={"adamw": "muon", "muon": "adamw"}[before])
+    switched = replace(settings, init_from="resume", optimizer={"adamw": "muon", "muon": "adamw"}[before])
     with pytest.raises(ValueError, match="A resumed run cannot change optimizer, freeze and lora_\\*"):
-        setup.setup_training(other)
+        setup.setup_training(switched)
 
 
-def test_weights_without_a_known_tokenizer_come_with_a_warning(settings, base, tmp_path, capsys):
+def test_weights_without_a_known_tokenizer_give_a_warning(settings, base, tmp_path, capsys):
     assert __main__.main(["export", f"--out_dir={base}", f"--to={tmp_path / 'hf'}"]) == 0
     (tmp_path / "hf" / "fradique_tokenizer.json").unlink()
     setup.setup_training(replace(settings, init_from=str(tmp_path / "hf"))).close()
-    assert "has no tokenizer that this program knows" in capsys.readouterr().err
+    assert "has no tokenizer that this program can read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"])
-def test_a_gradient_that_overflows_in_float16_is_skipped_by_both_optimizers(settings, monkeypatch, bad, name):
+def test_a_float16_overflow_is_skipped_by_muon_and_adamw(settings, monkeypatch, value, name):
     t = setup.setup_training(replace(settings, optimizer="muon"))
     t.scaler = torch.amp.GradScaler("cpu", enabled=True)
     t.runtime = replace(t.runtime, dtype=torch.float16, device=torch.device("cpu"))
     monkeypatch.setattr(type(t.runtime), "autocast", lambda self, enabled=True: nullcontext())
-    t.model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, bad))
+    t.model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, value))
     before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
     scale = t.scaler.get_scale()
     train.train_step(t, 1e-2)
@@ -200,11 +203,11 @@ def test_a_gradient_that_overflows_in_float16_is_skipped_by_both_optimizers(sett
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"optimizer": "muon"}], ids=["lora", "muon"])
-def test_two_processes_give_the_losses_of_one(settings, base, tmp_path, changes):
-    """Frozen parameters take no part in the sharing of gradients; Muon sees those that were shared."""
+def test_two_processes_with_lora_or_muon_give_the_losses_of_one(settings, base, tmp_path, changes):
+    """DDP leaves frozen parameters out of the all-reduce; Muon sees the averaged gradients."""
     settings = replace(settings, init_from=base, dropout=0.0, max_iters=4, eval_interval=100, **changes)
     settings = replace(settings, gradient_accumulation_steps=2)
     run_training(settings)
-    two = replace(settings, out_dir=str(tmp_path / "two"))
-    assert torchrun(2, *flags(two)).returncode == 0
-    assert losses(two.out_dir) == pytest.approx(losses(settings.out_dir), abs=1e-5)
+    two_processes = replace(settings, out_dir=str(tmp_path / "two"))
+    assert torchrun(2, *flags(two_processes)).returncode == 0
+    assert losses(two_processes.out_dir) == pytest.approx(losses(settings.out_dir), abs=1e-5)

@@ -1,4 +1,4 @@
-"""What is chosen for a machine and a time: the rule with made-up machines, and a whole run."""
+"""The preset chosen for a machine and a time budget: on simulated machines, and in real runs."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from fradique.training.autoconfig import PRESETS, Throughput
 
 
 class Machine:
-    """One that takes `step_seconds` for each size of the ladder, and a second to try it."""
+    """A simulated machine: the seconds per step of each preset, and one second for each trial."""
 
     PARAMETERS = (150, 790, 1770, 3930, 10_600, 25_200, 85_000)  # thousands
 
@@ -22,19 +22,19 @@ class Machine:
         self.corpus, self.tried = corpus, []
 
     def __call__(self, changes):
-        rung = len(self.tried)
+        index = len(self.tried)
         self.tried.append(changes)
         self.spent += 1.0
-        tokens = PRESETS[rung].batch_size * PRESETS[rung].block_size
-        size = self.PARAMETERS[rung] * 1000
-        return Throughput(size, self.corpus, tokens, self.step_seconds[rung], self.spent)
+        tokens = PRESETS[index].batch_size * PRESETS[index].block_size
+        size = self.PARAMETERS[index] * 1000
+        return Throughput(size, self.corpus, tokens, self.step_seconds[index], self.spent)
 
 
-def test_a_fast_machine_takes_the_largest_and_a_slow_one_the_smallest():
+def test_the_preset_fits_the_speed_of_the_machine():
     fast, slow = Machine(*[1e-4] * 7), Machine(1.0, 10.0)
     assert autoconfig.choose_preset(600.0, {}, fast)[0]["n_embd"] == PRESETS[-1].n_embd
     assert autoconfig.choose_preset(600.0, {}, slow)[0]["n_embd"] == PRESETS[0].n_embd
-    assert len(slow.tried) == 2  # no more than it takes to see
+    assert len(slow.tried) == 2  # larger presets are not tried
 
 
 def test_more_time_never_gives_a_smaller_model():
@@ -45,20 +45,20 @@ def test_more_time_never_gives_a_smaller_model():
     assert widths == sorted(widths) and len(set(widths)) > 2
 
 
-def test_no_more_than_a_part_of_the_time_goes_into_trying():
+def test_the_search_takes_only_a_fraction_of_the_time():
     machine = Machine(1e-4)
-    changes, (said,) = autoconfig.choose_preset(25.0, {}, machine)
+    changes, (note,) = autoconfig.choose_preset(25.0, {}, machine)
     assert len(machine.tried) == 1 and changes["n_embd"] == PRESETS[0].n_embd
-    assert "no time was left to try a larger one" in said
+    assert "no time was left to try a larger one" in note
 
 
-def test_a_small_corpus_gets_no_model_that_learns_it_by_heart():
-    changes, (said,) = autoconfig.choose_preset(600.0, {}, Machine(*[1e-4] * 7, corpus=500_000))
+def test_a_small_corpus_gets_no_model_that_memorizes_it():
+    changes, (note,) = autoconfig.choose_preset(600.0, {}, Machine(*[1e-4] * 7, corpus=500_000))
     assert changes["n_embd"] == PRESETS[2].n_embd
-    assert "would memorize so small a corpus" in said
+    assert "would memorize so small a corpus" in note
 
 
-def test_a_size_that_cannot_be_trained_ends_the_climb_with_its_reason():
+def test_a_preset_that_fails_ends_the_search_with_a_note():
     for error in (torch.OutOfMemoryError("CUDA out of memory"), ValueError("val.bin is too short")):
         machine = Machine(*[1e-4] * 7)
 
@@ -67,41 +67,41 @@ def test_a_size_that_cannot_be_trained_ends_the_climb_with_its_reason():
                 raise error
             return machine(changes)
 
-        changes, (said,) = autoconfig.choose_preset(600.0, {}, measure)
+        changes, (note,) = autoconfig.choose_preset(600.0, {}, measure)
         assert changes["n_embd"] == PRESETS[1].n_embd
-        assert f"cannot be trained here ({error})" in said
-    with pytest.raises(ValueError, match="too short"):  # of the smallest the reason is the user's to mend
+        assert f"cannot be trained here ({error})" in note
+    with pytest.raises(ValueError, match="too short"):  # an error of the smallest preset is the user's to fix
         autoconfig.choose_preset(600.0, {}, lambda changes: (_ for _ in ()).throw(ValueError("too short")))
 
 
 @pytest.mark.parametrize("world", [1, 3, 8, 12])
-def test_each_process_has_its_part_of_a_batch(world):
-    for size in PRESETS:
-        rows = autoconfig.preset_settings(size, {}, world)["batch_size"]
-        assert rows % world == 0 and size.batch_size <= rows < size.batch_size + world
+def test_the_batch_size_is_a_multiple_of_the_processes(world):
+    for preset in PRESETS:
+        rows = autoconfig.preset_settings(preset, {}, world)["batch_size"]
+        assert rows % world == 0 and preset.batch_size <= rows < preset.batch_size + world
 
 
-def test_what_is_set_by_hand_stays_and_is_tried_so():
+def test_explicit_settings_are_not_changed():
     machine = Machine(0.02, 0.03, 0.08, 0.2, 0.9)
     fixed = {"n_layer": 5, "optimizer": "adamw", "warmup_iters": 7}
     changes, _ = autoconfig.choose_preset(300.0, fixed, machine)
-    assert not any(fixed.keys() & some.keys() for some in [changes, *machine.tried])
+    assert not any(fixed.keys() & chosen.keys() for chosen in [changes, *machine.tried])
 
 
 @pytest.mark.parametrize("fixed", [{"n_embd": 36}, {"n_embd": 10}, {"n_head": 5}])
-def test_heads_and_width_go_together_whatever_is_set(fixed):
-    for size in PRESETS:
-        found = autoconfig.preset_settings(size, fixed) | fixed
-        assert found["n_embd"] % (2 * found["n_head"]) == 0  # heads of equal, even width
+def test_explicit_width_or_heads_give_an_even_head_dimension(fixed):
+    for preset in PRESETS:
+        settings = autoconfig.preset_settings(preset, fixed) | fixed
+        assert settings["n_embd"] % (2 * settings["n_head"]) == 0  # heads of equal, even width
 
 
-def test_the_schedule_fits_the_steps_that_there_is_time_for():
-    changes, (said,) = autoconfig.choose_preset(63.0, {}, Machine(0.05, 10.0))
+def test_the_schedule_fits_the_expected_number_of_steps():
+    changes, (note,) = autoconfig.choose_preset(63.0, {}, Machine(0.05, 10.0))
     steps = (63 - 3) / 0.05
     assert changes["warmup_iters"] == pytest.approx(autoconfig.WARMUP_FRACTION * steps, abs=1)
     assert changes["eval_interval"] == pytest.approx(steps / autoconfig.NUM_EVALUATIONS, rel=0.1)
     assert changes["eval_iters"] == int(0.015 * steps) < autoconfig.EVALUATION_BATCHES
-    assert "steps of 50 ms" in said and "too few for its size" in said
+    assert "steps of 50 ms" in note and "too few for its size" in note
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_schedule_fits_the_steps_that_there_is_time_for():
         (7.2e6, 1e9, 0.0),
     ],
 )
-def test_dropout_comes_with_epochs(tokens, corpus, expected):
+def test_dropout_depends_on_the_number_of_epochs(tokens, corpus, expected):
     assert (
         Throughput(1, int(corpus), int(tokens), 1.0, 0.0).by_epochs(autoconfig.DROPOUT_BY_EPOCHS, 1.0)
         == expected
@@ -126,31 +126,31 @@ def test_dropout_comes_with_epochs(tokens, corpus, expected):
     ("tokens", "expected"),
     [(6.56e6, 0.1), (2.0e6, 0.0)],  # shakespeare in GPT-2's BPE in 15 minutes: 4.480, and 4.568 without; in 5
 )
-def test_weights_decay_where_a_corpus_is_seen_very_often(tokens, expected):
-    changes, (said,) = autoconfig.choose_preset(
+def test_weight_decay_depends_on_the_number_of_epochs(tokens, expected):
+    changes, (note,) = autoconfig.choose_preset(
         100.0, {}, Machine(100 * 8 * 128 / tokens, 10.0, corpus=302_000)
     )
     assert changes["weight_decay"] == expected
-    assert ("weight decay 0.1" in said) == (expected > 0)
+    assert ("weight decay 0.1" in note) == (expected > 0)
     changes, _ = autoconfig.choose_preset(
         100.0, {"weight_decay": 0.3}, Machine(100 * 8 * 128 / tokens, 10.0, corpus=302_000)
     )
     assert "weight_decay" not in changes
 
 
-def test_dropout_set_by_hand_stays():
-    changes, (said,) = autoconfig.choose_preset(300.0, {"dropout": 0.3}, Machine(0.01, 10.0, corpus=20_000))
-    assert "dropout" not in changes and "dropout 0.3" in said
+def test_explicit_dropout_is_not_changed():
+    changes, (note,) = autoconfig.choose_preset(300.0, {"dropout": 0.3}, Machine(0.01, 10.0, corpus=20_000))
+    assert "dropout" not in changes and "dropout 0.3" in note
 
 
-def test_the_ladder_climbs():
-    for low, high in itertools.pairwise(PRESETS):
-        assert low.n_layer * low.n_embd**2 < high.n_layer * high.n_embd**2
+def test_presets_are_sorted_by_size():
+    for smaller, larger in itertools.pairwise(PRESETS):
+        assert smaller.n_layer * smaller.n_embd**2 < larger.n_layer * larger.n_embd**2
 
 
 @pytest.mark.parametrize(
     ("smaller", "larger", "better"),
-    [  # thousands of parameters and of tokens, as runs on two cores had them; which had the lower loss
+    [  # measured on two cores: thousands of parameters and of tokens; whether the larger model was better
         ((147, 3500), (790, 1710), True),  # machado_char, 60 s: 1.597 and 1.589
         ((790, 1710), (1770, 1350), False),  # 1.546 and 1.576
         ((790, 8500), (1770, 7100), True),  # 300 s: 1.387 and 1.339
@@ -160,52 +160,57 @@ def test_the_ladder_climbs():
         ((147, 154), (790, 169), True),  # shakespeare in GPT-2's BPE, 60 s: 5.488 and 5.167
     ],
 )
-def test_it_decides_as_the_runs_did(smaller, larger, better):
-    def left(size):
+def test_the_estimated_loss_ranks_models_as_measured_runs_did(smaller, larger, better):
+    def reducible_loss(size):
         parameters, tokens = (1000 * number for number in size)
         return Throughput(parameters, 10**9, 1, 1.0, 0.0).reducible_loss(tokens)
 
-    assert (left(larger) < left(smaller)) == better
+    assert (reducible_loss(larger) < reducible_loss(smaller)) == better
 
 
-def test_a_run_says_what_was_chosen_and_keeps_it_when_it_is_resumed(data_dir, tmp_path):
+def test_a_run_reports_its_choice_and_keeps_it_when_resumed(data_dir, tmp_path):
     folder = tmp_path / "run"
-    words = ["config/auto.py", f"--out_dir={folder}", f"--data_dir={data_dir}", "--dataset=tiny"]
-    words += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
-    result = run_script("train.py", *words)
+    arguments = ["config/auto.py", f"--out_dir={folder}", f"--data_dir={data_dir}", "--dataset=tiny"]
+    arguments += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
+    result = run_script("train.py", *arguments)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\nauto: 3 layers 16 wide on 16 x 16 tokens: about ") == 1
-    assert result.stderr == ""  # the trials say nothing
+    assert result.stderr == ""  # the trials print nothing
     saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings = saved["settings"]
     assert settings["n_embd"] == 16 and settings["block_size"] == 16
     assert settings["n_layer"] == PRESETS[0].n_layer and settings["optimizer"] == "muon"
     assert any(note.startswith("auto: ") for note in saved["decided"]["notes"])
-    again = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--time_budget=12s")
-    assert again.returncode == 0, again.stderr
-    assert "\nauto: " not in again.stdout
-    after = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
-    assert after == settings | {"time_budget": "12s"}
-    refused = run_script("train.py", *words)
-    assert refused.returncode == 2 and "already holds a run" in refused.stderr
+    resumed = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--time_budget=12s")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "\nauto: " not in resumed.stdout
+    settings_after = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
+    assert settings_after == settings | {"time_budget": "12s"}
+    repeated = run_script("train.py", *arguments)
+    assert repeated.returncode == 2 and "already holds a run" in repeated.stderr
 
 
-def test_processes_agree_on_what_was_chosen(data_dir, tmp_path):
-    words = ["config/auto.py", f"--out_dir={tmp_path / 'run'}", f"--data_dir={data_dir}", "--dataset=tiny"]
-    words += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
-    result = torchrun(2, *words)
+def test_processes_agree_on_the_choice(data_dir, tmp_path):
+    arguments = [
+        "config/auto.py",
+        f"--out_dir={tmp_path / 'run'}",
+        f"--data_dir={data_dir}",
+        "--dataset=tiny",
+    ]
+    arguments += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
+    result = torchrun(2, *arguments)
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout and result.stdout.count("\nauto: ") == 1
 
 
-def test_what_contradicts_auto_is_told_before_anything_is_tried(tmp_path):
-    words = ["config/auto.py", f"--out_dir={tmp_path / 'run'}"]
-    result = run_script("train.py", *words, "--init_from=gpt2")
+def test_auto_reports_contradictions_before_any_trial(tmp_path):
+    arguments = ["config/auto.py", f"--out_dir={tmp_path / 'run'}"]
+    result = run_script("train.py", *arguments, "--init_from=gpt2")
     assert result.returncode == 2 and "auto chooses a model to train from scratch" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_auto_without_a_time_is_refused(tmp_path):
+def test_auto_without_a_time_budget_is_rejected(tmp_path):
     result = run_script("train.py", "config/auto.py", "--time_budget=", f"--out_dir={tmp_path / 'run'}")
     assert (
         result.returncode == 2

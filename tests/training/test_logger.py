@@ -19,7 +19,7 @@ def log(folder, **changes):
 RECORD = {"step": 3, "loss": 2.5, "lr": 1e-3, "tokens_per_second": 12345.0, "step_seconds": 0.01, "mfu": None}
 
 
-def test_records_are_written_as_they_come_and_read_back(tmp_path):
+def test_records_are_written_at_once_and_can_be_read_back(tmp_path):
     run_log = log(tmp_path)
     run_log.write(RECORD)
     assert metrics_file.read_metrics(tmp_path) == [RECORD]  # before it is closed
@@ -48,7 +48,7 @@ def test_other_ranks_print_and_write_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
 
 
-def test_without_a_terminal_there_is_a_line_per_record(tmp_path, capsys):
+def test_without_a_terminal_each_record_is_printed_as_a_line(tmp_path, capsys):
     run_log = log(tmp_path)
     run_log.show_record(3, RECORD)
     run_log.close()
@@ -56,20 +56,20 @@ def test_without_a_terminal_there_is_a_line_per_record(tmp_path, capsys):
 
 
 def use_terminal(monkeypatch):
-    """Make stderr a terminal that keeps what is written."""
+    """Replace stderr by a terminal that records its output."""
 
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    return screen
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """time.monotonic() of the logger, in a list."""
+    """A fake time.monotonic() for the logger: tests change the only element of the list."""
     seconds = [100.0]
     monkeypatch.setattr(logger.time, "monotonic", lambda: seconds[0])
     return seconds
@@ -92,11 +92,11 @@ def test_the_bar_moves_within_two_seconds_between_records(tmp_path, monkeypatch,
         clock[0] += 0.5
         run_log.advance(step)
     run_log.close()
-    shown = [int(n) for n in re.findall(r"(\d+)/1000 steps", terminal.getvalue())]
-    assert sorted(set(shown)) == [0, *range(2, 31, 2)]  # a new position every second
+    positions = [int(n) for n in re.findall(r"(\d+)/1000 steps", terminal.getvalue())]
+    assert sorted(set(positions)) == [0, *range(2, 31, 2)]  # a new position every second
 
 
-def test_the_bar_of_a_time_budget_shows_one_clock_and_ends_at_100(tmp_path, monkeypatch):
+def test_the_bar_of_a_time_budget_shows_seconds_and_ends_at_100(tmp_path, monkeypatch):
     terminal = use_terminal(monkeypatch)
     run_log = log(tmp_path, total=60.0, unit="s", start=0)
     run_log.show_record(57.3, RECORD)
@@ -107,7 +107,7 @@ def test_the_bar_of_a_time_budget_shows_one_clock_and_ends_at_100(tmp_path, monk
     assert lines[-1].startswith("100%") and "60/60 s" in lines[-1]
 
 
-def test_a_full_disk_costs_lines_but_not_the_run(tmp_path, capsys):
+def test_a_full_disk_gives_one_warning_and_no_error(tmp_path, capsys):
     class Full(io.StringIO):
         def write(self, text):
             raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Loss curves: what is read from metrics.jsonl, and what is drawn."""
+"""Loss curves: read from metrics.jsonl and drawn."""
 
 import gc
 import json
@@ -44,7 +44,7 @@ def test_trailing_mean_averages_the_last_values():
 
 
 @pytest.mark.parametrize("x", loss_plot.X_AXES)
-def test_the_plot_is_a_png_with_something_in_it(tmp_path, x):
+def test_the_plot_is_a_png_that_is_not_blank(tmp_path, x):
     runs = [loss_plot.read_curves(write_run(tmp_path / name)) for name in ("a", "b")]
     loss_plot.save_plot(runs, tmp_path / "both.png", x)
     picture = imread(tmp_path / "both.png")
@@ -75,7 +75,7 @@ def test_a_run_with_two_evaluations_one_step_apart_is_drawn(tmp_path):
 
 
 def test_a_folder_without_metrics_is_reported(tmp_path):
-    with pytest.raises(ValueError, match=r"has no metrics.jsonl"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl is missing"):
         loss_plot.read_curves(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The time budget: durations, the clock, and when training has to end."""
+"""The time budget: durations, the clock, and when training ends."""
 
 import pytest
 
@@ -18,12 +18,12 @@ def test_an_empty_duration_is_none():
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "0s", "-5m", "10 m", "5d", "m", "1m1h", "nan", "inf"])
-def test_text_that_is_no_duration_is_refused(text):
+def test_an_invalid_duration_is_rejected(text):
     with pytest.raises(ValueError, match="is not a duration: write 90s, 10m or 1h30m"):
         time_budget.parse_duration(text)
 
 
-def test_pauses_count_as_time_but_not_for_the_speed(monkeypatch):
+def test_pauses_count_for_the_elapsed_time_but_not_the_speed(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: now[0])
     budget = time_budget.TimeBudget(started=90.0, limit=60.0)
@@ -40,7 +40,7 @@ def test_pauses_count_as_time_but_not_for_the_speed(monkeypatch):
 
 
 def test_a_long_finish_leaves_half_of_the_time_for_training():
-    """The estimate may come from a busy machine, and the run is late in any case."""
+    """The estimate may come from a machine that was busy, and the run will be late in any case."""
     budget = time_budget.TimeBudget(started=0.0, limit=60.0)
     budget.training_began, budget.finish_seconds, budget.now = 20.0, 300.0, 39.0
     assert not budget.is_over() and budget.too_short and budget.training_ends == 40.0
