@@ -3,9 +3,9 @@
     python -m lab.anatomy --out_dir=out/eca-char
     python -m lab.anatomy --init_from=gpt2 --batch=1 --tokens=1024
 
-FLOPs are those of a forward pass: 2 for each weight and token, and those of attention as if every token
-attended to all others (the convention of PaLM, appendix B). Nothing is computed: the model is on the "meta"
-device.
+FLOPs are those of a forward pass: 2 for each weight of a matrix and token, and those of attention, as if
+every token attended to all tokens of the context (the convention of PaLM, appendix B). The model is on the
+"meta" device, which computes only shapes.
 
 Shapes: B batch, T tokens.
 """
@@ -13,6 +13,7 @@ Shapes: B batch, T tokens.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,22 +38,23 @@ class AnatomySettings(common.ModelSettings):
 
 
 def module_stats(config: GPTConfig, batch: int, tokens: int) -> list[ModuleStats]:
-    """Every module in the order of the forward pass, the whole model first.
+    """The costs of every module for ids (batch, tokens), in the order of the forward pass.
 
-    Raises ValueError if `tokens` is more than the block_size.
+    The first is the whole model. Raises ValueError if `tokens` is more than the block_size.
     """
     if tokens > config.block_size:
         raise ValueError(f"--tokens={tokens} is more than the block_size of this model, {config.block_size}")
-    with torch.device("meta"):  # shapes only: no memory, no arithmetic
+    with torch.device("meta"):
         model = GPT(config).eval()
         ids = torch.zeros(batch, tokens, dtype=torch.long)
     shapes = output_shapes(model, ids)
     costs_by_path = own_costs(model, list(shapes), batch, tokens)
     stats = []
     for path, shape in shapes.items():
-        prefix = f"{path}." if path else ""
+        prefix = f"{path}." if path else ""  # of the paths of its submodules
         costs = [cost for name, cost in costs_by_path.items() if name == path or name.startswith(prefix)]
-        parameters, flops = (sum(column) for column in zip(*costs, strict=True))
+        parameters = sum(cost.parameters for cost in costs)
+        flops = sum(cost.flops for cost in costs)
         stats.append(ModuleStats(path, type(model.get_submodule(path)).__name__, shape, parameters, flops))
     return stats
 
@@ -63,7 +65,7 @@ def output_shapes(model: GPT, ids: torch.Tensor) -> dict[str, tuple[int, ...]]:
     paths = {module: path for path, module in model.named_modules()}
 
     def before_forward(module: nn.Module, inputs: tuple) -> None:
-        shapes[paths[module]] = ()  # fixes the order
+        shapes[paths[module]] = ()  # a placeholder, so that a module comes before its submodules
 
     def after_forward(module: nn.Module, inputs: tuple, output: object) -> None:
         first = output[0] if isinstance(output, tuple) else output
@@ -76,8 +78,15 @@ def output_shapes(model: GPT, ids: torch.Tensor) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def own_costs(model: GPT, paths: Sequence[str], batch: int, tokens: int) -> dict[str, tuple[int, int]]:
-    """Module path -> (parameters, FLOPs) of the module without its submodules.
+class Cost(NamedTuple):
+    """The cost of a module without its submodules."""
+
+    parameters: int
+    flops: int
+
+
+def own_costs(model: GPT, paths: Sequence[str], batch: int, tokens: int) -> dict[str, Cost]:
+    """Module path -> cost of the module without its submodules.
 
     Shared parameters count only in the first module that has them.
     """
@@ -87,7 +96,7 @@ def own_costs(model: GPT, paths: Sequence[str], batch: int, tokens: int) -> dict
         module = model.get_submodule(path)
         new = {p for p in module.parameters(recurse=False) if p not in counted}
         counted |= new
-        costs[path] = (sum(p.numel() for p in new), own_flops(module, model.config, batch, tokens))
+        costs[path] = Cost(sum(p.numel() for p in new), own_flops(module, model.config, batch, tokens))
     return costs
 
 
@@ -97,7 +106,7 @@ def own_flops(module: nn.Module, config: GPTConfig, batch: int, tokens: int) -> 
         return 2 * batch * tokens * module.weight.numel()
     if type(module).__name__ == "CausalSelfAttention":
         context = min(tokens, config.sliding_window or tokens)
-        return 4 * batch * tokens * context * config.n_embd  # q kᵀ, and weights times v
+        return 4 * batch * tokens * context * config.n_embd  # 2 for q kᵀ, 2 for weights times v
     return 0
 
 
@@ -105,7 +114,7 @@ def own_flops(module: nn.Module, config: GPTConfig, batch: int, tokens: int) -> 
 
 
 def format_table(stats: Sequence[ModuleStats]) -> str:
-    """A line for each module, indented by depth; of the layers, which are alike, only the first."""
+    """A line for each module, indented by depth. Only the first of the identical layers is shown."""
     total = stats[0]
     rows = [("module", "output", "parameters", "", "FLOPs", "")]
     for module, count in merge_layers(stats):
@@ -122,24 +131,26 @@ def format_table(stats: Sequence[ModuleStats]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    lines = []
+    for name, shape, *numbers in rows:
+        cells = [name.ljust(widths[0]), shape.ljust(widths[1])]
+        cells += [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def merge_layers(stats: Sequence[ModuleStats]) -> list[tuple[ModuleStats, int]]:
-    """The modules with only the first layer (Block) of all, which gets the number of layers as its count."""
-    blocks = [module.path for module in stats if module.kind == "Block"]
-    other_blocks = [f"{path}." for path in blocks[1:]]
-    return [
-        (module, len(blocks) if module.path == blocks[0] else 1)
-        for module in stats
-        if not f"{module.path}.".startswith(tuple(other_blocks))
-    ]
+    """(module, count) for each module, without the layers after the first and their submodules.
+
+    The count is the number of layers for the first layer, and 1 for all other modules.
+    """
+    layers = [module.path for module in stats if module.kind == "Block"]
+    omitted = tuple(f"{path}." for path in layers[1:])  # with a dot: "h.1." is no prefix of "h.10."
+    merged = []
+    for module in stats:
+        if not f"{module.path}.".startswith(omitted):
+            merged.append((module, len(layers) if module.path == layers[0] else 1))
+    return merged
 
 
 def main(resolved: Resolved[AnatomySettings]) -> int:

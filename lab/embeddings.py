@@ -3,8 +3,9 @@
     python -m lab.embeddings --out_dir=out/eca-char
     python -m lab.embeddings --out_dir=out/eca-char --groups="vowels=aeiou;digits=0123456789"
 
-Draws PCA, the two directions in which the embeddings vary most, and t-SNE (van der Maaten & Hinton 2008),
-which keeps neighbors together but whose distances have no meaning. Writes PNG, and HTML with tooltips.
+Draws two projections. PCA shows the two directions in which the embeddings vary most. t-SNE (van der Maaten &
+Hinton 2008) keeps neighbors together, but its larger distances have no meaning. Writes PNG, and HTML with
+tooltips.
 
 Shapes: n tokens, C embedding width, P positions.
 """
@@ -32,9 +33,11 @@ from model import GPT, GPTConfig
 from sample import LoadedModel
 
 METHOD_NAMES = {"pca": "PCA", "tsne": "t-SNE"}
-Projections = dict[tuple[str, str, str], np.ndarray]  # (tokens or positions, pca or tsne, when) -> (n, 2)
-MARKERS = "osD^vPX*"  # one for each group as well as a color, for color-blind readers
-MAX_WRITTEN_LABELS = 200  # with more tokens than this, only dots are drawn
+# (kind, method, time) -> (n, 2) or (P, 2). kind: tokens or positions; method: a key of METHOD_NAMES;
+# time: "before training" or "after training"
+Projections = dict[tuple[str, str, str], np.ndarray]
+MARKERS = "osD^vPX*"  # each group has a marker in addition to its color, for color-blind readers
+MAX_LABELS = 200  # with more tokens than this, the points have no labels
 LINE_COLOR = "#9aa0a6"
 PLOTLY_AXES = {"xaxis": {"visible": False}, "yaxis": {"visible": False, "scaleanchor": "x"}}
 
@@ -58,10 +61,10 @@ class EmbeddingSettings(common.ModelSettings):
 
 @dataclass(frozen=True)
 class EmbeddingTables:
-    """A model's embeddings: tokens (n, C) and positions (P, C), None if positions are not learned."""
+    """The embeddings of a model."""
 
-    tokens: np.ndarray
-    positions: np.ndarray | None
+    tokens: np.ndarray  # (n, C)
+    positions: np.ndarray | None  # (P, C); None if the model has no learned positional embedding
 
 
 def read_embeddings(model: GPT, max_tokens: int) -> EmbeddingTables:
@@ -72,13 +75,13 @@ def read_embeddings(model: GPT, max_tokens: int) -> EmbeddingTables:
 
 
 def initial_model(config: GPTConfig, seed: int) -> GPT:
-    """The model as train.py initialized it: the weights are random numbers of this seed."""
+    """The model with the random weights that train.py gave it before training."""
     torch.manual_seed(seed)
     return GPT(config)
 
 
 def embeddings_by_time(loaded: LoadedModel, settings: EmbeddingSettings) -> dict[str, EmbeddingTables]:
-    """The embeddings "after training", and "before training" if the run started from scratch."""
+    """Time -> embeddings: "before training", if the run started from scratch, and "after training"."""
     max_tokens = min(settings.most, loaded.tokenizer.vocab_size)
     after = {"after training": read_embeddings(loaded.model, max_tokens)}
     if settings.init_from:
@@ -93,18 +96,19 @@ def embeddings_by_time(loaded: LoadedModel, settings: EmbeddingSettings) -> dict
 def project(
     points: np.ndarray, method: str, perplexity: float = 15.0, seed: int = 0, init: np.ndarray | None = None
 ) -> np.ndarray:
-    """Project points (n, C) to (n, 2). method: pca or tsne.
+    """Project points (n, C) to (n, 2). method: a key of METHOD_NAMES.
 
-    init (n, 2): t-SNE continues from these points and moves them only a little. Without it, t-SNE starts at
-    the PCA.
+    perplexity, seed, init: for t-SNE only. init (n, 2): the points to start from, which then move only a
+    little; None: start from the PCA.
     """
     if method == "pca":
         return PCA(2, svd_solver="full").fit_transform(points)
-    perplexity = min(perplexity, max(1.0, (len(points) - 1) / 3))
+    perplexity = min(perplexity, max(1.0, (len(points) - 1) / 3))  # it must be less than the number of points
     if init is None:
         pca = project(points, "pca")
+        # a standard deviation of 1e-4, as in scikit-learn's init="pca"
         options = {"init": (pca / max(pca[:, 0].std(), 1e-12) * 1e-4).astype(np.float32)}
-    else:  # no early exaggeration: it would pull all points together first
+    else:  # no early exaggeration, which would first pull all points together
         options = {"init": init.astype(np.float32), "early_exaggeration": 1.0, "max_iter": 300}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -112,10 +116,10 @@ def project(
 
 
 def project_all(tables_by_time: dict[str, EmbeddingTables], settings: EmbeddingSettings) -> Projections:
-    """Project tokens and positions, at each time, with both methods."""
+    """Project tokens and positions at each time with each method. Tables of up to 3 rows are left out."""
     return {
-        (kind, method, when): project(points, method, settings.perplexity, settings.seed)
-        for when, tables in tables_by_time.items()
+        (kind, method, time): project(points, method, settings.perplexity, settings.seed)
+        for time, tables in tables_by_time.items()
         for kind, points in (("tokens", tables.tokens), ("positions", tables.positions))
         if points is not None and len(points) > 3
         for method in METHOD_NAMES
@@ -126,21 +130,24 @@ def project_all(tables_by_time: dict[str, EmbeddingTables], settings: EmbeddingS
 
 
 def draw_projections(projections: Projections, labels: list[str], groups: np.ndarray) -> Figure:
-    """A row for tokens and one for positions; a column for each method and time."""
-    rows = sorted({kind for kind, _, _ in projections}, reverse=True)  # tokens first
-    columns = list(dict.fromkeys((method, when) for _, method, when in projections))
-    columns.sort(key=lambda column: list(METHOD_NAMES).index(column[0]))
-    size = (4.4 * len(columns), 4.4 * len(rows) + 0.8)
+    """A grid with a row for tokens and one for positions, and a column for each method and time.
+
+    labels, groups: of the tokens, (n,) each.
+    """
+    kinds = [kind for kind in ("tokens", "positions") if any(key[0] == kind for key in projections)]
+    times = list(dict.fromkeys(time for _, _, time in projections))  # without duplicates, in order
+    columns = [(method, time) for method in METHOD_NAMES for time in times]
+    size = (4.4 * len(columns), 4.4 * len(kinds) + 0.8)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for i, kind in enumerate(rows):
-        for j, (method, when) in enumerate(columns):
+    grid = figure.subplots(len(kinds), len(columns), squeeze=False)
+    for i, kind in enumerate(kinds):
+        for j, (method, time) in enumerate(columns):
             axes = grid[i][j]
             if kind == "tokens":
-                draw_tokens(axes, projections[kind, method, when], labels, groups)
+                draw_tokens(axes, projections[kind, method, time], labels, groups)
             else:
-                draw_positions(axes, projections[kind, method, when])
-            axes.set_title(f"{kind}, {METHOD_NAMES[method]}, {when}", fontsize=10)
+                draw_positions(axes, projections[kind, method, time])
+            axes.set_title(f"{kind}, {METHOD_NAMES[method]}, {time}", fontsize=10)
             axes.set_xticks([])
             axes.set_yticks([])
     handles, names = grid[0][0].get_legend_handles_labels()
@@ -149,15 +156,15 @@ def draw_projections(projections: Projections, labels: list[str], groups: np.nda
 
 
 def group_styles(groups: np.ndarray) -> dict[str, tuple[str, str]]:
-    """Group -> (color, marker), the largest group first."""
+    """Group -> (color, marker). The largest groups come first, and get different colors."""
     names, counts = np.unique(groups, return_counts=True)
     ordered = names[np.argsort(-counts, kind="stable")].tolist()
     return {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(ordered)}
 
 
 def draw_tokens(axes: Axes, points: np.ndarray, labels: list[str], groups: np.ndarray) -> None:
-    """Scatter the tokens' points (n, 2), colored by group, with their labels if there is room."""
-    with_labels = len(labels) <= MAX_WRITTEN_LABELS
+    """Draw the tokens' points (n, 2) in the colors of their groups, with labels up to MAX_LABELS tokens."""
+    with_labels = len(labels) <= MAX_LABELS
     styles = group_styles(groups)
     for group, (color, marker) in styles.items():
         x, y = points[groups == group].T
@@ -169,7 +176,7 @@ def draw_tokens(axes: Axes, points: np.ndarray, labels: list[str], groups: np.nd
 
 
 def draw_positions(axes: Axes, points: np.ndarray) -> None:
-    """Join the positions' points (P, 2) in order, from dark to bright, with a number at some of them."""
+    """Draw the positions' points (P, 2), from dark to bright, joined by a line; some with their number."""
     axes.plot(points[:, 0], points[:, 1], color=LINE_COLOR, linewidth=0.7, zorder=1)
     axes.scatter(points[:, 0], points[:, 1], c=range(len(points)), cmap="cividis", s=9, zorder=2)
     interval = max(1, len(points) // 8)
@@ -181,14 +188,14 @@ def draw_positions(axes: Axes, points: np.ndarray) -> None:
 
 
 def projections_html(projections: Projections, labels: list[str], groups: np.ndarray) -> list[str]:
-    """HTML of a figure for each projection."""
+    """The HTML of a figure for each projection."""
     figures = []
-    for (kind, method, when), points in projections.items():
-        title = f"{kind}, {METHOD_NAMES[method]}, {when}"
-        is_tokens = kind == "tokens"
-        figures.append(
-            tokens_html(points, labels, groups, title) if is_tokens else positions_html(points, title)
-        )
+    for (kind, method, time), points in projections.items():
+        title = f"{kind}, {METHOD_NAMES[method]}, {time}"
+        if kind == "tokens":
+            figures.append(tokens_html(points, labels, groups, title))
+        else:
+            figures.append(positions_html(points, title))
     return figures
 
 
@@ -200,7 +207,7 @@ def tokens_html(points: np.ndarray, labels: list[str], groups: np.ndarray, title
         figure.add_scatter(
             x=points[members, 0],
             y=points[members, 1],
-            mode="markers+text" if len(labels) <= MAX_WRITTEN_LABELS else "markers",
+            mode="markers+text" if len(labels) <= MAX_LABELS else "markers",
             text=[labels[i] for i in members],
             textposition="top right",
             marker={"color": color, "size": 7},

@@ -1,6 +1,6 @@
-"""HTML pages that contain everything they need and open without a network.
+"""HTML pages that contain everything they need, so that they open without a network.
 
-A page follows the reader's light or dark mode. Figures are plotly's.
+The colors follow the light or dark mode of the browser. Figures are made with plotly.
 """
 
 import base64
@@ -14,10 +14,10 @@ from plotly.offline import get_plotlyjs
 from lab import common
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --faint: #767676; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececec; --paper: #16181c; --faint: #9a9a9a; } }
-body { margin: 1.5rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink); background: var(--paper);
-       font: 16px/1.5 system-ui, sans-serif; }
+:root { color-scheme: light dark; --text: #1b1b1b; --background: #ffffff; --muted: #767676; }
+@media (prefers-color-scheme: dark) { :root { --text: #ececec; --background: #16181c; --muted: #9a9a9a; } }
+body { margin: 1.5rem auto; max-width: 72rem; padding: 0 1rem; color: var(--text);
+       background: var(--background); font: 16px/1.5 system-ui, sans-serif; }
 .text { line-height: 1.9; overflow-wrap: anywhere; }
 .token { padding: 0.12em 0.06em; background: rgba(230, 120, 0, calc(0.75 * var(--loss, 0))); }
 mark { background: rgba(213, 94, 0, 0.4); color: inherit; }
@@ -26,21 +26,23 @@ nav { line-height: 1.9; } a { color: inherit; } img { max-width: 100%; height: a
 table { border-collapse: collapse; } td, th { text-align: left; padding: 0.15rem 1.2rem 0.15rem 0; }
 summary { cursor: pointer; } pre { overflow-x: auto; font-size: 0.85rem; }
 .sample { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } .note { color: var(--faint); }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } .note { color: var(--muted); }
 """
-# Plotly ignores the page's colors: set those of each figure after it is drawn, and when the mode changes
+# Plotly ignores the style sheet of the page. So this script sets the colors of each figure, after it is drawn
+# and when the mode changes.
 THEME_SCRIPT = """
 const dark = matchMedia('(prefers-color-scheme: dark)');
 function applyTheme() {
-  const ink = getComputedStyle(document.documentElement).getPropertyValue('--ink').trim();
-  const lines = dark.matches ? '#3a3d44' : '#d8d8d8';
+  const textColor = getComputedStyle(document.documentElement).getPropertyValue('--text').trim();
+  const lineColor = dark.matches ? '#3a3d44' : '#d8d8d8';
   for (const div of document.querySelectorAll('.js-plotly-plot')) {
-    const change = {'font.color': ink};
+    const change = {'font.color': textColor};
     for (const name of Object.keys(div._fullLayout)) {
       if (/^[xy]axis[0-9]*$/.test(name)) {
-        change[name + '.gridcolor'] = lines; change[name + '.linecolor'] = lines; }
+        change[name + '.gridcolor'] = lineColor; change[name + '.linecolor'] = lineColor; }
       if (/^scene[0-9]*$/.test(name)) for (const axis of ['xaxis', 'yaxis', 'zaxis']) {
-        change[name + '.' + axis + '.gridcolor'] = lines; change[name + '.' + axis + '.color'] = ink; }
+        change[name + '.' + axis + '.gridcolor'] = lineColor;
+        change[name + '.' + axis + '.color'] = textColor; }
     }
     Plotly.relayout(div, change);
   }
@@ -50,7 +52,7 @@ addEventListener('load', applyTheme); dark.addEventListener('change', applyTheme
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A complete HTML document whose body is the HTML in `parts`, such as that of `figure_html`."""
+    """A complete HTML document. parts: the HTML of its body, such as that of `figure_html` and `note`."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -62,7 +64,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
-    """Write `page(title, parts)`, atomically."""
+    """Write `page(title, parts)` to a file, atomically, and report it on the terminal."""
     text = page(title, parts)
     common.write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -73,14 +75,14 @@ def note(text: str) -> str:
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
-    """A table of plain text."""
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)] if header else []
-    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    """An HTML table whose cells are plain text."""
+    html_rows = ["".join(f"<th>{escape(cell)}</th>" for cell in header)] if header else []
+    html_rows += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in html_rows)}</table>"
 
 
 def collapsible(title: str, content: str, is_open: bool = False) -> str:
-    """HTML `content` that a click on the title shows or hides."""
+    """Content that a click on the title shows or hides. content: HTML."""
     return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
 
 
@@ -90,12 +92,15 @@ def sample_text(text: str) -> str:
 
 
 def token_text(spans: Sequence[str]) -> str:
-    """A paragraph of `token_span`s or other inline HTML."""
+    """A paragraph. spans: inline HTML, such as the results of `token_span`."""
     return f'<p class="text">{"".join(spans)}</p>'
 
 
 def token_span(label: str, tooltip: str = "", style: str = "") -> str:
-    """A token of a text, followed by a line break if its label ends in the newline symbol."""
+    """A token of a text as inline HTML, with a line break after it if its label ends in the newline symbol.
+
+    style: CSS.
+    """
     attributes = f' style="{style}"' if style else ""
     attributes += f' title="{escape(tooltip)}"' if tooltip else ""
     line_break = "<br>" if label.endswith(common.NEWLINE_SYMBOL) else ""
@@ -103,13 +108,16 @@ def token_span(label: str, tooltip: str = "", style: str = "") -> str:
 
 
 def embedded_image(data: bytes, kind: str, description: str) -> str:
-    """An image stored in the page; kind: gif or svg+xml. As an image, an SVG keeps its own style sheet."""
+    """An image whose data are in the page. kind: gif or svg+xml.
+
+    An SVG is embedded as an image so that its style sheet does not affect the rest of the page.
+    """
     encoded = base64.b64encode(data).decode("ascii")
     return f'<img alt="{escape(description)}" src="data:image/{kind};base64,{encoded}">'
 
 
 def figure_html(figure: go.Figure, height: int = 640) -> str:
-    """The HTML of a plotly figure, for `page`, with a transparent background and the page's margins."""
+    """The HTML of a plotly figure, for `page`, with a transparent background. height: pixels."""
     figure.update_layout(
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
@@ -117,7 +125,7 @@ def figure_html(figure: go.Figure, height: int = 640) -> str:
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#9aa0a6", "activecolor": "#0072B2"},
         margin={"l": 60, "r": 20, "t": 50, "b": 60},
     )
-    # THEME_SCRIPT cannot recolor the lines through 0 and the walls of 3D scenes: hide them
+    # hide the lines through 0 and the walls of 3D scenes, whose colors THEME_SCRIPT does not set
     figure.update_xaxes(zeroline=False).update_yaxes(zeroline=False)
     figure.update_scenes({f"{axis}axis_showbackground": False for axis in "xyz"})
     return figure.to_html(

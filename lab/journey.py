@@ -3,9 +3,9 @@
     python -m lab.journey config/train_golden_age_baby.py config/train_golden_age_teen.py config/train_golden_age_adult.py
     python -m lab.journey config/train_golden_age_baby.py config/train_golden_age_teen.py --time_budget=1m
 
-A run that is already trained to its end with the same settings is not trained again; an interrupted run is
-resumed. Settings of train.py (`--time_budget=1m`) apply to all configs. Prints a Markdown table, and writes
-a picture (PNG) and a page with the table, the loss curves and the samples (HTML).
+A finished run with the same settings is not trained again, and an interrupted run is resumed. Settings of
+train.py, such as `--time_budget=1m`, apply to all configs. Prints a Markdown table, and writes a picture (PNG)
+and a page with the table, the loss curves and the samples (HTML).
 """  # noqa: E501 (a command is a line)
 
 import subprocess
@@ -27,11 +27,14 @@ from lab import common, curves, html_page
 from train import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-# settings that may differ between a finished run and the config: they do not change the result
+# Settings that do not change the result: a run whose settings differ only in these is not trained again.
 IGNORED_SETTINGS = {
     "out_dir", "overwrite", "debug", "init_from", "wandb_log", "wandb_project", "wandb_run_name"
 }  # fmt: skip
-SAMPLE_CHARACTERS = 80  # of a sample in the table
+SAMPLE_CHARACTERS = 80  # the length of a sample in the table
+
+
+TABLE_HEADER = ("run", "parameters", "best val loss", "bits per byte", "best step", "time", "sample")
 
 
 @dataclass(frozen=True)
@@ -47,31 +50,31 @@ class JourneySettings:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a run."""
+    """The result of a finished run."""
 
     name: str
     parameters: int
-    best_val_loss: float  # on the fixed evaluation windows
-    train_loss: float  # on the fixed evaluation windows, at the same step
-    best_step: int
-    loss: float  # of the whole validation split
-    bits_per_byte: float
-    seconds: float
-    sample: str
+    best_val_loss: float  # of the best evaluation, on its fixed windows; nats per token
+    train_loss: float  # of the same evaluation
+    best_step: int  # of the same evaluation
+    loss: float  # of the whole validation split; nats per token
+    bits_per_byte: float  # of the whole validation split
+    seconds: float  # of the whole run
+    sample: str  # the last one
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of train.py: its folder and its arguments, None if it is already trained."""
+    """A run of train.py that is still to be trained, or finished already."""
 
     folder: Path
-    arguments: list[str] | None
+    arguments: list[str] | None  # of train.py; None if the run is finished
 
 
 def plan_run(config: str, flags: Sequence[str]) -> PlannedRun:
-    """Decide whether a config must be trained, resumed, or neither.
+    """Decide whether the run of a config must be trained, resumed, or neither.
 
-    Raises ValueError if its run folder has a run with other settings.
+    Raises ValueError if its run folder contains a run with other settings.
     """
     settings = resolve(TrainSettings, [config, *flags]).settings
     folder = Path(settings.out_dir)
@@ -79,36 +82,46 @@ def plan_run(config: str, flags: Sequence[str]) -> PlannedRun:
         return PlannedRun(folder, [config, *flags])
     saved = run_folder.saved_settings(folder)
     differences = [
-        f"{name} = {saved[name]!r}, now {value!r}"
+        f"{name} was {saved[name]!r} and is {value!r} now"
         for name, value in asdict(settings).items()
         if name not in IGNORED_SETTINGS and saved.get(name, value) != value
     ]
     if differences:
         raise ValueError(
-            f"{folder} has a run with other settings ({'; '.join(differences[:3])}): add --overwrite=True to "
-            "train all configs again, or move that folder away"
+            f"{folder} contains a run with other settings ({'; '.join(differences[:3])}). Move that folder, "
+            "or add --overwrite=True, which deletes the runs of all configs and trains them again"
         )
-    if any("final_loss" in record for record in metrics_file.read_metrics(folder)):
+    if any("final_loss" in record for record in metrics_file.read_metrics(folder)):  # the run is finished
         return PlannedRun(folder, None)
     return PlannedRun(folder, [f"--out_dir={folder}", "--init_from=resume"])
 
 
 def plan_runs(configs: Sequence[str], flags: Sequence[str]) -> list[PlannedRun]:
-    """Plan all runs before any is trained. Raises ValueError if a config or its run folder does not fit."""
+    """Plan the runs of all configs.
+
+    Raises ValueError, before anything is trained, if there are no configs, two of them have the same run
+    folder, or a run folder contains a run with other settings.
+    """
     if not configs:
-        raise ValueError("name the configs to compare: python -m lab.journey config/a.py config/b.py")
+        raise ValueError(
+            "no configs to compare; write, for example: python -m lab.journey config/a.py config/b.py"
+        )
     runs = [plan_run(config, flags) for config in configs]
     folders = [run.folder for run in runs]
     if duplicates := {str(folder) for folder in folders if folders.count(folder) > 1}:
-        raise ValueError(f"two of the configs write into the same folder: {', '.join(sorted(duplicates))}")
+        raise ValueError(
+            f"several configs have the same out_dir: {', '.join(sorted(duplicates))}. Give each its own"
+        )
     return runs
 
 
-def train(arguments: Sequence[str]) -> None:
+def run_train_script(arguments: Sequence[str]) -> None:
     """Run train.py, which prints its progress. Raises ValueError if it fails."""
-    process = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False)
-    if process.returncode:
-        raise ValueError(f"train.py {' '.join(arguments)} ended with status {process.returncode}: see above")
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False)
+    if result.returncode:
+        raise ValueError(
+            f"train.py {' '.join(arguments)} failed with status {result.returncode}; see its message above"
+        )
 
 
 def read_result(folder: Path) -> RunResult:
@@ -118,6 +131,7 @@ def read_result(folder: Path) -> RunResult:
     evaluations = {record["step"]: record for record in records if "eval_val_loss" in record}
     best = min(evaluations.values(), key=lambda record: record["eval_val_loss"])
     samples = metrics_file.read_samples(folder)
+    _, last_sample = samples[-1] if samples else (None, "")
     return RunResult(
         name=folder.name,
         parameters=count_parameters(folder),
@@ -127,7 +141,7 @@ def read_result(folder: Path) -> RunResult:
         loss=final["final_loss"],
         bits_per_byte=final["final_bits_per_byte"],
         seconds=final["seconds"],
-        sample=samples[-1][1].strip() if samples else "",
+        sample=last_sample.strip(),
     )
 
 
@@ -138,9 +152,6 @@ def count_parameters(folder: Path) -> int:
 
 
 # Draw
-
-
-TABLE_HEADER = ("run", "parameters", "best val loss", "bits per byte", "best step", "time", "sample")
 
 
 def table_rows(results: Sequence[RunResult]) -> list[tuple[str, ...]]:
@@ -172,7 +183,7 @@ def draw_comparison(results: Sequence[RunResult]) -> Figure:
     loss_axes.plot(sizes, val_losses, "o-", color=loss_plot.COLORS[0], label="validation")
     loss_axes.plot(sizes, train_losses, "s--", color=loss_plot.COLORS[1], label="training")
     loss_axes.set_ylabel(loss_plot.Y_LABEL)
-    loss_axes.set_title("loss at the best step: the gap shows overfitting", fontsize=10)
+    loss_axes.set_title("loss at the best step; a gap shows overfitting", fontsize=10)
     loss_axes.legend(frameon=False)
     time_axes.plot(sizes, seconds, "o-", color=loss_plot.COLORS[2])
     time_axes.set_ylim(0, 1.15 * max(seconds))
@@ -200,7 +211,7 @@ def label_points(axes: Axes, sizes: Sequence[int], values: Sequence[float], name
 
 
 def page_parts(results: Sequence[RunResult], folders: Sequence[Path]) -> list[str]:
-    """The HTML of the page: table, loss curves, samples."""
+    """The HTML of the page in parts: table, loss curves, samples."""
     curves_html = curves.curves_html([loss_plot.read_curves(folder) for folder in folders])
     parts = [html_page.table(table_rows(results), TABLE_HEADER), "<h2>Loss curves</h2>", curves_html]
     for result in results:
@@ -218,7 +229,7 @@ def main(resolved: Resolved[JourneySettings], configs: Sequence[str], flags: Seq
             print(f"{run.folder} is already trained", flush=True)
         else:
             print(f"python train.py {' '.join(run.arguments)}", flush=True)
-            train(run.arguments)
+            run_train_script(run.arguments)
     results = [read_result(folder) for folder in folders]
     print(f"\n{common.markdown_table(TABLE_HEADER, table_rows(results))}\n")
     path = common.output_path_in("out", settings.to, "journey")
@@ -232,12 +243,12 @@ def main(resolved: Resolved[JourneySettings], configs: Sequence[str], flags: Seq
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """A command line -> (flags of this command, configs, flags of train.py)."""
+    """Divide a command line into flags of this command, configs, and flags of train.py."""
     own_names = {f"--{field.name}" for field in fields(JourneySettings)}
     own_names |= {"--help", "-h", "--debug", "--print_settings"}
-    own_flags = [word for word in argv if word.partition("=")[0] in own_names]
-    configs = [word for word in argv if word.endswith(".py") and not word.startswith("-")]
-    train_flags = [word for word in argv if word not in own_flags and word not in configs]
+    own_flags = [argument for argument in argv if argument.partition("=")[0] in own_names]
+    configs = [argument for argument in argv if argument.endswith(".py") and not argument.startswith("-")]
+    train_flags = [argument for argument in argv if argument not in own_flags and argument not in configs]
     return own_flags, configs, train_flags
 
 

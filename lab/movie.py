@@ -4,14 +4,14 @@
     python -m lab.movie --out_dir=out/python-char
     python -m lab.movie --out_dir=out/python-char --how=tsne --groups="vowels=aeiou;digits=0123456789"
 
-Writes a GIF and an MP4 with the tokens, the positions and the validation loss. train.py saves the
-embeddings it needs if `snapshot_interval` is set.
+Writes a GIF and an MP4 with the tokens, the positions and the validation loss. The run needs snapshots of its
+embeddings, which train.py saves if `snapshot_interval` is set.
 
-Projections of successive snapshots must be comparable, so that points move smoothly. PCA: all snapshots are
-projected on the two principal components of the last one. t-SNE: each snapshot starts from the result of
-the one before, and is aligned with it (Procrustes).
+The projections of successive snapshots must be comparable, so that the points move smoothly. With PCA, all
+snapshots are projected on the two principal components of the last one. With t-SNE, each snapshot starts from
+the projection of the one before, and is then aligned with it (Procrustes).
 
-Shapes: S snapshots, F frames, n tokens, P positions, C width.
+Shapes: S snapshots, F frames, n tokens, P positions, C embedding width.
 """
 
 import sys
@@ -26,14 +26,14 @@ from sklearn.decomposition import PCA
 
 from configurator import Resolved, setting
 from fradique.checkpointing import embedding_snapshots, run_folder
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import load_tokenizer
 from fradique.training import loss_plot
 from lab import animation, common
 from lab.embeddings import METHOD_NAMES, draw_positions, draw_tokens, project
 from lab.token_groups import token_groups
 
 FIGURE_SIZE, DPI = (10.8, 5.4), 100
-MAX_FRAMES = 240
+MAX_FRAMES = 240  # limits the time of drawing; a longer animation has fewer frames per second
 PAUSE_SECONDS = 2.0  # at the end of the GIF
 
 
@@ -62,10 +62,10 @@ class MovieSettings:
 def project_snapshots(
     snapshots: Sequence[np.ndarray], method: str, perplexity: float = 15.0, seed: int = 0
 ) -> np.ndarray:
-    """Comparable projections of S snapshots (n, C): (S, n, 2). method: pca or tsne."""
+    """Comparable projections of S snapshots (n, C): (S, n, 2). method: a key of METHOD_NAMES."""
     if method == "pca":
         pca = PCA(2, svd_solver="full").fit(snapshots[-1])
-        # each snapshot around its own mean, so that the points as a whole stay in the middle of the picture
+        # minus the mean of each snapshot, not of the last one, so that every picture is centered
         return np.stack([(points - points.mean(0)) @ pca.components_.T for points in snapshots])
     projections = [project(snapshots[0], method, perplexity, seed)]
     for points in snapshots[1:]:
@@ -75,9 +75,9 @@ def project_snapshots(
 
 
 def align(points: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Rotate, mirror and shift points (n, 2) to lie as near as possible to `target` (n, 2).
+    """Rotate, mirror and shift points (n, 2) so that they are as near as possible to `target` (n, 2).
 
-    This is the orthogonal Procrustes problem (Schönemann 1966); distances between points do not change.
+    Solves the orthogonal Procrustes problem (Schönemann 1966). The distances between points do not change.
     """
     centered, centered_target = points - points.mean(0), target - target.mean(0)
     u, _, vt = np.linalg.svd(centered.T @ centered_target)
@@ -85,7 +85,7 @@ def align(points: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def interpolate(points: np.ndarray, n_frames: int) -> np.ndarray:
-    """Linear interpolation between snapshots, from the first to the last: (S, n, 2) -> (F, n, 2)."""
+    """Linear interpolation from the first snapshot to the last: (S, n, 2) -> (F, n, 2), with F = n_frames."""
     times = np.linspace(0, len(points) - 1, n_frames)  # in units of snapshots
     before = np.minimum(times.astype(int), max(0, len(points) - 2))
     after = np.minimum(before + 1, len(points) - 1)
@@ -104,7 +104,7 @@ class MovieData:
     positions: np.ndarray | None  # (F, P, 2)
     labels: list[str]  # of the tokens
     groups: np.ndarray  # of the tokens, (n,)
-    evaluated: dict[str, np.ndarray]  # "step" and "val", (N,)
+    evaluated: dict[str, np.ndarray]  # of LossCurves: "step", "val", ...
 
 
 def load_movie(settings: MovieSettings) -> MovieData:
@@ -114,25 +114,26 @@ def load_movie(settings: MovieSettings) -> MovieData:
     snapshots = embedding_snapshots.read_snapshots(folder)
     if len(snapshots) < 2:
         raise ValueError(
-            f"{folder} has only one snapshot, of step {snapshots[0].step}, and an animation needs two: train "
-            "with a smaller --snapshot_interval"
+            f"{folder} has only one snapshot of its embeddings, of step {snapshots[0].step}. An animation "
+            "needs at least two: train with a smaller --snapshot_interval"
         )
     n_frames = min(MAX_FRAMES, max(2, round(settings.seconds * settings.fps)))
 
     def project_frames(tables: Sequence[np.ndarray]) -> np.ndarray:
+        """The embeddings of each snapshot, (n, C) -> the points in each frame, (F, n, 2)."""
         points = project_snapshots(tables, settings.how, settings.perplexity, settings.seed)
         return interpolate(points, n_frames)
 
-    tokenizer = tokenizers.load_tokenizer(folder / run_folder.TOKENIZER_FILE)
+    tokenizer = load_tokenizer(folder / run_folder.TOKENIZER_FILE)
     n_tokens = min(settings.most, tokenizer.vocab_size, len(snapshots[0].tokens))
     positions = None
     if snapshots[0].positions is not None and len(snapshots[0].positions) > 3:
         positions = project_frames([snapshot.positions for snapshot in snapshots])
-    steps = np.array([snapshot.step for snapshot in snapshots], float)
+    snapshot_steps = np.array([snapshot.step for snapshot in snapshots], float)  # (S,)
     return MovieData(
         title=folder.name,
         method=settings.how,
-        steps=interpolate(steps[:, None, None], n_frames)[:, 0, 0],
+        steps=interpolate(snapshot_steps[:, None, None], n_frames)[:, 0, 0],
         tokens=project_frames([snapshot.tokens[:n_tokens] for snapshot in snapshots]),
         positions=positions,
         labels=common.token_labels(tokenizer, np.arange(n_tokens)),
@@ -173,28 +174,29 @@ def draw_frame(movie: MovieData, frame: int) -> Figure:
 
 
 def set_fixed_limits(axes: Axes, points: np.ndarray, title: str) -> None:
-    """Set limits that contain the points of all frames (F, n, 2), and the title; remove the ticks."""
+    """Set the title, and limits that contain the points of all frames (F, n, 2). Remove the ticks."""
     (min_x, max_x), (min_y, max_y) = axis_limits(points)
     axes.set(xlim=(min_x, max_x), ylim=(min_y, max_y), xticks=[], yticks=[])
     axes.set_title(title, fontsize=9)
 
 
 def axis_limits(points: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Limits of x and of y that contain all frames (F, n, 2), with a margin."""
-    minimum, maximum = points.min((0, 1)), points.max((0, 1))
+    """(minimum, maximum) of x and of y over the points of all frames (F, n, 2), with a margin."""
+    minimum, maximum = points.min((0, 1)), points.max((0, 1))  # (2,) each
     margin = 0.06 * np.maximum(maximum - minimum, 1e-9)
-    return tuple(zip((minimum - margin).tolist(), (maximum + margin).tolist(), strict=True))
+    (min_x, min_y), (max_x, max_y) = (minimum - margin).tolist(), (maximum + margin).tolist()
+    return (min_x, max_x), (min_y, max_y)
 
 
 def draw_loss(axes: Axes, evaluated: dict[str, np.ndarray], step: float, last_step: float) -> None:
-    """The validation loss up to `step`, on axes that fit the whole run."""
+    """The validation loss up to `step`, in axes whose limits are the same in all frames."""
     axes.set_title("validation loss, nats per token", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     steps, losses = evaluated["step"], evaluated["val"]
     if not len(steps):
         return
-    current = float(np.interp(step, steps, losses))
+    current = float(np.interp(step, steps, losses))  # the loss at `step`, between two evaluations
     past = steps <= step
     axes.plot([*steps[past], step], [*losses[past], current], color=loss_plot.COLORS[0])
     axes.plot(step, current, "o", color=loss_plot.COLORS[1])
@@ -222,7 +224,9 @@ def main(resolved: Resolved[MovieSettings]) -> int:
     except ImportError as error:
         print(error)
     arrays = {"steps": movie.steps, "tokens": movie.tokens, "names": np.array(movie.labels)}
-    arrays |= {"groups": movie.groups} | ({} if movie.positions is None else {"positions": movie.positions})
+    arrays["groups"] = movie.groups
+    if movie.positions is not None:
+        arrays["positions"] = movie.positions
     common.save_arrays(settings.save_arrays, arrays)
     return 0
 

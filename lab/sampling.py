@@ -2,9 +2,9 @@
 
     python -m lab.sampling --out_dir=out/eca-char --start="A casa" --temperatures=0,0.5,0.8,1,1.3
 
-Prints a table for each temperature: the share of distinct n-grams, the share of tokens that repeat earlier
-text, and the length of the loop in which the text ends, if it does. Writes the table as a bar chart (PNG)
-and the texts with their repetitions marked (HTML).
+Prints a table with a row for each temperature: the share of distinct n-grams, the share of tokens that repeat
+earlier text, and, if the text ends in a loop, the length of the loop. Writes the table as a bar chart (PNG),
+and the texts with their repeated tokens marked (HTML).
 
 Shapes: N samples, T tokens.
 """
@@ -24,8 +24,8 @@ from lab import common, html_page
 from sample import LoadedModel
 
 NGRAM_SIZES = (1, 2, 3, 4)
-REPEAT_LENGTH = 8  # a token is repeated if the last 8 tokens, up to it, occurred before
-SAMPLES_SHOWN = 2  # of each temperature, on the page
+REPEAT_LENGTH = 8  # a token counts as repeated if the 8 tokens that end with it occurred before
+SAMPLES_SHOWN = 2  # samples of each temperature on the HTML page
 
 
 @dataclass(frozen=True)
@@ -48,57 +48,60 @@ class SamplingSettings(common.ModelSettings):
 class Repetition:
     """How much a text repeats itself."""
 
-    distinct: tuple[float, ...]  # for each of NGRAM_SIZES: the share of distinct n-grams (Li et al. 2016)
-    repeated: float  # the share of repeated tokens (`repeated_tokens`)
-    loop: int  # length in tokens of the loop at the end; 0: none
+    distinct: tuple[float, ...]  # the share of distinct n-grams (Li et al. 2016), for each of NGRAM_SIZES
+    repeated: float  # the share of repeated tokens, see `repeated_tokens`
+    loop: int  # length of the loop at the end in tokens, see `loop_length`; 0: none
 
 
 # Compute
 
 
 def distinct_share(ids: Sequence[int], n: int) -> float:
-    """The share of distinct n-grams among those of ids (T,); 1 if there are none."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+    """The number of different n-grams in ids (T,), divided by the number of all n-grams; 1 if T < n."""
+    ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
 def repeated_tokens(ids: Sequence[int], length: int = REPEAT_LENGTH) -> np.ndarray:
-    """(T,) bool: whether the `length` tokens that end at each of ids (T,) have occurred before."""
+    """For each token of ids (T,), whether the `length` tokens that end with it occurred before: (T,) bool."""
     previous_ngrams, repeated = set(), np.zeros(len(ids), dtype=bool)
     for end in range(length, len(ids) + 1):
-        gram = tuple(ids[end - length : end])
-        repeated[end - 1] = gram in previous_ngrams
-        previous_ngrams.add(gram)
+        ngram = tuple(ids[end - length : end])
+        repeated[end - 1] = ngram in previous_ngrams
+        previous_ngrams.add(ngram)
     return repeated
 
 
 def loop_length(ids: Sequence[int], times: int = 3) -> int:
-    """The length of the shortest sequence with which ids (T,) end `times` times in a row; 0 if none."""
+    """The length of the shortest sequence that ids (T,) repeat at their end, at least `times` times.
+
+    0 if there is none.
+    """
     ids = list(ids)
     for length in range(1, len(ids) // times + 1):
-        loop = ids[-length:]
-        if all(ids[-length * (k + 1) : len(ids) - length * k] == loop for k in range(1, times)):
+        if ids[-length * times :] == ids[-length:] * times:
             return length
     return 0
 
 
 def measure_repetition(ids: Sequence[int]) -> Repetition:
-    """The repetition in one text (T,)."""
+    """The repetition in the ids (T,) of one text."""
     distinct = tuple(distinct_share(ids, n) for n in NGRAM_SIZES)
     return Repetition(distinct, float(repeated_tokens(ids).mean()), loop_length(ids))
 
 
 def mean_repetition(samples: Sequence[Repetition]) -> Repetition:
-    """The mean over several samples; the loop is that of the first sample that has one."""
+    """The mean over several samples, with the loop of the first sample that ends in one."""
     distinct = np.mean([sample.distinct for sample in samples], axis=0)
     repeated = float(np.mean([sample.repeated for sample in samples]))
-    return Repetition(tuple(distinct), repeated, next((s.loop for s in samples if s.loop), 0))
+    loops = [sample.loop for sample in samples if sample.loop]
+    return Repetition(tuple(distinct), repeated, loop=loops[0] if loops else 0)
 
 
 def generate_samples(
     loaded: LoadedModel, prompt: np.ndarray, temperature: float, settings: SamplingSettings
 ) -> np.ndarray:
-    """Tokens (N, T) generated after the prompt; N is 1 for greedy decoding, which is deterministic."""
+    """Generate tokens (N, T) after the prompt. With temperature 0 all samples are equal, so N is 1."""
     n_samples = 1 if temperature == 0 else settings.samples
     generator = torch.Generator(loaded.runtime.device)
     generator.manual_seed(settings.seed)
@@ -116,7 +119,7 @@ def temperature_name(temperature: float) -> str:
 
 
 def summary_table(results: dict[float, Repetition]) -> str:
-    """Markdown: a row for each temperature."""
+    """A Markdown table with a row for each temperature."""
     header = ["", *(f"distinct-{n}" for n in NGRAM_SIZES), "repeated", "ends in a loop of"]
     rows = []
     for temperature, result in results.items():
@@ -127,7 +130,7 @@ def summary_table(results: dict[float, Repetition]) -> str:
 
 
 def draw_bars(results: dict[float, Repetition]) -> Figure:
-    """Shares of distinct n-grams and of repeated tokens, a group of bars for each temperature."""
+    """Bars for the shares of distinct n-grams and of repeated tokens, in a group for each temperature."""
     figure = Figure(figsize=(1.2 + 1.5 * len(results), 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     series = {f"distinct-{n}": [r.distinct[i] for r in results.values()] for i, n in enumerate(NGRAM_SIZES)}
@@ -151,7 +154,7 @@ def marked_text(labels: list[str], repeated: np.ndarray) -> str:
     spans = []
     for label, is_repeated in zip(labels, repeated, strict=True):
         line_break = "<br>" if label == common.NEWLINE_SYMBOL else ""
-        text = escape(label.replace("␣", " "))
+        text = escape(label.replace(common.WHITESPACE_SYMBOLS[" "], " "))
         spans.append((f"<mark>{text}</mark>" if is_repeated else text) + line_break)
     return html_page.token_text(spans)
 
@@ -171,7 +174,9 @@ def main(resolved: Resolved[SamplingSettings]) -> int:
     print(summary_table(results))
     path = common.output_path(settings, "sampling")
     common.save_figure(draw_bars(results), common.add_extension(path, ".png"))
-    note = f"Marked: each token that ends {REPEAT_LENGTH} tokens which occurred earlier in the text."
+    note = (
+        f"A token is marked if it and the {REPEAT_LENGTH - 1} tokens before it occurred earlier in the text."
+    )
     parts = [html_page.note(note)]
     for temperature, rows in samples.items():
         parts.append(f"<h2>{temperature_name(temperature)}</h2>")

@@ -1,21 +1,21 @@
-"""Groups of tokens, to color pictures: vowels, capitals, digits; for BPE, with or without a space before."""
+"""Groups of tokens, such as vowels, capitals and digits, for the colors of a picture."""
 
 import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import Tokenizer
 
 VOWELS = set("aeiouy")
 
 
-def token_groups(tokenizer: tokenizers.Tokenizer, ids: Sequence[int], spec: str = "") -> np.ndarray:
-    """The group of each token (n,), as text.
+def token_groups(tokenizer: Tokenizer, ids: Sequence[int], spec: str = "") -> np.ndarray:
+    """The name of the group of each token: (n,).
 
-    spec: custom groups instead of the default ones, "name=characters;name=characters", as in
-    --groups="vowels=aeiou;digits=0123456789". A token belongs to the first group that has all its characters,
-    else to "other". Raises ValueError if it cannot be parsed.
+    spec: the value of --groups: custom groups such as "vowels=aeiou;digits=0123456789", or "" for the default
+    groups. A token belongs to the first custom group that contains all its characters, or to "other" if none
+    does. Raises ValueError if `spec` cannot be parsed.
     """
     texts = [tokenizer.decode([token]) for token in ids]
     if spec:
@@ -26,8 +26,7 @@ def token_groups(tokenizer: tokenizers.Tokenizer, ids: Sequence[int], spec: str 
 
 
 def character_group(char: str) -> str:
-    """The group of a character; an accented vowel is a vowel."""
-    base = unicodedata.normalize("NFD", char)[0].lower()
+    """The default group of a token of the character tokenizer."""
     if char.isspace():
         return "space"
     if char.isdigit():
@@ -35,12 +34,13 @@ def character_group(char: str) -> str:
     if char.isalpha():
         if char.isupper():
             return "capital"
-        return "vowel" if base in VOWELS else "consonant"
+        base_letter = unicodedata.normalize("NFD", char)[0].lower()  # without its accent
+        return "vowel" if base_letter in VOWELS else "consonant"
     return "punctuation"
 
 
 def subword_group(text: str) -> str:
-    """The group of a token of several characters. Bytes that are not valid UTF-8 decode to "" or U+FFFD."""
+    """The default group of a BPE token. Bytes that are not valid UTF-8 are decoded to "" or U+FFFD."""
     if not text or "\ufffd" in text:
         return "part of a character"
     word = text.strip()
@@ -62,12 +62,17 @@ def _parse_groups(spec: str) -> dict[str, set[str]]:
         name, equals, characters = item.partition("=")
         if not equals or not name.strip() or not characters:
             raise ValueError(
-                f'--groups={spec!r}: write "name=characters;name=characters", as in vowels=aeiou'
+                f'--groups={spec!r}: write "name=characters;name=characters", for example '
+                '"vowels=aeiou;digits=0123456789"'
             )
         groups[name.strip()] = set(characters)
     return groups
 
 
 def _custom_group(text: str, groups: dict[str, set[str]]) -> str:
+    """The first group that contains all characters of a token, without whitespace around it."""
     characters = set(text.strip())
-    return next((name for name, members in groups.items() if characters and characters <= members), "other")
+    for name, members in groups.items():
+        if characters and characters <= members:
+            return name
+    return "other"

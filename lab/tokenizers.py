@@ -1,11 +1,11 @@
-"""One text in three vocabularies: characters, GPT-2's BPE, and a BPE trained on the text itself.
+"""One text, split by three tokenizers: characters, GPT-2's BPE, and a BPE trained on the text itself.
 
     python -m lab.tokenizers --input=book.txt
     python -m lab.tokenizers --input=book.txt --bpe=2048 --n_embd=384 --n_layer=6 --out_dir=out/a,out/b
 
-Prints a table: tokens, bytes per token, and the share of a model's parameters in the token embedding.
-Writes the beginning of the text with its tokens in colors (PNG and HTML). With `--out_dir`, compares those
-runs in bits per byte, which do not depend on the tokenizer.
+Prints a table: tokens, bytes per token, and the token embedding's share of a model's parameters. Writes the
+beginning of the text with its tokens in colors (PNG and HTML). With `--out_dir`, also compares trained runs
+in bits per byte, a measure that does not depend on the tokenizer.
 
 Shapes: T tokens.
 """
@@ -26,7 +26,7 @@ from configurator import Resolved, command, setting
 from fradique.checkpointing import metrics_file
 from fradique.data import text
 from fradique.tokenizer import bpe
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 from fradique.training.logger import format_count
 from fradique.training.loss_plot import COLORS
 from lab import common, html_page
@@ -62,37 +62,40 @@ class TokenizersSettings:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """A text as one tokenizer splits it."""
+    """A text split by a tokenizer."""
 
     name: str
     vocab_size: int
     ids: np.ndarray  # (T,)
-    labels: list[str]  # of the first HTML_CHARACTERS tokens at most
-    text_bytes: int
+    labels: list[str]  # of the first tokens, at most HTML_CHARACTERS
+    text_bytes: int  # of the whole text in UTF-8
 
     @property
     def bytes_per_token(self) -> float:
         return self.text_bytes / len(self.ids)
 
     def embedding_share(self, n_embd: int, n_layer: int) -> float:
-        """The share of the token embedding in a GPT's parameters: V C / (V C + 12 L C²), without norms."""
-        embedding = self.vocab_size * n_embd
-        return embedding / (embedding + 12 * n_layer * n_embd**2)
+        """The token embedding's share of the parameters of a GPT with L layers: V C / (V C + 12 L C²).
+
+        V is the vocabulary size and C the width. Norms and positions are left out.
+        """
+        embedding_parameters = self.vocab_size * n_embd
+        return embedding_parameters / (embedding_parameters + 12 * n_layer * n_embd**2)
 
 
 def tokenize_all(content: str, bpe_size: int) -> list[Tokenization]:
     """Split a text with the three tokenizers. Raises ValueError if it is empty."""
     if not content:
-        raise ValueError("the text is empty: --input must name a file with some text")
-    candidates = [
-        ("characters", tokenizers.CharTokenizer("".join(sorted(set(content))))),
-        ("GPT-2's BPE", tokenizers.GPT2Tokenizer()),
-        (f"its own BPE of {bpe_size:,}", tokenizers.train_bpe([content], bpe_size)),
+        raise ValueError("the text is empty: --input must be a file or folder that contains text")
+    tokenizers = [
+        ("characters", CharTokenizer("".join(sorted(set(content))))),
+        ("GPT-2's BPE", GPT2Tokenizer()),
+        (f"its own BPE of {bpe_size:,}", train_bpe([content], bpe_size)),
     ]
-    return [tokenize(name, tokenizer, content) for name, tokenizer in candidates]
+    return [tokenize(name, tokenizer, content) for name, tokenizer in tokenizers]
 
 
-def tokenize(name: str, tokenizer: tokenizers.Tokenizer, content: str) -> Tokenization:
+def tokenize(name: str, tokenizer: Tokenizer, content: str) -> Tokenization:
     """Split a text with one tokenizer."""
     ids = tokenizer.encode(content)
     labels = common.token_labels(tokenizer, ids[:HTML_CHARACTERS])
@@ -100,7 +103,10 @@ def tokenize(name: str, tokenizer: tokenizers.Tokenizer, content: str) -> Tokeni
 
 
 def compare_runs(folders: list[Path]) -> list[tuple[str, float, float]]:
-    """(name, loss in nats per token, bits per byte) of each finished run, the best first."""
+    """(name, loss in nats per token, bits per byte) of each run, the best first.
+
+    Raises ValueError if a run is not finished.
+    """
     results = []
     for folder in folders:
         records = [r for r in metrics_file.read_metrics(folder) if "final_bits_per_byte" in r]
@@ -109,27 +115,32 @@ def compare_runs(folders: list[Path]) -> list[tuple[str, float, float]]:
                 f"{folder} has no finished run: bits per byte are measured at the end of training"
             )
         results.append((folder.name, records[-1]["final_loss"], records[-1]["final_bits_per_byte"]))
-    return sorted(results, key=lambda result: result[2])
+    return sorted(results, key=lambda result: result[2])  # by bits per byte
 
 
 class PlacedPiece(NamedTuple):
     """A piece of a token's label on the lines of the picture."""
 
-    x: int  # column of its first character
-    line: int
+    x: int  # column of its first character, from 0
+    line: int  # from 0
     text: str
-    index: int  # of the token
+    index: int  # number of the token in the text, from 0
 
 
 def wrap_labels(labels: Sequence[str], max_characters: int) -> list[PlacedPiece]:
-    """Lay out labels one after another on lines of LINE_LENGTH; a label that crosses a line end is split."""
-    pieces, x, line, total = [], 0, 0, 0
+    """Place labels one after another on lines of LINE_LENGTH characters, at most `max_characters` in total.
+
+    A label that crosses the end of a line is divided into pieces.
+    """
+    pieces, x, line, total = [], 0, 0, 0  # total: characters placed so far
     for index, label in enumerate(labels):
         remainder = label
         while remainder and total < max_characters:
             piece = remainder[: min(LINE_LENGTH - x, max_characters - total)]
             pieces.append(PlacedPiece(x, line, piece, index))
-            x, remainder, total = x + len(piece), remainder[len(piece) :], total + len(piece)
+            remainder = remainder[len(piece) :]
+            x += len(piece)
+            total += len(piece)
             if x == LINE_LENGTH:
                 x, line = 0, line + 1
     return pieces
@@ -139,7 +150,7 @@ def wrap_labels(labels: Sequence[str], max_characters: int) -> list[PlacedPiece]
 
 
 def summary_table(tokenizations: list[Tokenization], n_embd: int, n_layer: int) -> str:
-    """Markdown: a row for each tokenizer."""
+    """A Markdown table with a row for each tokenizer. n_embd, n_layer: of a model that uses it."""
     header = [
         "",
         "vocabulary",
@@ -163,9 +174,9 @@ def summary_table(tokenizations: list[Tokenization], n_embd: int, n_layer: int) 
 
 
 def draw_tokenizations(tokenizations: list[Tokenization]) -> Figure:
-    """The beginning of the text, a block of lines for each tokenizer, its tokens in alternating colors."""
+    """The beginning of the text in a block of lines per tokenizer, with the tokens in different colors."""
     blocks = [wrap_labels(t.labels, PNG_CHARACTERS) for t in tokenizations]
-    heights = [1 + block[-1].line + 1.2 for block in blocks]
+    heights = [1 + block[-1].line + 1.2 for block in blocks]  # in lines, with the title and a gap
     figure = Figure(figsize=(10, 0.3 * sum(heights) + 0.3), dpi=110)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(-1, LINE_LENGTH + 1)
@@ -182,6 +193,7 @@ def draw_tokenizations(tokenizations: list[Tokenization]) -> Figure:
 
 
 def draw_piece(axes: Axes, piece: PlacedPiece, y: float) -> None:
+    """Draw the characters of a piece on a background in the color of its token. y: upper edge, in lines."""
     color = COLORS[piece.index % len(COLORS)]
     background = Rectangle((piece.x, y), len(piece.text), 0.92, facecolor=color, alpha=0.38, linewidth=0)
     axes.add_patch(background)
@@ -190,7 +202,7 @@ def draw_piece(axes: Axes, piece: PlacedPiece, y: float) -> None:
 
 
 def colored_tokens(tokenization: Tokenization) -> str:
-    """The beginning of the text as HTML, with its tokens in alternating colors."""
+    """The beginning of the text as HTML, with the tokens in different colors."""
     spans, total = [], 0
     for i, label in enumerate(tokenization.labels):
         total += len(label)

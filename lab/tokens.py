@@ -3,9 +3,9 @@
     python -m lab.tokens --out_dir=out/eca-char --start="A figura é po"
     python -m lab.tokens --init_from=gpt2 --start="The capital of Portugal is" --top=20
 
-Writes the most probable next tokens at several temperatures and with top-k, top-p and min-p, with the
-entropy of each distribution (PNG; HTML with a slider for the temperature); the same as an animation (GIF);
-and the prompt colored by the loss of each token (HTML).
+Writes a picture (PNG) of the most probable next tokens and the entropy, at several temperatures and with
+top-k, top-p and min-p; an animation (GIF) in which the temperature changes; and a page (HTML) with a slider
+for the temperature, and with the prompt colored by the loss of each token.
 
 Shapes: T tokens, V vocabulary size.
 """
@@ -25,13 +25,13 @@ from matplotlib.ticker import MaxNLocator
 
 from configurator import Resolved, setting
 from fradique.generation.sampling import filter_logits
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import Tokenizer
 from fradique.training.loss_plot import COLORS
 from lab import animation, common, html_page
 from model import GPT
 
 FULL_COLOR_LOSS = 6.0  # nats: tokens with this loss or more have the strongest background
-TITLE_CHARACTERS = 60  # of the prompt, in titles
+TITLE_CHARACTERS = 60  # so many of the last characters of the prompt are in titles
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ def all_logits(model: GPT, ids: torch.Tensor, n_vocab: int) -> torch.Tensor:
 
 
 def probabilities(logits: torch.Tensor, temperature: float = 1.0, **filters: float) -> np.ndarray:
-    """The probabilities (V,) that sample.py would use, from logits (V,). filters: top_k, top_p or min_p."""
+    """The probabilities (V,) with which sample.py would sample, from logits (V,).
+
+    filters: top_k, top_p or min_p.
+    """
     filtered = filter_logits(logits[None] / temperature, **filters)
     return torch.softmax(filtered, dim=-1)[0].numpy()
 
@@ -87,7 +90,7 @@ def entropy_bits(distribution: np.ndarray) -> float:
 
 
 def panel_distributions(logits: torch.Tensor, settings: TokenSettings) -> dict[str, np.ndarray]:
-    """The distributions that are drawn: panel title -> probabilities (V,)."""
+    """The distributions to draw, from logits (V,): panel title -> probabilities (V,)."""
     temperatures = common.parse_numbers(settings.temperatures)
     return {f"temperature {t:g}": probabilities(logits, t) for t in temperatures} | {
         f"top-k {settings.top_k}": probabilities(logits, top_k=settings.top_k),
@@ -98,17 +101,17 @@ def panel_distributions(logits: torch.Tensor, settings: TokenSettings) -> dict[s
 
 @dataclass(frozen=True)
 class TokenScores:
-    """How well each token after the first was predicted: (T - 1,) each; of the top k, (T - 1, k)."""
+    """How well the model predicted each token of a text after the first."""
 
-    loss: np.ndarray  # nats
-    probability: np.ndarray
-    rank: np.ndarray  # 0: it was the most probable token
-    top_ids: np.ndarray  # the most probable tokens, in descending order
-    top_probabilities: np.ndarray
+    loss: np.ndarray  # (T - 1,) nats
+    probability: np.ndarray  # (T - 1,)
+    rank: np.ndarray  # (T - 1,) 0: the token was the most probable one
+    top_ids: np.ndarray  # (T - 1, k) the k most probable tokens in its place, in descending order
+    top_probabilities: np.ndarray  # (T - 1, k)
 
 
 def score_tokens(logits: torch.Tensor, ids: np.ndarray, top: int = 5) -> TokenScores:
-    """Score ids (T,) with the logits (T, V) after each of them."""
+    """Score ids (T,) with the logits (T, V) after each of them. top: the k of TokenScores."""
     log_probs = torch.log_softmax(logits[:-1], dim=-1)  # (T - 1, V)
     actual = log_probs.gather(1, torch.from_numpy(ids[1:])[:, None])  # (T - 1, 1)
     best = log_probs.topk(min(top, log_probs.size(1)), dim=-1)
@@ -132,7 +135,11 @@ def draw_bars(
     title: str,
     max_x: float = 1.0,
 ) -> None:
-    """A bar for the probability of each token id in `order`; the x axis ends a little after `max_x`."""
+    """A bar for the probability of each of the token ids in `order`, from top to bottom.
+
+    distribution: the probabilities (V,). labels: of the tokens in `order`. The x axis ends a little after
+    `max_x`.
+    """
     values = distribution[order]
     axes.barh(range(len(order)), values, color=COLORS[0], height=0.75)
     for i, p in enumerate(values):
@@ -149,7 +156,7 @@ def draw_bars(
 def draw_panels(
     distributions: dict[str, np.ndarray], order: np.ndarray, labels: list[str], prompt: str
 ) -> Figure:
-    """All distributions, in two rows of panels with one common scale."""
+    """A panel for each distribution, in two rows and with one common scale. For `order` see `draw_bars`."""
     columns = math.ceil(len(distributions) / 2)
     height = 0.19 * len(order) + 0.8
     figure = Figure(figsize=(2.6 * columns, 2 * height + 0.5), dpi=110, layout="constrained")
@@ -167,7 +174,8 @@ def write_temperature_gif(logits: torch.Tensor, order: np.ndarray, labels: list[
     """Animate the distribution while the temperature rises from 0.1 to 2 and falls again."""
     rising = np.geomspace(0.1, 2.0, 24)
     frames = []
-    for temperature in [*rising, *rising[-2:0:-1]]:
+    falling = rising[-2:0:-1]  # without the first and the last, which would be shown twice
+    for temperature in [*rising, *falling]:
         figure = Figure(figsize=(4.5, 0.22 * len(order) + 0.9), dpi=100, layout="constrained")
         distribution = probabilities(logits, temperature)
         draw_bars(figure.add_subplot(), distribution, order, labels, f"temperature {temperature:.2f}")
@@ -175,8 +183,8 @@ def write_temperature_gif(logits: torch.Tensor, order: np.ndarray, labels: list[
     animation.write_gif(frames, path, frame_seconds=0.12)
 
 
-def loss_colored_text(tokenizer: tokenizers.Tokenizer, ids: np.ndarray, scores: TokenScores) -> list[str]:
-    """The text of ids (T,) as HTML, each token with a background that is stronger for a larger loss."""
+def loss_colored_text(tokenizer: Tokenizer, ids: np.ndarray, scores: TokenScores) -> list[str]:
+    """The text of ids (T,) as HTML, in parts. The background of a token is stronger for a larger loss."""
     labels = common.token_labels(tokenizer, ids)
     spans = [html_page.token_span(labels[0])]  # the first token has no score
     for i, label in enumerate(labels[1:]):
@@ -197,7 +205,10 @@ def loss_colored_text(tokenizer: tokenizers.Tokenizer, ids: np.ndarray, scores: 
 
 
 def temperature_slider(logits: torch.Tensor, order: np.ndarray, labels: list[str]) -> str:
-    """Bars of the probabilities after logits (V,), as HTML with a slider for the temperature."""
+    """Bars of the probabilities from logits (V,), as HTML with a slider for the temperature.
+
+    For `order` and `labels` see `draw_bars`.
+    """
     frames = []
     for temperature in np.geomspace(0.1, 3.0, 30):
         p = probabilities(logits, temperature)
@@ -227,6 +238,7 @@ def main(resolved: Resolved[TokenSettings]) -> int:
     logits = all_logits(loaded.model, common.to_batch(loaded, ids), tokenizer.vocab_size)
     last = logits[-1]
     distributions = panel_distributions(last, settings)
+    # the most probable tokens; .copy() makes the reversed array contiguous
     order = probabilities(last).argsort()[::-1][: settings.top].copy()
     labels = common.token_labels(tokenizer, order)
     prompt = common.show_whitespace(tokenizer.decode(ids))
@@ -239,7 +251,7 @@ def main(resolved: Resolved[TokenSettings]) -> int:
     )
     title = f"Most probable tokens after “{escape(prompt[-TITLE_CHARACTERS:])}”"
     parts = [f"<h2>{title}</h2>", temperature_slider(last, order, labels)]
-    arrays = {f"probabilities of {title}": p for title, p in distributions.items()} | {"ids": ids}
+    arrays = {f"probabilities of {panel}": p for panel, p in distributions.items()} | {"ids": ids}
     if len(ids) > 1:
         scores = score_tokens(logits, ids)
         parts += ["<h2>Loss of each token of the text</h2>", *loss_colored_text(tokenizer, ids, scores)]

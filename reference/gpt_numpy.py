@@ -196,7 +196,7 @@ class GPT2:
         B, T = ids.shape
         start = cache.length if cache else 0
         if start + T > self.block_size:
-            raise ValueError(f"{start + T} tokens do not fit the block of {self.block_size}")
+            raise ValueError(f"{start + T} tokens exceed the block size of {self.block_size}")
         x = self.weights["wte.weight"][ids] + self.weights["wpe.weight"][start : start + T]  # (B, T, C)
         x = x.reshape(B * T, self.width)  # (N, C)
         saved: list = [ids]
@@ -340,10 +340,10 @@ def load(path: Path, n_head: int = 0) -> GPT2:
         if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))  # masks; the tied layer
     }
     if missing := [name for name in ("wte.weight", "wpe.weight", "ln_f.weight") if name not in weights]:
-        raise ValueError(f"{path} holds no GPT-2: {', '.join(missing)} is not in it")
+        raise ValueError(f"{path} is not a GPT-2 model; missing tensors: {', '.join(missing)}")
     for name in ("wte.weight", "wpe.weight"):
         if weights[name].ndim != 2:
-            raise ValueError(f"{path} holds no GPT-2: {name} has the shape {weights[name].shape}")
+            raise ValueError(f"{path} is not a GPT-2 model: {name} has shape {weights[name].shape}, not 2-D")
     C = weights["wte.weight"].shape[1]
     config_path = path.parent / "config.json"
     if not n_head and config_path.exists():
@@ -353,12 +353,14 @@ def load(path: Path, n_head: int = 0) -> GPT2:
     model = GPT2(weights, n_head or max(C // 64, 1))
     for name, shape in shapes(model).items():
         if name not in weights or weights[name].shape != shape:
-            problem = f"has the shape {weights[name].shape}" if name in weights else "is missing"
-            raise ValueError(f"{path} holds no GPT-2: {name} {problem}, and {shape} is needed")
+            actual = f"has shape {weights[name].shape}" if name in weights else "is missing"
+            raise ValueError(f"{path} is not a GPT-2 model: {name} {actual}, expected shape {shape}")
     if extra := sorted(set(weights) - set(shapes(model))):
-        raise ValueError(f"{path} holds what GPT-2 has not: {', '.join(extra[:5])}")
+        raise ValueError(f"{path} is not a GPT-2 model; unexpected tensors: {', '.join(extra[:5])}")
     if model.n_head < 1 or C % model.n_head:
-        raise ValueError(f"a width of {C} does not go into {model.n_head} heads: set --heads")
+        raise ValueError(
+            f"the width {C} cannot be divided into {model.n_head} heads: set --heads to a divisor"
+        )
     return model
 
 
@@ -378,9 +380,14 @@ def read_tokens(path: Path, model: GPT2, needed: int) -> Array:
     """Raw little-endian uint16. Raises ValueError for too few tokens, or one outside the vocabulary."""
     tokens = np.fromfile(path, "<u2")
     if len(tokens) < needed:
-        raise ValueError(f"{path} holds {len(tokens)} tokens, and {needed} are needed: --block says how many")
+        raise ValueError(
+            f"{path} contains {len(tokens)} tokens, but {needed} are needed: "
+            "use a longer file or a smaller --block"
+        )
     if (largest := int(tokens.max())) >= model.vocab_size:
-        raise ValueError(f"{path} holds the token {largest}, and the model knows {model.vocab_size}")
+        raise ValueError(
+            f"{path} contains the token id {largest}, but the vocabulary size is {model.vocab_size}"
+        )
     return tokens.astype(np.int64)
 
 
@@ -388,14 +395,16 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="GPT-2 in NumPy: loss on a text, generation, training.")
     parser.add_argument("command", choices=("loss", "generate", "train"))
     parser.add_argument("--weights", type=Path, required=True, help="model.safetensors of a GPT-2")
-    parser.add_argument("--tokens", type=Path, help="raw little-endian uint16, as train.bin and val.bin are")
-    parser.add_argument("--ids", help="generate: the prompt, as in 464,3290; default: the start of --tokens")
+    parser.add_argument("--tokens", type=Path, help="token file such as val.bin: raw little-endian uint16")
+    parser.add_argument(
+        "--ids", help="generate: the prompt, for example 464,3290; default: the start of --tokens"
+    )
     parser.add_argument("--heads", type=int, default=0, help="attention heads; 0: config.json, or width / 64")
     parser.add_argument(
-        "--block", type=int, default=0, help="tokens in a row; 0: 64 to train, else the block"
+        "--block", type=int, default=0, help="tokens per row; 0: 64 for train, else the block size"
     )
-    parser.add_argument("--batch", type=int, default=4, help="rows at a time")
-    parser.add_argument("--steps", type=int, help="train: steps (20); loss: at most so many batches (all)")
+    parser.add_argument("--batch", type=int, default=4, help="rows per batch")
+    parser.add_argument("--steps", type=int, help="train: steps (20); loss: maximum number of batches (all)")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="train: learning rate of AdamW")
     parser.add_argument("--count", type=int, default=40, help="generate: number of ids")
     parser.add_argument("--temperature", type=float, default=0.0, help="generate: 0 is greedy")
@@ -439,7 +448,7 @@ def train(model: GPT2, tokens: Array, args: argparse.Namespace, block: int) -> N
         )
     if args.out:
         save_file(model.weights, args.out, {"format": "pt"})
-        print(f"weights in {args.out}")
+        print(f"weights written to {args.out}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -447,26 +456,29 @@ def run(args: argparse.Namespace) -> None:
     block = args.block or (min(64, model.block_size) if args.command == "train" else model.block_size)
     if not 1 <= block <= model.block_size or args.batch < 1 or min(args.steps or 0, args.count) < 0:
         raise ValueError(
-            f"--block must be 1 to {model.block_size}, --batch at least 1, --steps and --count 0"
+            f"--block must be from 1 to {model.block_size}, --batch at least 1, "
+            "and --steps and --count at least 0"
         )
     if args.command == "generate":
         if args.ids:
             if not all(number.strip().isdecimal() for number in args.ids.split(",")):
-                raise ValueError(f"--ids={args.ids}: whole numbers are needed, with commas between them")
+                raise ValueError(f"--ids={args.ids} must be integers separated by commas, such as 464,3290")
             ids = [int(number) for number in args.ids.split(",")]
         elif args.tokens:
             ids = read_tokens(args.tokens, model, 1)[:block].tolist()
         else:
-            raise ValueError("generate needs something to begin with: --ids 464,3290 or --tokens FILE")
+            raise ValueError("generate needs a prompt: --ids 464,3290 or --tokens FILE")
         if unknown := [i for i in ids if not 0 <= i < model.vocab_size]:
-            raise ValueError(f"the model knows {model.vocab_size} tokens, and {unknown[0]} is none of them")
+            raise ValueError(
+                f"--ids contains the token id {unknown[0]}, but the vocabulary size is {model.vocab_size}"
+            )
         start_time = time.perf_counter()
         new_ids = model.generate(ids, args.count, args.temperature, args.top_k, args.seed)
         print(",".join(map(str, new_ids)))
         print(f"{args.count / (time.perf_counter() - start_time):.1f} tokens/s", file=sys.stderr)
         return
     if not args.tokens:
-        raise ValueError(f"{args.command} needs --tokens")
+        raise ValueError(f"{args.command} needs --tokens FILE")
     tokens = read_tokens(args.tokens, model, block + 1)
     if args.command == "train":
         train(model, tokens, args, block)

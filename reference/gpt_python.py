@@ -359,7 +359,7 @@ def options() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = options().parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character of the text
+    sys.stdout.reconfigure(errors="replace")  # the terminal may not support every character
     try:
         text = args.input.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -369,7 +369,7 @@ def main() -> None:
     if args.width % args.heads or args.width % 2:
         sys.exit(f"--width {args.width} must be even, and a multiple of --heads {args.heads}")
     if len(text) <= args.block:
-        sys.exit(f"{args.input} has {len(text)} characters; --block {args.block} needs {args.block + 1}")
+        sys.exit(f"{args.input} has {len(text)} characters, but --block {args.block} needs {args.block + 1}")
     if not 0 < args.learning_rate < 10:
         sys.exit(f"--learning_rate {args.learning_rate} must be above 0 and less than 10")
     characters, rng = sorted(set(text)), random.Random(args.seed)
@@ -379,7 +379,7 @@ def main() -> None:
     model = GPT(*shape, args.position, args.activation, args.loss, args.seed)
     adam, start_time, losses = Adam(model), time.perf_counter(), []
     size = sum(len(row) for weight in model.weights.values() for row in weight)
-    print(f"{len(text):,} characters, {len(characters)} of them different; {size:,} weights")
+    print(f"{len(text):,} characters, {len(characters)} distinct; {size:,} weights")
     if args.loss == "cross_entropy":
         by_frequency = -sum(n / len(text) * math.log(n / len(text)) for n in Counter(text).values())
         print(f"loss of guesses: blind {math.log(len(characters)):.3f}, by frequency {by_frequency:.3f}")

@@ -46,7 +46,7 @@ def make_text(n_words: int, seed: int = 0) -> str:
 
 
 def write_corpus(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
-    """A character corpus as `prepare.py` makes it, written with nothing of ours."""
+    """Write a character corpus as prepare.py would, without any code of the project."""
     folder.mkdir(parents=True, exist_ok=True)
     chars = sorted(set(text))
     ids = np.array([chars.index(c) for c in text], dtype="<u2")
@@ -84,48 +84,49 @@ def flags(settings: TrainSettings) -> list[str]:
     return [f"--{name}={value}" for name, value in vars(settings).items() if value != getattr(default, name)]
 
 
-def run_script(name: str, *words: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+def run_script(name: str, *arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
     """A script of the repository, or a module (lab.curves), in a process of its own: status and output."""
     program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
-    command = [sys.executable, "-W", "error", *program, *map(str, words)]
+    command = [sys.executable, "-W", "error", *program, *map(str, arguments)]
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options
     return subprocess.run(command, check=False, **options)
 
 
-def run_lab(name: str, *words: object) -> subprocess.CompletedProcess:
+def run_lab(name: str, *arguments: object) -> subprocess.CompletedProcess:
     """A module of lab/ as its command runs, but in this process: a new one imports torch for seconds."""
     module = importlib.import_module(name)
     (settings,) = (
-        found
-        for found in vars(module).values()
-        if isinstance(found, type) and found.__module__ == name and hasattr(found, "debug")
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == name and hasattr(value, "debug")
     )
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = command(module.main, settings, [str(word) for word in words])
-    return subprocess.CompletedProcess([name, *words], status, out.getvalue(), err.getvalue())
+        status = command(module.main, settings, [str(argument) for argument in arguments])
+    return subprocess.CompletedProcess([name, *arguments], status, out.getvalue(), err.getvalue())
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def same_with_gradients(found, expected, inputs, tolerance):
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
-    grad = normal(*found.shape, seed=9)
-    mine = torch.autograd.grad(found, inputs, grad.to(found.dtype), retain_graph=True)
-    truth = torch.autograd.grad(expected, inputs, grad.double(), retain_graph=True)
-    for a, b in zip(mine, truth, strict=True):
+def assert_same_with_gradients(actual, expected, inputs, tolerance):
+    """Compare outputs, and the gradients of `inputs` for a random gradient of the output."""
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+    grad = normal(*actual.shape, seed=9)
+    gradients = torch.autograd.grad(actual, inputs, grad.to(actual.dtype), retain_graph=True)
+    expected_gradients = torch.autograd.grad(expected, inputs, grad.double(), retain_graph=True)
+    for a, b in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=3 * tolerance)
 
 
 def torchrun(
-    processes: int, *words: object, program: Path = ROOT / "train.py"
+    processes: int, *arguments: object, program: Path = ROOT / "train.py"
 ) -> subprocess.CompletedProcess:
     """train.py, or another program, in several processes: status and output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*command, str(program), *map(str, words)],
+        [*command, str(program), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
@@ -133,26 +134,26 @@ def torchrun(
 
 def same_folder(a: Path, b: Path) -> bool:
     """Whether two checkpoints hold the same bits in weights and optimizer."""
-    one, two = checkpoint.read_checkpoint(a), checkpoint.read_checkpoint(b)
+    first, second = checkpoint.read_checkpoint(a), checkpoint.read_checkpoint(b)
     return all(
         x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-        for x, y in ((one.model, two.model), (one.optimizer, two.optimizer))
+        for x, y in ((first.model, second.model), (first.optimizer, second.optimizer))
     )
 
 
-def before_steps(monkeypatch, happens) -> None:
-    """Have `happens(t)` done before each step of training."""
-    real = train.train_step
+def before_steps(monkeypatch, action) -> None:
+    """Call `action(t)` before each training step."""
+    real_train_step = train.train_step
 
     def train_step(t, lr):
-        happens(t)
-        return real(t, lr)
+        action(t)
+        return real_train_step(t, lr)
 
     monkeypatch.setattr(train, "train_step", train_step)
 
 
 def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Have the process get a signal in the middle of a step."""
+    """Send this process a signal before a training step."""
     before_steps(monkeypatch, lambda t: signal.raise_signal(number) if t.state.step == step else None)
 
 

@@ -1,8 +1,8 @@
 """Snapshots: embedding tables that are saved during training, for `lab.movie`.
 
-The file `<run>/snapshots/step-00000250.safetensors` contains up to two float16 tables: "tokens" (n_tokens, C),
-and "positions" (n_positions, C) if the model has a learned positional embedding. Only the first 2,000 rows of
-a table are saved. In a BPE vocabulary these are the most frequent tokens.
+The file `<run>/snapshots/step-00000250.safetensors` contains float16 tables: "tokens" (n_tokens, C), and also
+"positions" (n_positions, C) if the model has a learned positional embedding. Only the first 2,000 rows of a
+table are saved. In a BPE vocabulary these are the most frequent tokens.
 """
 
 import re
@@ -68,8 +68,8 @@ def read_snapshots(run: Path) -> list[Snapshot]:
             arrays = safetensors.numpy.load_file(path)
             tokens = _checked_table(arrays, "tokens")
             positions = _checked_table(arrays, "positions") if "positions" in arrays else None
-        # TypeError, AttributeError and KeyError: numpy does not have the dtype
-        except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+        # TypeError and AttributeError: numpy does not have the dtype
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it") from error
         if snapshots and tokens.shape != snapshots[0].tokens.shape:
             raise ValueError(f"{path} does not have the shape of the first snapshot: delete it")

@@ -73,8 +73,8 @@ def rewind_metrics(folder: Path, step: int) -> None:
         kept_samples = [(n, text) for n, text in read_samples(folder) if n <= step]
         if finished_at_step and kept_samples and kept_samples[-1][0] == step:
             kept_samples.pop()  # the final sample
-        text = "".join(SAMPLE_HEADER.format(step=n) + text for n, text in kept_samples)
-        files.write_text(folder / SAMPLES_FILE, text)
+        kept_text = "".join(SAMPLE_HEADER.format(step=n) + text for n, text in kept_samples)
+        files.write_text(folder / SAMPLES_FILE, kept_text)
 
 
 def read_samples(folder: Path) -> list[tuple[int, str]]:

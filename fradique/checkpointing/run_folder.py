@@ -1,4 +1,8 @@
-"""The run folder out/<run>/: its lock, and settings.json with the settings and origin of the run."""
+"""The run folder out/<run>/: check it, lock it, and write and read its settings.json.
+
+settings.json contains the metadata of the run: its id, its settings, what was chosen automatically
+("decided"), the versions of the packages, and the git commit.
+"""
 
 import contextlib
 import importlib.metadata
@@ -12,10 +16,10 @@ from typing import Any
 
 from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file
 from fradique.io import files, folder_lock
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 SETTINGS_FILE, TOKENIZER_FILE, LOSS_PLOT_FILE = "settings.json", "tokenizer.json", "loss.png"
-RUN_FILES = (
+RUN_FILES = (  # files and folders of a run, besides its step checkpoints
     SETTINGS_FILE,
     TOKENIZER_FILE,
     LOSS_PLOT_FILE,
@@ -33,20 +37,20 @@ MAX_LISTED_RUNS = 10  # in an error message
 class RunLock:
     """A run folder that this process has locked and writes to."""
 
-    run_id: str  # in settings.json and in every checkpoint
+    run_id: str  # written in settings.json and in every checkpoint
     lock: folder_lock.FolderLock
-    metadata: dict[str, Any]  # settings.json
-    tokenizer: tokenizers.Tokenizer
+    metadata: dict[str, Any]  # the content of settings.json
+    tokenizer: Tokenizer
 
     def write_metadata(self) -> None:
-        """Write settings.json and tokenizer.json, so that the folder is self-contained."""
+        """Write settings.json and tokenizer.json. sample.py then needs only the run folder."""
         files.write_json(self.lock.folder / SETTINGS_FILE, self.metadata)
-        tokenizers.save_tokenizer(self.tokenizer, self.lock.folder / TOKENIZER_FILE)
+        save_tokenizer(self.tokenizer, self.lock.folder / TOKENIZER_FILE)
 
     def follow_folder(self) -> tuple[Path, str | None]:
         """The current path of the folder, and a warning if somebody has moved or deleted it.
 
-        A deleted folder is created again.
+        A deleted folder is created again and locked.
         """
         previous = self.lock.folder
         current = self.lock.current_path()
@@ -59,21 +63,23 @@ class RunLock:
         previous.mkdir(parents=True, exist_ok=True)
         self.lock = folder_lock.FolderLock(previous)
         self.write_metadata()
-        return (
-            previous,
-            f"{previous} was deleted: the run continues in a new folder, without its earlier files",
-        )
+        warning = f"{previous} was deleted: the run continues in a new folder, without its earlier files"
+        return previous, warning
 
 
 def check_available(run: Path, overwrite: bool) -> None:
-    """Raise ValueError if `run` is no folder, or has a run already and `overwrite` is not set."""
+    """Raise ValueError if a new run cannot be written to `run`.
+
+    That is, if `run` is a file, is locked by another process, contains files of nanoGPT, or contains a run
+    and `overwrite` is not set.
+    """
     if run.exists() and not run.is_dir():
         raise ValueError(f"out_dir={run} is a file: choose another folder")
     check_unlocked(run)
     if (run / "train.bin").exists() or (run / "ckpt.pt").exists():
         raise ValueError(f"out_dir={run} holds a corpus or a run of nanoGPT: choose another --out_dir")
-    existing = [name for name in RUN_FILES if (run / name).exists()] or checkpoint.step_folders(run)
-    if existing and not overwrite:
+    holds_run = any((run / name).exists() for name in RUN_FILES) or bool(checkpoint.step_folders(run))
+    if holds_run and not overwrite:
         raise ValueError(
             f"out_dir={run} already holds a run: continue it with --init_from=resume, delete it and start "
             "again with --overwrite, or choose another --out_dir"
@@ -87,9 +93,11 @@ def check_unlocked(run: Path) -> None:
 
 
 def delete_run(run: Path) -> None:
-    """Delete the files of a run, and no other files in its folder."""
+    """Delete the files of a run. Other files in its folder stay."""
     paths = [run / name for name in RUN_FILES]
-    for path in [*paths, *checkpoint.step_folders(run), *run.glob("damaged-step-*")]:
+    paths += checkpoint.step_folders(run)
+    paths += run.glob("damaged-step-*")  # see checkpoint.set_aside_later_checkpoints
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -100,37 +108,41 @@ def claim_run_folder(
     run: Path,
     settings: dict[str, Any],
     decided: dict[str, Any],
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
     *,
     resume_step: int | None,
     overwrite: bool,
 ) -> RunLock:
-    """Lock the folder and write settings.json and tokenizer.json.
+    """Lock the folder `run`, create it if necessary, and write settings.json and tokenizer.json.
 
-    A run that resumes at `resume_step` removes what it wrote after that step; a new run (None) deletes an
-    earlier run if `overwrite`. `decided`: what was chosen automatically. Raises ValueError if the folder is
-    not writable, or another process writes to it.
+    decided: what was chosen automatically, such as the device.
+    resume_step: the step at which the run resumes; the files that it wrote after this step are removed. None
+        for a new run.
+    overwrite: whether a new run deletes an earlier run in the folder.
+
+    Raises ValueError if the folder cannot be written to, or another process has locked it.
     """
-    identity = uuid.uuid4().hex
-    with contextlib.ExitStack() as on_error:
+    run_id = uuid.uuid4().hex
+    with contextlib.ExitStack() as on_error:  # after an error, this calls lock.release
         try:
             run.mkdir(parents=True, exist_ok=True)
             lock = folder_lock.FolderLock(run)
             on_error.callback(lock.release)
             checkpoint.recover_run_folder(run)
             if resume_step is not None:
+                # Keep the init_from of the first start, from which the weights came. It is "resume" now.
                 settings = settings | {"init_from": saved_settings(run).get("init_from", "scratch")}
-                identity = run_id(run) or identity
+                run_id = saved_run_id(run) or run_id
                 checkpoint.set_aside_later_checkpoints(run, resume_step)
                 metrics_file.rewind_metrics(run, resume_step)
                 embedding_snapshots.rewind_snapshots(run, resume_step)
             elif overwrite:
                 delete_run(run)
-            metadata = {"run": identity, "settings": settings, "decided": decided}
+            metadata = {"run": run_id, "settings": settings, "decided": decided}
             metadata |= {"versions": versions(), "git_commit": git_commit()}
-            run_lock = RunLock(identity, lock, metadata, tokenizer)
+            run_lock = RunLock(run_id, lock, metadata, tokenizer)
             run_lock.write_metadata()
-            on_error.pop_all()
+            on_error.pop_all()  # no error: keep the lock
             return run_lock
         except OSError as error:
             raise ValueError(
@@ -140,14 +152,14 @@ def claim_run_folder(
 
 
 def saved_settings(run: Path) -> dict[str, Any]:
-    """The settings of a run. Raises ValueError naming other runs if `run` is not a run folder."""
+    """The settings of a run. If `run` is not a run folder, raises ValueError that lists runs near it."""
     if not (run / SETTINGS_FILE).exists():
         raise ValueError(_no_run_message(run))
     return run_metadata(run)["settings"]
 
 
 def _no_run_message(folder: Path) -> str:
-    """An error message that lists the runs in and beside `folder`, newest first."""
+    """The error message for a folder without a run. It lists the runs in and beside it, newest first."""
     paths = [*folder.glob(f"*/{SETTINGS_FILE}"), *folder.parent.glob(f"*/{SETTINGS_FILE}")]
     newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
     runs = [str(path.parent) for path in newest_first]
@@ -158,62 +170,66 @@ def _no_run_message(folder: Path) -> str:
 
 
 def run_metadata(run: Path) -> dict[str, Any]:
-    """settings.json: the settings, automatic choices, package versions and git commit.
+    """The content of settings.json: settings, decided, versions, git_commit, run (its id).
 
-    Raises ValueError if it is missing or damaged.
+    Raises ValueError if the file is missing or damaged.
     """
+    # defaults of what older versions did not write
     defaults: dict[str, Any] = {"decided": {}, "versions": {}, "git_commit": None}
-    values = defaults | files.read_json_object(run / SETTINGS_FILE)
+    metadata = defaults | files.read_json_object(run / SETTINGS_FILE)
     for name in ("settings", "decided", "versions"):
-        if not isinstance(values.get(name), dict):
-            raise ValueError(f"{run / SETTINGS_FILE} is damaged: it has no {name}")
-    return values
+        if not isinstance(metadata.get(name), dict):
+            raise ValueError(f"{run / SETTINGS_FILE} is damaged: {name!r} is missing or not an object")
+    return metadata
 
 
-def run_id(run: Path) -> str | None:
-    """The id of the run in a folder; None for old runs without one. Raises ValueError if it is damaged."""
-    identity = files.read_json_object(run / SETTINGS_FILE).get("run")
-    return identity if isinstance(identity, str) else None
+def saved_run_id(run: Path) -> str | None:
+    """The id in settings.json; None for old runs without one.
+
+    Raises ValueError if the file is missing or damaged.
+    """
+    run_id = files.read_json_object(run / SETTINGS_FILE).get("run")
+    return run_id if isinstance(run_id, str) else None
 
 
 def was_started_by(run: Path, launch: str | None) -> bool:
-    """Whether the run in a folder was started by this call of torchrun, which restarts it now."""
+    """Whether the torchrun command with the id `launch` (see process_group.launch_id) started the run."""
     if launch is None or not (run / SETTINGS_FILE).exists():
         return False
     decided = files.read_json_object(run / SETTINGS_FILE).get("decided")
     return isinstance(decided, dict) and decided.get("launch") == launch
 
 
-def check_tokenizer(run: Path, tokenizer: tokenizers.Tokenizer, corpus: Path) -> None:
-    """Raise ValueError if the corpus of a resumed run is now encoded with another tokenizer."""
-    if tokenizers.load_tokenizer(run / TOKENIZER_FILE) != tokenizer:
+def check_tokenizer(run: Path, tokenizer: Tokenizer, corpus: Path) -> None:
+    """Raise ValueError if a run was not trained with `tokenizer`, which is now that of its corpus."""
+    if load_tokenizer(run / TOKENIZER_FILE) != tokenizer:
         raise ValueError(
-            f"the run in {run} was trained with another tokenizer than {corpus} is encoded with now ("
-            f"{tokenizer.kind}, {tokenizer.vocab_size} tokens): prepare it as before, or begin a new run"
+            f"the run in {run} was trained with another tokenizer than that of {corpus} now "
+            f"({tokenizer.kind}, {tokenizer.vocab_size} tokens). Prepare the corpus as before, or start a "
+            "new run"
         )
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the platform, and the packages that the results of a run depend on."""
+    """Versions of Python, the operating system, and the packages on which the results of a run depend."""
     result = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("torch", "numpy", "safetensors", "tokenizers", "tiktoken"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             result[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return result
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with "+" if files differ from it; None outside a git checkout."""
-    folder = Path(__file__).resolve().parent
+    """The git commit of this code, followed by "+" if files were changed since; None without git."""
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.SubprocessError):
+        commit = _git_output("rev-parse", "HEAD")
+        changes = _git_output("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or this is not a git checkout
         return None
-    return commit + ("+" if changes else "")
+    return f"{commit}+" if changes else commit
+
+
+def _git_output(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return result.stdout.strip()

@@ -268,7 +268,7 @@ class _ShardBuilder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> dict[str, Any] | ShardCount:
-        """If all shards are finished, complete the corpus and return its meta.json; else return their count."""
+        """Complete the corpus and return its meta.json, or return the count if shards are missing."""
         done = count_shards(self.work_dir).done
         if done < self.job.shards:
             # another worker may have completed the corpus and removed the work folder

@@ -1,8 +1,8 @@
 """Plan which part of a text, or which documents, each shard of a corpus contains.
 
-A job is a corpus to be prepared in shards. `request` identifies it, `make_plan` reads the text or the documents
-once and returns what the workers need to know about them, and `pieces` reads the text of one shard. A plan is a
-JSON object. It depends only on the text or documents and on the flags, so all workers make the same shards.
+A job is a corpus to be prepared in shards. `request` identifies it, `make_plan` reads the text or documents
+once and returns what the workers need to know about them, and `pieces` reads the text of one shard. A plan is
+a JSON object. It depends only on the text or documents and the flags, so all workers make the same shards.
 """
 
 from __future__ import annotations
@@ -79,12 +79,11 @@ class TextJob:
         }
 
     def pieces(self, plan: ShardPlan, shard: int) -> Iterator[SplitPiece]:
-        """The text of a shard, in pieces. Raises ValueError if the text has changed since the plan was made."""
+        """The text of a shard, in pieces. Raises ValueError if the text is not the one of the plan."""
         survey = plan["survey"]
         blocks = [(int(first_byte), str(digest)) for first_byte, digest in survey["blocks"]]
-        index = TextIndex(
-            survey["chars"], survey["bytes"], alphabet="", blocks=blocks
-        )  # the alphabet is unused
+        alphabet = ""  # not needed: the plan has the tokenizer
+        index = TextIndex(survey["chars"], survey["bytes"], alphabet, blocks)
         n_train = int(index.chars * (1 - self.val_fraction))
         for split, start, end in (("train", 0, n_train), ("val", n_train, index.chars)):
             shard_start = self._shard_start(index, start, end, shard)

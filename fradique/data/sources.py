@@ -1,4 +1,4 @@
-"""The sources of the corpora: files on the web with their sha256, and Python's standard library."""
+"""The texts of the corpora: files on the web with their SHA-256, and Python's standard library."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ _GPTLAB = f"{_RAW}/wmelo52/GPTLab/dd6ccfb62b64eb00e4963f725cc9d4045a6aa39d/corpu
 _CHAR_RNN = f"{_RAW}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare"
 _NANO_TRANSFORMER = f"{_RAW}/Arthurml97/nano-transformer/5533f752e86641536ac848a69add82fa3e20727e"
 
-OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face hub
+OPENWEBTEXT = "Skylion007/openwebtext"  # a data set on the Hugging Face hub
 
-ECA = tuple(
-    RemoteFile(f"{_ECA}/{line.split()[1]}", line.split()[0])
-    for line in """\
+_ECA_CHECKSUMS = """\
 5b0416d355113573546b6276bfb9f522e57de7add045020e51279af54e02c3a4 a_capital.txt
 4cf2025fa847afcd41cdc59e2c5ffd5e14820a8856e396ab843f4929540452c5 a_cidade_e_as_serras.txt
 b5bf9f8feb0eb49a9115f86243b950d49c1fe112d5dfdbe096122fe300325cce a_ilustre_casa_de_ramires.txt
@@ -45,8 +43,9 @@ e2110ddf18d1c894cecb3e9fd3d1d296cb28ead13c2e5ee0296e778eac3f4925 os_maias.txt
 7c6e6267a3db84849f5728ba074f6b1f970270c2feb78700cfa0568a76f7d4cb ultimas_paginas.txt
 551443c53d74c80a42c0fd5c45eaae88ae5133a48b1edf855a6cc5c9c713db9a uma_campanha_alegre_I.txt
 5bba1b4aab6b0f242e302d35175b35cca899cfa6d13852904269342eb6fb8e30 uma_campanha_alegre_II.txt
-""".splitlines()
-)
+"""
+_ECA_FILES = [line.split() for line in _ECA_CHECKSUMS.splitlines()]
+ECA = tuple(RemoteFile(f"{_ECA}/{name}", sha256) for sha256, name in _ECA_FILES)
 MACHADO_TALES = (
     RemoteFile(
         f"{_GPTLAB}/machado_de_assis_conto.txt",
@@ -69,67 +68,69 @@ GOLDEN_AGE = (
 )
 
 
-def download_text(items: tuple[RemoteFile, ...]) -> Callable[[Path], Text]:
-    """A function of the corpus's folder that downloads `items` and returns their text, sorted by file name.
+def download_text(remote_files: tuple[RemoteFile, ...]) -> Callable[[Path], Text]:
+    """A function that downloads files and returns their concatenated text, sorted by file name.
 
-    The files are kept in raw/ in that folder, so that later calls need no network.
+    Its argument is the folder of the corpus. The files are kept in the subfolder raw/, so that later calls
+    need no network.
     """
 
-    def text(folder: Path) -> Text:
-        ordered = sorted(items, key=lambda item: item.name)
-        files = []
+    def download(folder: Path) -> Text:
+        ordered = sorted(remote_files, key=lambda file: file.name)
+        paths = []
         with progress_bar(len(ordered), "downloading", "file") as bar:
-            for item in ordered:
-                files.append(fetch(item.url, item.sha256, folder / "raw" / item.name))
+            for file in ordered:
+                paths.append(fetch(file.url, file.sha256, folder / "raw" / file.name))
                 bar.update()
-        return files_text(files, ", ".join(item.url for item in ordered))
+        return files_text(paths, ", ".join(file.url for file in ordered))
 
-    return text
+    return download
 
 
-# What is left out of the corpus of Python's standard library: packages that are not part of it or that some
-# installations lack (tests, IDLE, demos), and data tables (encodings, the topics of pydoc).
+# The corpus of Python's standard library leaves out packages that are not part of the library or that some
+# installations lack (tests, IDLE, demos), and tables of data (encodings, the help texts of pydoc).
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "ensurepip", "__pycache__", "test", "tests", "idlelib"}
 _EXCLUDED_FOLDERS |= {"lib2to3", "turtledemo", "encodings", "pydoc_data"}
 _EXCLUDED_PREFIXES = ("_sysconfigdata", "python-config", "sitecustomize")  # settings of one installation
-_MAX_LIBRARY_BYTES = 8_000_000  # enough text to train on for an hour; prepared in a second
-_PLAIN_ASCII = bytes([10, *range(32, 127)])  # newline and printable ASCII: a vocabulary of 96
+_MAX_LIBRARY_BYTES = 8_000_000  # enough to train on for an hour, and prepared in a second
+_PLAIN_ASCII = b"\n" + bytes(range(ord(" "), ord("~") + 1))  # newline and printable ASCII: 96 characters
 
 
 def python_library(folder: Path) -> Text:
-    """The standard library of the running Python, up to 8 MB of it. `folder` is not used.
+    """The source code of the standard library of the running Python, up to 8 MB. `folder` is not used.
 
-    Files are ordered by a hash of their names, so that the end of the text, which is the validation split, is
-    a sample of the whole. Files with characters other than newline and printable ASCII are left out. The text
-    depends only on the Python version and on what its packager left out. Raises ValueError if there are no
-    sources.
+    Files are ordered by a hash of their names, so that the end of the text, which is the validation split,
+    has files from all parts of the library. Files with characters other than newline and printable ASCII are
+    left out. The text depends only on the Python version and the installed modules. Raises ValueError if
+    there is no source code.
     """
     library = Path(sysconfig.get_path("stdlib"))
     names = sorted(_library_files(library), key=lambda name: hashlib.sha256(name.encode()).digest())
-    paths, size = [], 0
+    paths, size = [], 0  # bytes, which are characters in ASCII
     for name in names:
         code = _read_plain_ascii(library / name)
         if code and size + len(code) <= _MAX_LIBRARY_BYTES:
             paths.append(library / name)
             size += len(code)
     if not paths:
-        raise ValueError(f"this Python has no sources in {library}: use a text of your own with --input FILE")
+        raise ValueError(f"there is no source code in {library}: use a text of your own with --input FILE")
     source = f"the standard library of Python {platform.python_version()}, {len(paths)} files"
     return Text(source, size, lambda: map(_read_plain_ascii, paths))
 
 
 def _library_files(library: Path) -> Iterator[str]:
-    """The names of the library's source files, relative to it, with forward slashes."""
+    """The paths of the library's source files relative to `library`, with forward slashes."""
     for parent, folders, names in os.walk(library):
-        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS]
+        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS]  # os.walk skips the others
         for name in names:
             if name.endswith(".py") and not name.startswith(_EXCLUDED_PREFIXES):
                 yield (Path(parent) / name).relative_to(library).as_posix()
 
 
 def _read_plain_ascii(path: Path) -> str:
-    """The text of a plain ASCII file with "\\n" newlines; "" if the file has other characters."""
+    """The text of a file with "\\n" newlines; "" if it has characters that are not in _PLAIN_ASCII."""
     if not path.is_file():  # for example a broken link
         return ""
     data = path.read_bytes().replace(b"\r\n", b"\n")
-    return "" if data.translate(None, _PLAIN_ASCII) else data.decode("ascii")
+    other_characters = data.translate(None, delete=_PLAIN_ASCII)
+    return "" if other_characters else data.decode("ascii")

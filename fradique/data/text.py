@@ -1,9 +1,11 @@
-"""Text files as a stream of pieces: find, check, decode and cut files of any size in bounded memory."""
+"""Find, decode and join text files of any size, and cut their text into pieces, in bounded memory."""
 
 from __future__ import annotations
 
 import codecs
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,13 @@ from typing import BinaryIO
 
 from fradique.data.console import print_note
 
-BLOCK_BYTES = 1 << 20  # read at a time
+BLOCK_BYTES = 1 << 20  # bytes that are read at a time
 PIECE_CHARS = 1 << 18  # characters in a piece of text
-MAX_PIECE_CHARS = 1 << 20  # the longest piece, where the text has no position that keeps its tokens when cut
+MAX_PIECE_CHARS = 1 << 20  # characters in a piece of text without white space
 
-# Both match up to the end of a word that is followed by white space. GPT-2's pattern never matches across
-# that position and does not look past it, so a text that is cut there has the same tokens as an uncut text.
-# (Python's \S is slightly stricter than GPT-2's.)
+# A text is cut between the end of a word and the white space that follows. GPT-2's BPE splits every text
+# there, so the tokens of the pieces are those of the whole text. Both patterns match up to such a position.
+# Python's \S matches slightly fewer characters than GPT-2's, so every cut is between two tokens.
 _LAST_CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 _FIRST_CUT = re.compile(r"\S(?=[ \t\r\n])")
 
@@ -26,121 +28,129 @@ _FIRST_CUT = re.compile(r"\S(?=[ \t\r\n])")
 class Text:
     """A text that can be streamed any number of times."""
 
-    source: str  # where it comes from, for people who read meta.json
+    source: str  # a description for meta.json
     size: int  # bytes, for the progress bar
-    chunks: Callable[[], Iterator[str]]  # the text from the beginning
-    chunks_from: Callable[[int], Iterator[str]] | None = None  # the text from a byte, if that is faster
+    chunks: Callable[[], Iterator[str]]  # streams the text from the beginning
+    chunks_from: Callable[[int], Iterator[str]] | None = None  # streams it from a byte, without reading all
 
     def from_byte(self, offset: int) -> Iterator[str]:
-        """The text in chunks from byte `offset` of its UTF-8 encoding, where a character must begin."""
+        """Stream the text from byte `offset` of its UTF-8 encoding, where a character must begin."""
         if self.chunks_from is not None:
             yield from self.chunks_from(offset)
             return
         for chunk in self.chunks():
             if offset:
                 data = chunk.encode()
-                chunk, offset = data[offset:].decode(), max(0, offset - len(data))
+                chunk = data[offset:].decode()
+                offset = max(0, offset - len(data))
             if chunk:
                 yield chunk
 
 
 def files_text(files: Sequence[Path], source: str) -> Text:
-    """The concatenation of UTF-8 files; a newline is added after a file that does not end with one."""
+    """The concatenation of UTF-8 files, with a newline added after a file that does not end with one."""
     size = sum(path.stat().st_size for path in files)
     return Text(source, size, lambda: _concatenate(files), lambda offset: _concatenate(files, offset))
 
 
 def _concatenate(files: Sequence[Path], offset: int = 0) -> Iterator[str]:
-    """The text of `files_text` in chunks, from byte `offset`."""
-    at_line_start = True  # after the files so far
+    """Stream the concatenation of `files` from byte `offset`; see `files_text`."""
+    needs_newline = False  # whether the text before the current file ends without a newline
     for path in files:
-        if not at_line_start and offset:
-            offset -= 1  # the added newline
-        elif not at_line_start:
+        if needs_newline and offset:
+            offset -= 1
+        elif needs_newline:
             yield "\n"
         if offset:
             size, last_byte = _size_and_last_byte(path)
-            if offset >= size:
-                offset, at_line_start = offset - size, last_byte == b"\n" if size else at_line_start
+            if offset >= size:  # skip the file
+                offset -= size
+                if size:
+                    needs_newline = last_byte != b"\n"
                 continue
         for chunk in read_file(path, start=offset):
-            at_line_start = chunk[-1] == "\n"
+            needs_newline = not chunk.endswith("\n")
             yield chunk
         offset = 0
 
 
 def _size_and_last_byte(path: Path) -> tuple[int, bytes]:
-    """The bytes of text in a file, without its byte-order mark, and the last of these bytes."""
+    """The number of bytes in a file without its byte-order mark, and the last of these bytes."""
     with path.open("rb") as file:
         bom_size = _bom_size(file)
-        size = file.seek(0, 2) - bom_size
+        size = file.seek(0, os.SEEK_END) - bom_size
         file.seek(bom_size + max(0, size - 1))
         return size, file.read(1)
 
 
 def _bom_size(file: BinaryIO) -> int:
-    """The bytes of the byte-order mark at the beginning of `file`: 3 or 0."""
+    """The size in bytes of the byte-order mark of a file that was just opened: 3, or 0 if it has none."""
     return 3 if file.read(3) == codecs.BOM_UTF8 else 0
 
 
 def read_file(path: Path, block_bytes: int = BLOCK_BYTES, start: int = 0) -> Iterator[str]:
-    """The text of a UTF-8 file in non-empty chunks, with unchanged newlines and without a byte-order mark.
+    """Stream a UTF-8 file in non-empty chunks, with unchanged newlines and without its byte-order mark.
 
-    Reading begins at byte `start` of the text, where a character must begin. Raises ValueError naming the
-    file and the offset of the first byte that is not UTF-8.
+    Reading begins at byte `start` after the byte-order mark, where a character must begin. Raises ValueError
+    naming the file and the offset of the first byte that is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, started = 0, start > 0  # `offset` of the block in the file
+    block_start = 0  # offset in the file
+    may_have_bom = start == 0
     with path.open("rb") as file:
         if start:
-            offset = file.seek(_bom_size(file) + start)
+            block_start = file.seek(_bom_size(file) + start)
         while True:
             block = file.read(block_bytes)
-            pending = len(decoder.getstate()[0])  # bytes of a character that began in the last block
+            incomplete, _ = decoder.getstate()  # bytes of a character that began in the last block
             try:
                 text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                position = offset - pending + error.start
+            except UnicodeDecodeError as error:  # error.start is counted from the beginning of `incomplete`
+                position = block_start - len(incomplete) + error.start
                 raise not_utf8_error(path, position, error.object[error.start]) from None
-            if text and not started:
-                text, started = text.removeprefix("\ufeff"), True
+            if text and may_have_bom:
+                text, may_have_bom = text.removeprefix("\ufeff"), False
             if text:
                 yield text
             if not block:
                 return
-            offset += len(block)
+            block_start += len(block)
 
 
 def not_utf8_error(path: Path, offset: int, byte: int) -> ValueError:
     """The error for a `byte` at `offset` of `path` that is not valid UTF-8 there."""
-    encoding = "UTF-16" if offset == 0 and byte in (0xFE, 0xFF) else "WINDOWS-1252"
+    has_utf16_bom = offset == 0 and byte in (0xFE, 0xFF)
+    encoding = "UTF-16" if has_utf16_bom else "WINDOWS-1252"  # the most common encodings other than UTF-8
+    converted = shlex.quote(f"{path.stem}-utf8{path.suffix}")
     return ValueError(
         f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset} (counted from 0). If it is text in "
-        f"another encoding, convert it, for example with: iconv -f {encoding} -t UTF-8 {path.name} > "
-        f"{path.stem}-utf8.txt, and pass the result to --input"
+        f"another encoding, convert it, for example with: iconv -f {encoding} -t UTF-8 "
+        f"{shlex.quote(str(path))} > {converted}, and pass the result to --input"
     )
 
 
 def cut_pieces(
     chunks: Iterable[str], piece_chars: int = PIECE_CHARS, max_piece_chars: int = MAX_PIECE_CHARS
 ) -> Iterator[str]:
-    """Cut a stream into pieces of up to `piece_chars` whose tokens, concatenated, are those of the whole.
+    """Cut a stream of text into pieces of about `piece_chars` characters.
 
-    Where no cut keeps the tokens, a piece grows up to `max_piece_chars` and is then cut anyway, so that
-    memory stays bounded; the tokens may differ there, but the text never does.
+    The tokens of the pieces, concatenated, are those of the whole text. If `max_piece_chars` characters have
+    no position for such a cut, the text is cut after them anyway, so that memory stays bounded. Then the
+    tokens may differ, but no text is lost.
     """
-    pending, window = "", piece_chars
+    pending = ""
+    max_chars = piece_chars  # of the next piece
     for chunk in chunks:
         pending += chunk
-        start = 0
-        while len(pending) - start >= window:
-            match = _LAST_CUT.match(pending, start, start + window)
-            if not match and window < max_piece_chars:
-                window *= 2  # look for a cut further on
+        start = 0  # of the next piece in `pending`
+        while len(pending) - start >= max_chars:
+            match = _LAST_CUT.match(pending, start, start + max_chars)
+            if not match and max_chars < max_piece_chars:
+                max_chars *= 2  # look for a cut in more text
                 continue
-            end = match.end() if match else start + window
+            end = match.end() if match else start + max_chars
             yield pending[start:end]
-            start, window = end, piece_chars
+            start, max_chars = end, piece_chars
         pending = pending[start:]
     if pending:
         yield pending
@@ -153,12 +163,12 @@ def first_cut(text: str) -> int:
 
 
 def find_files(inputs: Sequence[Path], endings: Sequence[str] = (".txt",)) -> list[Path]:
-    """The files given by --input: files, and the files in folders at any depth, sorted by name.
+    """The files that --input names: files, and folders, of which the files at any depth are used.
 
-    A note on standard error names each empty file in a folder, which is skipped, and each file with a
-    byte-order mark. Raises ValueError for a missing path, an empty file, a folder without a non-empty file
-    that ends in one of `endings`, and a pipe or device, which cannot be read twice; OSError for a file that
-    cannot be read.
+    In a folder, the files whose names end in one of `endings` are used, sorted by name. Notes on standard
+    error name the empty files among them, which are skipped, and the files with a byte-order mark. Raises
+    ValueError for a missing path, an empty file, a folder without such files, and a pipe or device, which
+    cannot be read twice. Raises OSError for a file that cannot be read.
     """
     files: list[Path] = []
     for path in inputs:
@@ -180,6 +190,7 @@ def find_files(inputs: Sequence[Path], endings: Sequence[str] = (".txt",)) -> li
 
 
 def _files_in_folder(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The non-empty files in `folder` at any depth that end in one of `endings`, sorted by name."""
     paths = [path for path in folder.rglob("*") if path.name.lower().endswith(tuple(endings))]
     files = []
     for path in sorted(paths, key=lambda path: path.relative_to(folder).as_posix()):

@@ -1,9 +1,8 @@
-"""Token files: any number of files of token ids, read window by window in bounded memory.
+"""Read windows from the token files of a split, in bounded memory and with a bounded number of open files.
 
-A split of up to MAX_CACHED_BYTES is read once and kept in memory. In a larger one, each window is read from
-its file when it is needed. Files are not memory-mapped for this: the resident memory of the process would
-grow with what it has read, and a file that is truncated during a run would raise SIGBUS instead of an error.
-No more files are open at a time than the system allows.
+A split of up to MAX_CACHED_BYTES is read once and kept in memory. In a larger split, each window is read from
+its file when it is needed, with pread. A memory map would have two disadvantages: the resident memory of the
+process grows with what it has read, and if a file is truncated during a run, SIGBUS kills the process.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,31 +19,34 @@ import numpy as np
 
 assert sys.byteorder == "little", "token files are little-endian and are used without conversion"
 
-MAX_CACHED_BYTES = 64 << 20  # a split up to this size is kept in memory, which reads windows twice as fast
-CHUNK_TOKENS = 1 << 22  # tokens read at a time by `chunks`
+MAX_CACHED_BYTES = 64 << 20  # a split up to this size is kept in memory: its windows are read twice as fast
+CHUNK_TOKENS = 1 << 22  # tokens that `chunks` reads at a time
 
 
 class TokenFiles(Sequence[np.ndarray]):
-    """Files of raw little-endian token ids; files[i] is the content of file i, memory-mapped, (lengths[i],).
+    """A sequence of files of raw little-endian token ids; element i is a memory map of file i, (lengths[i],).
 
-    `lengths` (n_files,) int64 is the number of tokens in each file. Raises ValueError if a file ends within a
-    token, and OSError if a file cannot be read.
+    `lengths` (n_files,) int64 is the number of tokens in each file. Raises ValueError if the size of a file
+    is not a multiple of the size of a token, and OSError if a file cannot be read.
     """
 
     def __init__(self, paths: Sequence[Path], dtype: str) -> None:
         self.paths, self.dtype = list(paths), np.dtype(dtype).newbyteorder("<")
         sizes = np.array([path.stat().st_size for path in self.paths], dtype=np.int64)
-        for i in np.flatnonzero(sizes % self.dtype.itemsize)[:1]:
+        truncated = np.flatnonzero(sizes % self.dtype.itemsize)
+        if truncated.size:
+            i = truncated[0]
             raise ValueError(
                 f"{self.paths[i]} has {sizes[i]} bytes, which is not a whole number of {dtype} tokens: the "
                 "file is truncated or not a token file; prepare the corpus again"
             )
         self.lengths = sizes // self.dtype.itemsize
         self.nbytes = int(sizes.sum())
-        self._ends = np.cumsum(self.lengths)  # (n_files,) tokens up to the end of each file
+        self._starts = np.cumsum(self.lengths) - self.lengths  # (n_files,) tokens before each file
         self._cache: np.ndarray | None = None  # (n_tokens,) all tokens, if the split is small
-        self._views: dict[int, np.ndarray] = {}  # length -> sliding windows over the cache
-        self._descriptors: OrderedDict[int, int] = OrderedDict()  # file -> descriptor, last used last
+        self._views: dict[int, np.ndarray] = {}  # length -> all windows of this length, a view of the cache
+        # index of an open file -> its descriptor; the least recently used is first
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._max_open = _max_open_files()
         weakref.finalize(self, _close_all, self._descriptors)
 
@@ -58,19 +59,21 @@ class TokenFiles(Sequence[np.ndarray]):
         return np.asarray(np.memmap(self.paths[i], dtype=self.dtype, mode="r"))
 
     def read(self, files: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-        """Read `length` tokens of each of `files` (B,) from `starts` (B,): (B, length), dtype of the files.
+        """Read B windows of `length` tokens: (B, length), dtype of the files.
 
-        Raises ValueError if a file was truncated or replaced since it was opened.
+        files: indices of the files (B,). starts: the first token in the file (B,). Raises ValueError if a
+        file was truncated or replaced during the run.
         """
         if self.nbytes <= MAX_CACHED_BYTES:
-            positions = self._ends[files] - self.lengths[files] + starts
-            return self._sliding_windows(length)[positions]
+            return self._sliding_windows(length)[self._starts[files] + starts]
         size = length * self.dtype.itemsize
         offsets = (starts * self.dtype.itemsize).tolist()
-        rows = list(map(_read, self._open_files(files), repeat(size), offsets))
+        descriptors = self._open_files(files)
+        rows = [_read(fd, size, offset) for fd, offset in zip(descriptors, offsets, strict=True)]
         data = b"".join(rows)
         if len(data) < size * len(rows):
-            self._raise_changed(int(files[next(i for i, row in enumerate(rows) if len(row) < size)]))
+            incomplete = [len(row) < size for row in rows].index(True)
+            self._raise_changed(int(files[incomplete]))
         return np.frombuffer(data, dtype=self.dtype).reshape(len(rows), length)
 
     def chunks(self, i: int) -> Iterator[np.ndarray]:
@@ -80,7 +83,7 @@ class TokenFiles(Sequence[np.ndarray]):
                 yield chunk
 
     def _sliding_windows(self, length: int) -> np.ndarray:
-        """A view of the cache: `length` tokens from each position, (n_tokens - length + 1, length)."""
+        """A view of the cache: `length` tokens from each position on, (n_tokens - length + 1, length)."""
         if length not in self._views:
             self._views[length] = np.lib.stride_tricks.sliding_window_view(self._cached_tokens(), length)
         return self._views[length]
@@ -89,7 +92,7 @@ class TokenFiles(Sequence[np.ndarray]):
         """The tokens of all files, concatenated, (n_tokens,); read on the first call."""
         if self._cache is None:
             self._cache = np.concatenate([np.fromfile(path, dtype=self.dtype) for path in self.paths])
-            if len(self._cache) != self._ends[-1]:
+            if len(self._cache) != self.lengths.sum():
                 raise ValueError(
                     f"{self.paths[0]} or another file of its split changed while it was read: start again"
                 )
@@ -101,7 +104,8 @@ class TokenFiles(Sequence[np.ndarray]):
         descriptors = list(map(self._descriptors.get, indices))
         if None not in descriptors and len(self.paths) <= self._max_open:
             return descriptors
-        # lazily, so that each is used before the next is opened: a batch may need more than may be open
+        # An iterator that opens a file only when its descriptor is needed. If the batch has more files than
+        # may be open, it closes files of earlier windows, which have been read by then.
         return map(self._open_file, indices)
 
     def _open_file(self, i: int) -> int:
@@ -109,12 +113,13 @@ class TokenFiles(Sequence[np.ndarray]):
         descriptor = self._descriptors.get(i)
         if descriptor is None:
             if len(self._descriptors) >= self._max_open:
-                os.close(self._descriptors.popitem(last=False)[1])
-            descriptor = os.open(self.paths[i], os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                _, least_recent = self._descriptors.popitem(last=False)
+                os.close(least_recent)
+            descriptor = os.open(self.paths[i], os.O_RDONLY | getattr(os, "O_BINARY", 0))  # binary on Windows
             self._descriptors[i] = descriptor
             if os.fstat(descriptor).st_size != self.lengths[i] * self.dtype.itemsize:
                 self._raise_changed(i)
-        elif len(self.paths) > self._max_open:
+        elif len(self.paths) > self._max_open:  # otherwise no file is ever closed, so the order is not needed
             self._descriptors.move_to_end(i)
         return descriptor
 
@@ -126,7 +131,7 @@ class TokenFiles(Sequence[np.ndarray]):
 
 
 def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
-    """Replacement for os.pread, which Windows lacks."""
+    """os.pread for Windows, which does not have it."""
     os.lseek(descriptor, offset, os.SEEK_SET)
     return os.read(descriptor, size)
 
@@ -135,7 +140,7 @@ _read = getattr(os, "pread", _seek_and_read)
 
 
 def _max_open_files() -> int:
-    """How many files to keep open at most: a quarter of the process's limit, and no more than 4,096."""
+    """The number of files to keep open: a quarter of the limit of the process, but at most 4,096."""
     try:
         import resource
     except ImportError:  # Windows
@@ -146,4 +151,5 @@ def _max_open_files() -> int:
 
 def _close_all(descriptors: OrderedDict[int, int]) -> None:
     while descriptors:
-        os.close(descriptors.popitem()[1])
+        _, descriptor = descriptors.popitem()
+        os.close(descriptor)

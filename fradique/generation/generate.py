@@ -45,9 +45,9 @@ def stream(
 
     temperature: 0 is greedy. top_k, top_p, min_p: see `filter_logits`. repetition_penalty: see
     `penalize_repetition`. n_vocab: sample only ids below it, if the vocabulary is padded.
-    hop: if the text exceeds block_size, the window moves forward by this many tokens at once, so that the cache
-    is recomputed only once per hop. Default: block_size / 8. A hop of 1 is nanoGPT's sliding window.
-    The windows are the same with and without a cache.
+    hop: if the text exceeds block_size, the window moves forward by this many tokens at once, so that the
+    cache is recomputed only once per hop. Default: block_size / 8. A hop of 1 is nanoGPT's sliding window.
+    The windows, and therefore the tokens, are the same with and without a cache.
     Raises ValueError if an option is out of range.
     """
     hop = max(1, model.config.block_size // 8) if hop is None else hop
@@ -126,8 +126,10 @@ class Decoder:
 
 
 def window_start(length: int, block_size: int, hop: int) -> int:
-    """Index of the window's first token in a text of `length` tokens: the smallest multiple of `hop` for which
-    at most block_size tokens remain."""
+    """Index of the window's first token in a text of `length` tokens.
+
+    It is the smallest multiple of `hop` for which at most block_size tokens remain.
+    """
     return max(0, math.ceil((length - block_size) / hop) * hop)
 
 
@@ -166,14 +168,12 @@ class CUDAGraphDecoder:
         self.position = cache.position = torch.zeros(1, dtype=torch.long, device=device)
 
         def decode_step() -> Tensor:
-            cache.length = (
-                0  # the cache uses `position` instead; the model would increase `length` without end
-            )
+            cache.length = 0  # not used here, but the model adds 1 in every call and checks block_size
             return model(self.token, cache=cache, prefix=0)[0]
 
         try:
             self.replay, self.logits = capture_cuda_graph(decode_step, device)
-        finally:
+        finally:  # outside the graph, for example for the prompt, the cache uses `length`
             cache.position, cache.length = None, 0
 
     def __call__(self, token: Tensor) -> Tensor:
@@ -203,5 +203,5 @@ def capture_cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tupl
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for all captures on a device. One is enough: cuBLAS allocates a workspace for each stream."""
+    """The stream for all captures on a device, shared because cuBLAS allocates a workspace per stream."""
     return torch.cuda.Stream(device)

@@ -1,7 +1,7 @@
 """Packed bfloat16 weights for generation on a CPU.
 
-A decode step spends most of its time on reading all weights from memory. bfloat16 weights are half as large as
-float32 ones. Packed weights are stored in the order in which the CPU's matrix units read them.
+A decode step spends most of its time on reading all weights from memory. In bfloat16 they are half as large
+as in float32. Packed weights are stored in the order in which the CPU's matrix units read them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ class PackedBlock(nn.Module):
 
 
 def pack_weights(model: GPT) -> None:
-    """Convert a GPT in place: weights to bfloat16, linear layers to PackedLinear. It cannot be trained again."""
+    """Convert a GPT in place: all weights to bfloat16, linear layers to PackedLinear.
+
+    The converted model cannot be trained.
+    """
     model.to(torch.bfloat16)
     for parent in list(model.modules()):
         for name, child in parent.named_children():

@@ -52,7 +52,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str) -> None:
             f"use {', '.join(choices)} (or only the last part, such as c_proj)"
         )
     model.requires_grad_(False)
-    for name in sorted({name for names in matches.values() for name in names}):
+    for name in sorted(set().union(*matches.values())):  # sorted: A is drawn in the same order in every run
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, LoRALinear(layers[name], rank, alpha))
 

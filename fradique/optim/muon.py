@@ -51,7 +51,7 @@ class Muon(torch.optim.Muon):
         self.matrices = matrices
 
     def assign_gradients(self) -> None:
-        """Set the gradient of each view: a view of its parameter's gradient. Call it after the backward pass."""
+        """Give each view its rows of the parameter's gradient. Call this after the backward pass."""
         for matrix in self.matrices:
             grad = matrix.parameter.grad
             matrix.view.grad = None if grad is None else grad[matrix.rows]

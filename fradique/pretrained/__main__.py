@@ -1,4 +1,4 @@
-"""Export a run for transformers.
+"""Export the model of a run to a folder that transformers can open.
 
 python -m fradique.pretrained export --out_dir=out/<run> --to=<folder>
 """
@@ -7,18 +7,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from fradique.pretrained import export, loader
+from fradique.pretrained.export import export_model
+from fradique.pretrained.loader import load_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 2, after a message, if the user made a mistake."""
-    args = _parser().parse_args(arguments)
+    """Run the command and return the exit status: 0, or 2 after the message of a ValueError or OSError.
+
+    `arguments` are those of the command line by default. Exits with status 2 if they cannot be parsed.
+    """
+    args = _make_parser().parse_args(arguments)
+    folder = Path(args.to)
     try:
-        weights = loader.load_weights(args.out_dir, args.checkpoint, warn=_print_warning)
-        folder = Path(args.to)
-        layout = export.export_model(
-            weights.config, weights.tensors, weights.tokenizer, folder, args.overwrite
-        )
+        weights = load_weights(args.out_dir, args.checkpoint, warn=_print_warning)
+        layout = export_model(weights.config, weights.tensors, weights.tokenizer, folder, args.overwrite)
     except (ValueError, OSError) as error:
         if args.debug:
             raise
@@ -37,25 +39,33 @@ def _print_warning(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fradique.pretrained", description="Export models.")
     commands = parser.add_subparsers(required=True, metavar="export")
-    add = commands.add_parser(
+    command = commands.add_parser(
         "export",
-        help="write a run in Hugging Face's layout",
-        description="Write a run as a folder that transformers opens, as GPT-2 or LLaMA.",
+        help="write the model of a run in Hugging Face's layout",
+        description="Write the model of a run, as GPT-2 or LLaMA, to a folder that transformers can open.",
         allow_abbrev=False,
-    ).add_argument
-    add("--out_dir", required=True, help="run folder, or any weights that --init_from takes")
-    add("--to", required=True, help="folder to create")
-    add("--checkpoint", default="best", help="checkpoint of the run: best, newest, or a step number (best)")
-    boolean = {"nargs": "?", "const": True, "default": False, "type": _boolean, "metavar": "True|False"}
-    add("--overwrite", **boolean, help="replace an earlier export in the folder")
-    add("--debug", **boolean, help="show the traceback of an error")
+    )
+    command.add_argument("--out_dir", required=True, help="run folder, or any weights that --init_from takes")
+    command.add_argument("--to", required=True, help="folder to create")
+    command.add_argument(
+        "--checkpoint",
+        default="best",
+        help="checkpoint of the run: best, newest, or a step number (default: %(default)s)",
+    )
+    for name, text in (
+        ("--overwrite", "replace an earlier export in the folder"),
+        ("--debug", "show the traceback of an error"),
+    ):
+        command.add_argument(
+            name, nargs="?", const=True, default=False, type=_parse_boolean, metavar="True|False", help=text
+        )
     return parser
 
 
-def _boolean(text: str) -> bool:
+def _parse_boolean(text: str) -> bool:
     if text not in ("True", "False"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text == "True"

@@ -1,7 +1,7 @@
-"""Export to a folder that transformers opens with AutoModelForCausalLM and AutoTokenizer.
+"""Export a model to a folder that transformers opens with AutoModelForCausalLM and AutoTokenizer.
 
-Files: model.safetensors, config.json, generation_config.json, tokenizer.json, tokenizer_config.json; and
-fradique_tokenizer.json, so that --init_from=<folder> restores our tokenizer.
+transformers reads model.safetensors, config.json, generation_config.json, tokenizer.json and
+tokenizer_config.json. fradique_tokenizer.json is for --init_from=<folder>, which restores our tokenizer.
 """
 
 import os
@@ -14,12 +14,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fradique.io import files
-from fradique.pretrained import hf_config, hf_weights
-from fradique.pretrained.hf_weights import GPT2, LAYOUTS, Layout
+from fradique.io.files import format_json, replace_folder
+from fradique.pretrained.hf_config import config_to_hf, unsupported_settings
+from fradique.pretrained.hf_weights import GPT2, LAYOUTS, Layout, to_hf
 from fradique.pretrained.weight_files import FRADIQUE_TOKENIZER_FILE
 from fradique.tokenizer import bpe
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import CharTokenizer, Tokenizer
 from model import GPTConfig
 
 EXPORT_FILES = {
@@ -35,71 +35,71 @@ EXPORT_FILES = {
 def export_model(
     config: GPTConfig,
     tensors: dict[str, Tensor],
-    tokenizer: tokenizers.Tokenizer | None,
+    tokenizer: Tokenizer | None,
     folder: Path,
     overwrite: bool = False,
 ) -> Layout:
-    """Write a model to `folder`, complete or not at all. Returns the model class that it was written as.
+    """Write a model to `folder`. Returns the layout, which is a model class of transformers.
 
-    `tensors` have the names of GPT.named_parameters(). With `overwrite` an earlier export in `folder` is
-    replaced. Raises ValueError, before anything is written, if no class of transformers has the architecture
-    (with the settings that prevent it), if the tokenizer is larger than the embedding, or if `folder` is not
-    empty.
+    `tensors` have the names of GPT.named_parameters(). With `overwrite`, an earlier export in `folder` is
+    replaced. Raises ValueError if no supported class of transformers has this architecture, if the tokenizer
+    has more tokens than the embedding, if `folder` is not empty, or if a file cannot be written; `folder` is
+    then unchanged.
     """
     layout = choose_layout(config)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {config.vocab_size}: they do "
-            "not belong together"
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {config.vocab_size}: the "
+            "tokenizer is not the one of this model"
         )
     folder = folder.expanduser().resolve()
     _check_folder(folder, overwrite)
     if layout is GPT2 and not config.bias:
         config, tensors = replace(config, bias=True), _add_zero_biases(tensors)
-    _write_folder(folder, hf_weights.to_hf(tensors, config, layout), _json_files(config, layout, tokenizer))
+    _write_folder(folder, to_hf(tensors, config, layout), _json_files(config, layout, tokenizer))
     return layout
 
 
 def choose_layout(config: GPTConfig) -> Layout:
-    """The model class that has this architecture.
+    """The layout of the model class that has this architecture.
 
-    Raises ValueError with the settings that prevent each class from having it.
+    Raises ValueError with the settings that each class does not support.
     """
-    reasons = {layout.name: hf_config.unsupported_settings(config, layout) for layout in LAYOUTS}
-    for layout in LAYOUTS:
-        if not reasons[layout.name]:
+    unsupported = {layout: unsupported_settings(config, layout) for layout in LAYOUTS}
+    for layout, settings in unsupported.items():
+        if not settings:
             return layout
+    reasons = [f"{layout.name} does not support {', '.join(unsupported[layout])}" for layout in LAYOUTS]
     raise ValueError(
-        "this architecture cannot be exported: no supported class of transformers has it. Not in "
-        + "; not in ".join(f"{name}: {', '.join(settings)}" for name, settings in reasons.items())
-        + ". The weights themselves are in the run folder, as safetensors with our names"
+        "this architecture cannot be exported, because no class of transformers has it: "
+        f"{'; '.join(reasons)}. The run folder has the weights as safetensors, with our names"
     )
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if exporting to `folder` would replace something that is not to be replaced."""
+    """Raise ValueError unless `folder` is new or empty, or is an earlier export that may be overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     is_export = folder.is_dir() and {path.name for path in folder.iterdir()} <= EXPORT_FILES
     if not (overwrite and is_export):
         raise ValueError(
             f"{folder} already exists and is not empty: choose another folder"
-            + (", or give --overwrite to replace the model in it" if is_export else "")
+            + (", or use --overwrite to replace the model in it" if is_export else "")
         )
 
 
 def _add_zero_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same model with biases of zero in all layers and norms: GPT-2's class always has biases."""
+    """`tensors` and biases of zero for all linear layers and norms; GPT2LMHeadModel always has biases."""
     biases = {
         name.removesuffix("weight") + "bias": tensor.new_zeros(tensor.size(0))
         for name, tensor in tensors.items()
-        if ".h." in name or ".ln_f." in name
+        if ".h." in name or ".ln_f." in name  # not the embeddings and lm_head
     }
     return tensors | biases
 
 
 def _write_folder(folder: Path, tensors: dict[str, Tensor], json_files: dict[str, dict[str, Any]]) -> None:
-    """Write all files to a temporary folder and rename that to `folder`. Raises ValueError if it fails."""
+    """Write all files to a temporary folder and rename it to `folder`. Raises ValueError if this fails."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -107,26 +107,25 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], json_files: dict[str
         weights = temporary / "model.safetensors"
         safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
         for name, value in json_files.items():
-            (temporary / name).write_text(files.format_json(value), encoding="utf-8")
-        shutil.copymode(temporary / "config.json", weights)  # safetensors files are private by default
-        files.replace_folder(temporary, folder)
+            (temporary / name).write_text(format_json(value), encoding="utf-8")
+        # save_file lets only the owner read the file
+        shutil.copymode(temporary / "config.json", weights)
+        replace_folder(temporary, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _json_files(
-    config: GPTConfig, layout: Layout, tokenizer: tokenizers.Tokenizer | None
-) -> dict[str, dict[str, Any]]:
-    """File name -> content."""
-    end = tokenizer.end_of_text if tokenizer else None
-    # None overrides the defaults of the class, which are ids of another vocabulary
-    special_ids = {"bos_token_id": end, "eos_token_id": end}
-    generation = {"do_sample": True, "temperature": 0.8}
+def _json_files(config: GPTConfig, layout: Layout, tokenizer: Tokenizer | None) -> dict[str, dict[str, Any]]:
+    """File name -> content of all JSON files."""
+    end_of_text = tokenizer.end_of_text if tokenizer else None
+    # None is written too: without the keys, transformers uses the ids of GPT-2's or LLaMA's own vocabulary
+    special_ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    generation = {"do_sample": True, "temperature": 0.8}  # the defaults of sample.py
     contents = {
-        "config.json": hf_config.config_to_hf(config, layout) | special_ids,
-        "generation_config.json": generation if end is None else special_ids | generation,
+        "config.json": config_to_hf(config, layout) | special_ids,
+        "generation_config.json": generation if end_of_text is None else special_ids | generation,
     }
     if tokenizer is None:
         return contents
@@ -135,7 +134,7 @@ def _json_files(
         "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
     }
-    if end is not None:
+    if end_of_text is not None:
         tokenizer_config |= {"bos_token": bpe.END_OF_TEXT, "eos_token": bpe.END_OF_TEXT}
     return contents | {
         "tokenizer.json": tokenizer_to_hf(tokenizer),
@@ -144,11 +143,11 @@ def _json_files(
     }
 
 
-def tokenizer_to_hf(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """The tokenizer.json of Hugging Face `tokenizers` that encodes to the same ids."""
-    if not isinstance(tokenizer, tokenizers.CharTokenizer):
+def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json for Hugging Face's package `tokenizers`, which gives the same ids."""
+    if not isinstance(tokenizer, CharTokenizer):
         return bpe.to_hf_json(tokenizer.merges)
-    each_character = {
+    split_characters = {
         "type": "Split",
         "pattern": {"Regex": r"[\s\S]"},
         "behavior": "Isolated",
@@ -160,10 +159,10 @@ def tokenizer_to_hf(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [],
         "normalizer": None,
-        "pre_tokenizer": each_character,
+        "pre_tokenizer": split_characters,
         "post_processor": None,
         "decoder": {"type": "Fuse"},
-        # "<unk>" is not in the vocabulary, so that a character outside it is an error, as in our tokenizer
+        # "<unk>" is not in the vocabulary, so an unknown character raises an error, as in our tokenizer
         "model": {
             "type": "WordLevel",
             "vocab": {char: i for i, char in enumerate(tokenizer.chars)},

@@ -1,6 +1,6 @@
-"""Hugging Face's config.json <-> GPTConfig, for GPT-2 and LLaMA.
+"""Convert between Hugging Face's config.json of a GPT-2 or LLaMA and GPTConfig.
 
-A setting that changes what the model computes, and that the other side does not have, is an error.
+A setting that changes what the model computes, and that the other side does not have, raises ValueError.
 """
 
 import reprlib
@@ -27,7 +27,7 @@ LLAMA_SIZES = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
 }
-# what transformers assumes for a key that config.json does not have
+# the values that transformers uses for keys that are not in config.json
 GPT2_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257,
     "n_positions": 1024,
@@ -51,7 +51,7 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
-GPT2_ACTIVATIONS = {  # activation_function -> ours; for export the first of several names is used
+GPT2_ACTIVATIONS = {  # activation_function in config.json -> activation; an export uses the first name
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -60,7 +60,7 @@ GPT2_ACTIVATIONS = {  # activation_function -> ours; for export the first of sev
     "relu2": "relu2",
 }
 
-# The values of GPTConfig fields with which our model computes what a class of transformers does.
+# GPTConfig field -> the values with which GPT2LMHeadModel and LlamaForCausalLM compute the same as our model
 _SUPPORTED_BY_BOTH = {
     "norm_place": ("pre",),
     "qk_norm": (False,),
@@ -70,7 +70,8 @@ _SUPPORTED_BY_BOTH = {
     "sliding_window": (0,),
     "logit_softcap": (0.0,),
 }
-SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {  # by the name of the layout
+# name of a layout -> GPTConfig field -> the values that the class supports
+SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
     GPT2.name: {
         "norm": ("layernorm",),
         "position": ("learned",),
@@ -89,63 +90,65 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {  # by the name of th
 # config.json -> GPTConfig
 
 
-def config_from_hf(hf: Mapping[str, Any], source: str) -> tuple[Layout, GPTConfig]:
-    """The model class and the GPTConfig of a config.json.
+def config_from_hf(hf_config: Mapping[str, Any], source: str) -> tuple[Layout, GPTConfig]:
+    """The layout and the GPTConfig of the model that a config.json describes.
 
-    Raises ValueError with every setting that is invalid or not supported.
+    hf_config: its content. source: its path, for messages. Raises ValueError with every setting that is
+    invalid or not supported.
     """
-    model_type = hf.get("model_type", "gpt2")
+    model_type = hf_config.get("model_type", "gpt2")
     if model_type == "gpt2":
-        layout, values = GPT2, GPT2_DEFAULTS | dict(hf)
+        layout, values = GPT2, GPT2_DEFAULTS | dict(hf_config)
         problems = _gpt2_problems(values)
     elif model_type == "llama":
-        layout, values = LLAMA, _add_llama_defaults(hf)
+        layout, values = LLAMA, _add_llama_defaults(hf_config)
         problems = _llama_problems(values)
     else:
         supported = " and ".join(repr(layout.model_type) for layout in LAYOUTS)
         raise ValueError(
-            f"{source} describes a model that this program does not have: model_type = "
-            f"{reprlib.repr(model_type)}, and only {supported} are supported"
+            f"{source} describes a model that is not supported: model_type = {reprlib.repr(model_type)}, and "
+            f"only {supported} are supported"
         )
     if problems:
-        raise ValueError(
-            f"{source} describes a {model_type} model that this program does not have:\n  - "
-            + "\n  - ".join(problems)
-        )
+        listed = "\n  - ".join(problems)
+        raise ValueError(f"{source} describes a {model_type} model that is not supported:\n  - {listed}")
     return layout, _gpt2_config(values) if layout is GPT2 else _llama_config(values)
 
 
-def _size_problems(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+def _size_problems(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     return [
-        f"{name} = {reprlib.repr(values[name])} is not a size" for name in names if not is_size(values[name])
+        f"{key} = {reprlib.repr(values[key])} is not a size (a whole number above 0)"
+        for key in keys
+        if not is_size(values[key])
     ]
 
 
 def _unsupported_values(values: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """A problem for each value that is not among those in `supported`, both by their key in config.json."""
     return [
-        f"{name} = {reprlib.repr(values[name])}, and only {' or '.join(map(repr, allowed))} is supported"
-        for name, allowed in supported.items()
-        if name in values and values[name] not in allowed
+        f"{key} = {reprlib.repr(values[key])}, and only {' or '.join(map(repr, allowed))} is supported"
+        for key, allowed in supported.items()
+        if key in values and values[key] not in allowed
     ]
 
 
 def _gpt2_problems(values: Mapping[str, Any]) -> list[str]:
-    inner = ["n_inner"] if values["n_inner"] is not None else []
-    return _size_problems(values, [*GPT2_SIZES.values(), *inner]) + _unsupported_values(
-        values,
-        {
-            "activation_function": tuple(GPT2_ACTIVATIONS),
-            "layer_norm_epsilon": (NORM_EPS,),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-            "tie_word_embeddings": (True, False),
-        },
-    )
+    sizes = [*GPT2_SIZES.values()]
+    if values["n_inner"] is not None:
+        sizes.append("n_inner")
+    supported = {
+        "activation_function": tuple(GPT2_ACTIVATIONS),
+        "layer_norm_epsilon": (NORM_EPS,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True, False),
+    }
+    return _size_problems(values, sizes) + _unsupported_values(values, supported)
 
 
 def _gpt2_config(values: Mapping[str, Any]) -> GPTConfig:
-    inner = values["n_inner"] or 0
+    inner = values["n_inner"] or 0  # 0: the default, 4 * n_embd
     return GPTConfig(
         **{field: values[key] for field, key in GPT2_SIZES.items()},
         activation=GPT2_ACTIVATIONS[values["activation_function"]],
@@ -155,11 +158,15 @@ def _gpt2_config(values: Mapping[str, Any]) -> GPTConfig:
     )
 
 
-def _add_llama_defaults(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """A LLaMA's config.json with every key that is read here; rope_type and rope_theta at the top level."""
-    values = LLAMA_DEFAULTS | dict(hf)
+def _add_llama_defaults(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a LLaMA's config.json with a value for every key that is used here.
+
+    rope_type and rope_theta, which are nested in some versions of transformers, get keys of their own.
+    """
+    values = LLAMA_DEFAULTS | dict(hf_config)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    if not isinstance(rope, dict):
+        rope = {"rope_type": rope}  # _llama_problems rejects it
     return values | {
         "num_key_value_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
         "head_dim": values.get("head_dim") or None,
@@ -177,8 +184,9 @@ def _llama_problems(values: Mapping[str, Any]) -> list[str]:
         "mlp_bias": (values["attention_bias"],),
         "tie_word_embeddings": (True, False),
     }
-    if not problems:  # None: it follows from the sizes
-        supported["head_dim"] = (None, values["hidden_size"] // values["num_attention_heads"])
+    if not problems:  # only valid sizes can be divided
+        default_head_dim = values["hidden_size"] // values["num_attention_heads"]
+        supported["head_dim"] = (None, default_head_dim)
     problems += _unsupported_values(values, supported)
     theta, bias = values["rope_theta"], values["attention_bias"]
     if not (is_number(theta) and theta > 0):
@@ -207,19 +215,19 @@ def _llama_config(values: Mapping[str, Any]) -> GPTConfig:
 
 
 def unsupported_settings(config: GPTConfig, layout: Layout) -> list[str]:
-    """The settings that the class does not have, one phrase each; empty if it can hold the model."""
+    """The settings of `config` that the layout's class does not support, each with the supported values."""
     problems = [
-        f"{name} = {getattr(config, name)!r} (it has {' or '.join(map(repr, allowed))})"
+        f"{name} = {getattr(config, name)!r} (only {' or '.join(map(repr, allowed))})"
         for name, allowed in SUPPORTED_VALUES[layout.name].items()
         if getattr(config, name) not in allowed
     ]
     if layout is GPT2 and config.kv_heads != config.n_head:
-        problems.append(f"n_kv_head = {config.n_kv_head} (it has 0 or {config.n_head})")
+        problems.append(f"n_kv_head = {config.n_kv_head} (only 0 or {config.n_head})")
     return problems
 
 
 def config_to_hf(config: GPTConfig, layout: Layout) -> dict[str, Any]:
-    """What config.json says of the model; the layout must support it."""
+    """The content of the config.json of a model. `unsupported_settings` of the layout must be empty."""
     sizes = GPT2_SIZES if layout is GPT2 else LLAMA_SIZES
     common = {
         "architectures": [layout.name],
@@ -231,10 +239,10 @@ def config_to_hf(config: GPTConfig, layout: Layout) -> dict[str, Any]:
         "torch_dtype": "float32",  # the key in transformers 4
     } | {key: getattr(config, field) for field, key in sizes.items()}
     if layout is GPT2:
-        activations = {ours: hf_name for hf_name, ours in reversed(GPT2_ACTIVATIONS.items())}
+        activations = [name for name, ours in GPT2_ACTIVATIONS.items() if ours == config.activation]
         return common | {
             "n_inner": None if config.inner == 4 * config.n_embd else config.inner,
-            "activation_function": activations[config.activation],
+            "activation_function": activations[0],
             "layer_norm_epsilon": NORM_EPS,
             "attn_pdrop": config.dropout,
             "embd_pdrop": config.dropout,

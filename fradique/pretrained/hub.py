@@ -1,7 +1,7 @@
-"""Weights from the Hugging Face hub, by name.
+"""Download weights from the Hugging Face hub by name.
 
-config.json comes first. The weights are downloaded only if they are no larger than a model of that shape, and
-every file is compared with the checksum that the hub gives for it.
+config.json is downloaded first. The weights are downloaded only if their size is plausible for the model that
+it describes. Every file is compared with the checksum that the hub gives for it.
 """
 
 from __future__ import annotations
@@ -14,42 +14,48 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fradique.io import files
 from fradique.io.download import MAX_BYTES
-from fradique.pretrained import hf_config, hf_weights
+from fradique.io.files import checksum, read_json_object
+from fradique.pretrained.hf_config import config_from_hf
+from fradique.pretrained.hf_weights import Layout, expected_shapes
 from fradique.pretrained.weight_files import INDEX_FILE, PICKLE_FILE, SAFETENSORS_FILE
 from model import GPTConfig
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names without an owner
+# Patterns of file names.
 CONFIG_FILES = ("config.json", "tokenizer.json", "vocab.json")
 WEIGHT_FILES = (SAFETENSORS_FILE, "model-*.safetensors", INDEX_FILE)
-PICKLE_FILES = (PICKLE_FILE,)  # only if there are no safetensors
-# More than float32: the file may contain causal masks, and the same weights again in other shards.
-BYTES_PER_PARAMETER = 16
+PICKLE_FILES = (PICKLE_FILE,)  # downloaded only if there are no safetensors files
+# The largest plausible size. float32 takes 4 bytes, but files may also contain causal masks, and a repository
+# may have the same weights as one file and as several.
+MAX_BYTES_PER_PARAMETER = 16
 
 
 def is_hub_name(path: Path, source: str) -> bool:
-    """Whether `source` can be a name on the hub: owner/name, unless ./owner is a folder (then it is a
-    misspelt path)."""
-    is_file = path.suffix in (".safetensors", ".pt", ".bin")
-    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not is_file and not path.parent.exists()
-    return source in HUB_NAMES or bool(named)
+    """Whether `source`, which is no file or folder, can be a name on the hub, such as gpt2 or owner/name.
+
+    path: `source` as a path. A name that ends like a file, or whose parent folder exists, is a misspelt path.
+    """
+    if source in HUB_NAMES:
+        return True
+    is_misspelt_path = path.suffix in (".safetensors", ".pt", ".bin") or path.parent.exists()
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)) and not is_misspelt_path
 
 
 def download_weights(name: str) -> Path:
-    """Download config.json and the weights, or find them in the cache. Returns their folder.
+    """Download config.json and the weights, unless the cache has them. Returns their folder.
 
-    Raises ValueError, with what to do, if the hub cannot be reached or does not have them, if they are larger
-    than config.json says, or if a file does not have the hub's checksum.
+    Raises ValueError with the fix if the hub cannot be reached or does not have the files, if the weights are
+    too large for the model in config.json, or if a file does not have the checksum that the hub gives.
     """
     folder = _download(name, CONFIG_FILES, MAX_BYTES)
-    commit = folder.name  # the weights are taken from the same commit
+    commit = folder.name  # the weights must be those of the same commit
     config_path = folder / "config.json"
-    layout, config = hf_config.config_from_hf(files.read_json_object(config_path), str(config_path))
-    max_bytes = BYTES_PER_PARAMETER * _count_parameters(config, layout) + MAX_BYTES
+    layout, config = config_from_hf(read_json_object(config_path), str(config_path))
+    max_bytes = MAX_BYTES_PER_PARAMETER * _count_parameters(config, layout) + MAX_BYTES
     folder = _download(name, WEIGHT_FILES, max_bytes, commit)
     if any(folder.glob("*.safetensors")):
         return folder
@@ -57,11 +63,11 @@ def download_weights(name: str) -> Path:
 
 
 def _download(name: str, patterns: tuple[str, ...], max_bytes: int, commit: str | None = None) -> Path:
-    """Download the files that match, of at most `max_bytes` together. Returns their folder.
+    """Download the files that match `patterns`, at most `max_bytes` together. Returns their folder.
 
-    If the hub does not list its files, those in the cache are used.
+    If the hub does not list its files, the files in the cache are used.
     """
-    import huggingface_hub  # slow to import, and rarely needed
+    import huggingface_hub  # imported here because it takes long and is rarely needed
 
     listed, list_error = _list_files(name, patterns, commit)
     size = sum(file.size for file in listed)
@@ -74,23 +80,24 @@ def _download(name: str, patterns: tuple[str, ...], max_bytes: int, commit: str 
         folder = Path(
             huggingface_hub.snapshot_download(
                 name,
-                revision=commit if list_error is None else None,
+                revision=commit if list_error is None else None,  # None: the last one that was downloaded
                 allow_patterns=list(patterns),
                 local_files_only=list_error is not None,
             )
         )
-    except Exception as error:  # of huggingface_hub, httpx or requests: the types differ between versions
+    except Exception as error:  # the types of errors differ between versions of huggingface_hub
         first_error = list_error or error
         reason = str(first_error).strip().partition("\n")[0]
         raise ValueError(
             f"{name} is no file or folder here, and could not be downloaded from the Hugging Face hub "
-            f"({type(first_error).__name__}: {reason}). Without a network, earlier downloads are found in "
-            "its cache (HF_HOME, by default ~/.cache/huggingface); or copy the model's config.json and "
-            "model.safetensors into a folder and give that folder"
+            f"({type(first_error).__name__}: {reason}). Without a network, only earlier downloads can be "
+            "used, which are in HF_HOME (by default ~/.cache/huggingface). Or copy the model's config.json "
+            "and model.safetensors into a folder, and use the path of that folder"
         ) from error
     checksums = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in listed}
     for path in sorted(folder.iterdir()):
         if _matches(path.name, patterns):
+            # the files in the folder are links to files that the cache names by their checksum
             _check_checksum(path, checksums.get(path.name) or path.resolve().name)
     return folder
 
@@ -98,7 +105,7 @@ def _download(name: str, patterns: tuple[str, ...], max_bytes: int, commit: str 
 def _list_files(
     name: str, patterns: tuple[str, ...], commit: str | None
 ) -> tuple[list[RepoSibling], Exception | None]:
-    """The files on the hub that match, with sizes and checksums; or no files and the reason."""
+    """(files on the hub that match `patterns`, with sizes and checksums; None), or ([], error)."""
     import huggingface_hub
 
     try:
@@ -106,41 +113,47 @@ def _list_files(
         listed = [file for file in info.siblings or [] if _matches(file.rfilename, patterns)]
         if any(file.size is None for file in listed):
             raise ValueError(f"the hub does not give the sizes of the files of {name}")
-    except Exception as error:  # as in _download
+    except Exception as error:  # of many types, as in _download
         return [], error
     return listed, None
 
 
-def _count_parameters(config: GPTConfig, layout: hf_weights.Layout) -> int:
-    """From the shapes of one and of two layers: n_layer, of which there may be any number, makes no table."""
-    one_layer, two_layers = (
-        sum(map(math.prod, hf_weights.expected_shapes(replace(config, n_layer=n), layout).values()))
-        for n in (1, 2)
-    )
-    return one_layer + (config.n_layer - 1) * (two_layers - one_layer)
+def _count_parameters(config: GPTConfig, layout: Layout) -> int:
+    """The number of parameters of a model, from the shapes of models with one and two layers.
+
+    The n_layer of a file from the hub can be huge, so a table of all shapes could fill the memory.
+    """
+
+    def count(n_layer: int) -> int:
+        shapes = expected_shapes(replace(config, n_layer=n_layer), layout)
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    per_layer = count(2) - count(1)
+    return count(1) + (config.n_layer - 1) * per_layer
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file name matches one of `patterns`, such as model-*.safetensors."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _check_checksum(path: Path, expected: str) -> None:
-    """Raise ValueError if a file does not have the hub's checksum: SHA-256 of large files, git's SHA-1 of
-    small ones.
+    """Raise ValueError if a file does not have the checksum that the hub gave.
 
-    The hub's cache names files by this checksum, so it is known offline too. On systems without links
-    (Windows, sometimes) `expected` is then a file name, and nothing is compared.
+    That is the SHA-256 of a large file, or git's SHA-1 of a small one. If the cache has no links, as on some
+    Windows systems, and the hub cannot be reached, `expected` is a file name, and nothing is compared.
     """
     stored = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", expected):
         digest = hashlib.sha256()
     elif re.fullmatch("[0-9a-f]{40}", expected):
-        digest = hashlib.sha1(b"blob %d\0" % stored.stat().st_size, usedforsecurity=False)
+        git_header = b"blob %d\0" % stored.stat().st_size
+        digest = hashlib.sha1(git_header, usedforsecurity=False)
     else:
         return
-    checksum = files.checksum(stored, digest)
-    if checksum != expected:
+    actual = checksum(stored, digest)
+    if actual != expected:
         raise ValueError(
-            f"{path} is damaged: its checksum is {checksum}, and the Hugging Face hub gave {expected}. It "
-            f"was not used; delete {stored} and run this again"
+            f"{path} is damaged: its checksum is {actual}, and the Hugging Face hub gave {expected}. It was "
+            f"not used; delete {stored} and run this again"
         )

@@ -1,9 +1,10 @@
-"""Load a model from a run folder, Hugging Face's GPT-2 or LLaMA, or nanoGPT's ckpt.pt.
+"""Load the weights of a run folder, of Hugging Face's GPT-2 or LLaMA, or of nanoGPT's ckpt.pt.
 
-The source may come from somebody else: everything is checked before anything is returned, and only plain data
-is unpickled.
+The files may come from somebody else. Everything in them is checked before it is returned, and no code in a
+pickle is run.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,38 +14,44 @@ from typing import Any
 
 from torch import Tensor
 
-from fradique.checkpointing import checkpoint as checkpoints
+from fradique.checkpointing.checkpoint import newest_checkpoint, read_checkpoint, step_folders, step_of
 from fradique.checkpointing.run_folder import SETTINGS_FILE, TOKENIZER_FILE
-from fradique.io import files
-from fradique.nn import lora
-from fradique.pretrained import hf_config, hf_weights, hub, model_config, weight_files
+from fradique.io.files import is_plain_name, read_json_object
+from fradique.nn.lora import merge_lora
+from fradique.pretrained import hf_weights, hub, model_config, weight_files
+from fradique.pretrained.hf_config import config_from_hf
 from fradique.pretrained.hf_weights import GPT2, Layout
-from fradique.tokenizer import bpe
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.bpe import byte_alphabet
+from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer, read_meta_pkl
 from model import POSITIVE_SIZES, GPTConfig
 
 GPT2_VOCAB_SIZE = 50257
-NANOGPT_FIELDS = (*POSITIVE_SIZES, "dropout", "bias")  # of its GPTConfig
+GPT2_HEAD_DIM = 64  # of every GPT-2
+NANOGPT_FIELDS = (*POSITIVE_SIZES, "dropout", "bias")  # the fields of nanoGPT's GPTConfig
 
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """A model as `load_weights` returns it."""
+    """The weights of a model, its configuration, and its tokenizer."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]  # by the names of GPT.named_parameters(): without a tied lm_head.weight
-    tokenizer: tokenizers.Tokenizer | None  # None: not known
-    source: str  # for messages
+    tokenizer: Tokenizer | None  # None: unknown
+    source: str  # what the user named, for messages
 
 
 def load_weights(
     source: str, checkpoint: str = "best", warn: Callable[[str], None] = warnings.warn
 ) -> PretrainedWeights:
-    """Load `source`: a run folder or one of its checkpoints, nanoGPT's ckpt.pt or a folder with it, a Hugging
-    Face folder, a `.safetensors` file, or a name on the hub.
+    """Load weights from files or from the Hugging Face hub.
 
-    `checkpoint` chooses among those of a run: "best", "newest", or a step number. Tensors of other programs
-    become float32. Raises ValueError if `source` does not exist, is damaged, or is another kind of model.
+    source: a run folder or one of its checkpoints, nanoGPT's ckpt.pt or its folder, a folder in Hugging
+        Face's layout, a `.safetensors` file, or a name on the hub.
+    checkpoint: which checkpoint of a run folder to load: "best", "newest", or a step number.
+    warn: called with a message for each damaged checkpoint that "newest" skips.
+
+    The tensors of nanoGPT and Hugging Face become float32. Raises ValueError if `source` does not exist, is
+    damaged, or is a model that is not supported.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -52,7 +59,7 @@ def load_weights(
     if path.is_dir():
         if (path / "manifest.json").exists():
             return load_checkpoint(path, path.parent, source)
-        if (path / SETTINGS_FILE).exists() or (path / "best").exists() or checkpoints.step_folders(path):
+        if (path / SETTINGS_FILE).exists() or (path / "best").exists() or step_folders(path):
             return load_run(path, source, checkpoint, warn)
         if (path / "ckpt.pt").exists():
             return load_pickle(path / "ckpt.pt", source)
@@ -70,10 +77,8 @@ def load_weights(
     )
 
 
-def check_tokenizer_matches(
-    weights: PretrainedWeights, tokenizer: tokenizers.Tokenizer, corpus: Path
-) -> None:
-    """Raise ValueError if a corpus, encoded with `tokenizer`, cannot be used with the weights."""
+def check_tokenizer_matches(weights: PretrainedWeights, tokenizer: Tokenizer, corpus: Path) -> None:
+    """Raise ValueError if the weights cannot be used with `corpus`, a folder that `tokenizer` encoded."""
     expected, vocab_size = weights.tokenizer, weights.config.vocab_size
     if expected is not None and expected != tokenizer:
         raise ValueError(
@@ -85,7 +90,7 @@ def check_tokenizer_matches(
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"{corpus} is encoded with {tokenizer.vocab_size} tokens and the weights of {weights.source} "
-            f"have an embedding of {vocab_size}: they do not belong together"
+            f"have an embedding of {vocab_size}: choose another corpus, or other weights"
         )
 
 
@@ -93,11 +98,12 @@ def check_tokenizer_matches(
 
 
 def load_run(run: Path, source: str, checkpoint: str, warn: Callable[[str], None]) -> PretrainedWeights:
-    """Load the chosen checkpoint of a run; `warn` is called for damaged ones that "newest" skips."""
+    """Load a checkpoint of a run folder. The arguments and errors are those of `load_weights`."""
     if checkpoint == "newest":
-        return load_checkpoint(checkpoints.newest_checkpoint(run, warn), run, source)
+        return load_checkpoint(newest_checkpoint(run, warn), run, source)
     folders = {"best": run / "best"} if (run / "best").is_dir() else {}
-    folders |= {str(int(folder.name[5:])): folder for folder in checkpoints.step_folders(run)}
+    folders |= {str(step_of(folder)): folder for folder in step_folders(run)}
+    # a step number may have leading zeros, as in the names of the folders
     name = str(int(checkpoint)) if re.fullmatch("[0-9]{1,18}", checkpoint) else checkpoint
     if name not in folders:
         raise ValueError(f"{run} has no checkpoint {checkpoint!r}; it has {', '.join(folders) or 'none yet'}")
@@ -105,10 +111,10 @@ def load_run(run: Path, source: str, checkpoint: str, warn: Callable[[str], None
 
 
 def load_checkpoint(folder: Path, run: Path, source: str) -> PretrainedWeights:
-    """Load a checkpoint folder, with LoRA merged, and the tokenizer of its run folder."""
-    saved = checkpoints.read_checkpoint(folder, with_optimizer=False)
-    tokenizer = tokenizers.load_tokenizer(run / TOKENIZER_FILE) if (run / TOKENIZER_FILE).exists() else None
-    values, tensors = lora.merge_lora(saved.config, saved.model, str(folder))
+    """Load a checkpoint folder and the tokenizer of its run folder. LoRA is merged into the weights."""
+    saved = read_checkpoint(folder, with_optimizer=False)
+    tokenizer = load_tokenizer(run / TOKENIZER_FILE) if (run / TOKENIZER_FILE).exists() else None
+    values, tensors = merge_lora(saved.config, saved.model, str(folder))
     config = model_config.parse_model_config(values, tensors, str(folder / "model.json"))
     return PretrainedWeights(config, tensors, tokenizer, source)
 
@@ -124,14 +130,14 @@ def load_hf_folder(folder: Path, source: str) -> PretrainedWeights:
 
 
 def load_hf_file(path: Path, source: str) -> PretrainedWeights:
-    """Load a .safetensors file, with the config.json and the tokenizer of its folder if they exist."""
+    """Load a .safetensors file, and the config.json and the tokenizer of its folder if they exist."""
     layout, config = _read_hf_config(path.parent)
     tensors = weight_files.TensorFiles([path], layout.prefix)
     return _convert_hf(tensors, layout, config, path.parent, source)
 
 
 def load_pickle(path: Path, source: str) -> PretrainedWeights:
-    """Load nanoGPT's ckpt.pt, or a state dict of Hugging Face's such as pytorch_model.bin."""
+    """Load nanoGPT's ckpt.pt, or a state dict with Hugging Face's names, such as pytorch_model.bin."""
     content = weight_files.load_plain_pickle(path)
     if isinstance(content, dict) and {"model", "model_args"} <= content.keys():
         return load_nanogpt_checkpoint(content, path, source)
@@ -141,17 +147,20 @@ def load_pickle(path: Path, source: str) -> PretrainedWeights:
 
 
 def _read_hf_config(folder: Path) -> tuple[Layout, GPTConfig | None]:
-    """The model class and the GPTConfig of a folder; GPT-2 and None without a config.json."""
+    """The layout and the GPTConfig of the model in a folder; (GPT2, None) if it has no config.json."""
     path = folder / "config.json"
     if not path.exists():
         return GPT2, None
-    return hf_config.config_from_hf(files.read_json_object(path), str(path))
+    return config_from_hf(read_json_object(path), str(path))
 
 
 def _convert_hf(
     tensors: Mapping[str, Tensor], layout: Layout, config: GPTConfig | None, folder: Path, source: str
 ) -> PretrainedWeights:
-    """Check tensors with Hugging Face's names, without prefix, and convert them to ours."""
+    """Check tensors that have Hugging Face's names without prefix, and convert them to our names.
+
+    config: None if it must be derived from the shapes of the tensors. folder: where the tokenizer may be.
+    """
     config = config or _gpt2_config_from_shapes(tensors, source)
     hf_weights.check_tensors(tensors, config, source, layout)
     if problems := config.problems():
@@ -162,70 +171,84 @@ def _convert_hf(
 
 
 def _gpt2_config_from_shapes(tensors: Mapping[str, Tensor], source: str) -> GPTConfig:
-    """What config.json would say: every GPT-2 has heads of width 64 and the tanh form of GELU."""
+    """The GPTConfig of a GPT-2 without a config.json: every GPT-2 has heads of 64 dimensions and tanh GELU."""
     layers = [int(match[0]) for name in tensors if (match := hf_weights.LAYER.search(name))]
-    shapes = [tuple(tensors[name].shape) for name in ("wte.weight", "wpe.weight") if name in tensors]
-    two_tables = [len(shape) for shape in shapes] == [2, 2] and all(map(all, shapes))
-    if not two_tables or not layers or shapes[0][1] % 64:
+    vocab_size, n_embd = _matrix_shape(tensors.get("wte.weight"))
+    block_size, _ = _matrix_shape(tensors.get("wpe.weight"))
+    if not layers or not vocab_size or not n_embd or not block_size or n_embd % GPT2_HEAD_DIM:
         raise ValueError(
-            f"{source}: there is no config.json beside it, and the shapes of its tensors are not those of a "
-            "GPT-2; put its config.json there"
+            f"{source}: its folder has no config.json, and the shapes of its tensors are not those of a GPT-2; "
+            "put its config.json there"
         )
-    (vocab_size, n_embd), (block_size, _) = shapes
     return GPTConfig(
         block_size=block_size,
         vocab_size=vocab_size,
         n_layer=1 + max(layers),
-        n_head=n_embd // 64,
+        n_head=n_embd // GPT2_HEAD_DIM,
         n_embd=n_embd,
         activation="gelu_tanh",
     )
 
 
-def _hf_tokenizer(folder: Path, vocab_size: int) -> tokenizers.Tokenizer | None:
-    """Our own if we exported the folder; GPT-2's if the folder has its vocabulary, or none of that size."""
+def _matrix_shape(tensor: Tensor | None) -> tuple[int, int]:
+    """The shape of a matrix; (0, 0) if `tensor` is None or no matrix."""
+    return tuple(tensor.shape) if tensor is not None and tensor.dim() == 2 else (0, 0)
+
+
+def _hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a model in Hugging Face's layout with `vocab_size` embeddings; None if unknown.
+
+    It is known if Fradique exported the folder, or if the vocabulary is GPT-2's.
+    """
     if (folder / weight_files.FRADIQUE_TOKENIZER_FILE).exists():
-        return tokenizers.load_tokenizer(folder / weight_files.FRADIQUE_TOKENIZER_FILE)
-    is_gpt2 = _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) and _has_gpt2_vocabulary(folder)
-    return tokenizers.GPT2Tokenizer() if is_gpt2 else None
+        return load_tokenizer(folder / weight_files.FRADIQUE_TOKENIZER_FILE)
+    is_gpt2 = _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) and _may_have_gpt2_vocabulary(folder)
+    return GPT2Tokenizer() if is_gpt2 else None
 
 
-def _has_gpt2_vocabulary(folder: Path) -> bool:
-    """Whether a Hugging Face folder has GPT-2's vocabulary, or none; another may have the same size."""
+def _may_have_gpt2_vocabulary(folder: Path) -> bool:
+    """Whether the vocabulary in a folder is GPT-2's, token by token. True if there is no vocabulary."""
     if (folder / "tokenizer.json").exists():
-        model = files.read_json_object(folder / "tokenizer.json").get("model")
+        model = read_json_object(folder / "tokenizer.json").get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
     elif (folder / "vocab.json").exists():
-        vocab = files.read_json_object(folder / "vocab.json")
+        vocab = read_json_object(folder / "vocab.json")
     else:
         return True
-    if not isinstance(vocab, dict) or {*map(str, vocab.values())} != {*map(str, range(GPT2_VOCAB_SIZE))}:
+    if not isinstance(vocab, dict):
         return False
-    alphabet, tokens = bpe.byte_alphabet(), sorted(vocab, key=lambda token: int(vocab[token]))
-    text = bytes(alphabet.get(char, 0) for token in tokens for char in token)
-    return text == tokenizers.GPT2Tokenizer().decode_bytes(range(GPT2_VOCAB_SIZE))
+    expected_ids = {str(i) for i in range(GPT2_VOCAB_SIZE)}
+    if {str(value) for value in vocab.values()} != expected_ids:  # as strings: values may be of any type
+        return False
+    alphabet = byte_alphabet()  # character -> byte
+    tokens = sorted(vocab, key=lambda token: int(vocab[token]))
+    token_bytes = bytes(alphabet.get(char, 0) for token in tokens for char in token)
+    return token_bytes == GPT2Tokenizer().decode_bytes(range(GPT2_VOCAB_SIZE))
 
 
 # nanoGPT
 
 
 def load_nanogpt_checkpoint(content: dict[str, Any], path: Path, source: str) -> PretrainedWeights:
-    """Convert the content of nanoGPT's ckpt.pt. The tokenizer is looked for beside it and in its corpus."""
+    """Convert the content of nanoGPT's ckpt.pt. Its tokenizer is searched in its folder and in its corpus."""
     tensors = weight_files.strip_prefixes(content["model"], path, GPT2.prefix)
     config = _nanogpt_config(content["model_args"], tensors, path)
     hf_weights.check_tensors(tensors, config, source, conv1d=False)
     train_config = content.get("config")
     dataset = train_config.get("dataset") if isinstance(train_config, dict) else None
-    folders = [path.parent, *([Path("data") / dataset] if files.is_plain_name(dataset) else [])]
+    folders = [path.parent]
+    if is_plain_name(dataset):
+        folders.append(Path("data") / dataset)
     tokenizer = _find_tokenizer(folders, config.vocab_size)
     return PretrainedWeights(config, hf_weights.from_hf(tensors, conv1d=False), tokenizer, source)
 
 
 def _nanogpt_config(model_args: Any, tensors: Mapping[str, Tensor], path: Path) -> GPTConfig:
-    """The GPTConfig of nanoGPT's model_args. Raises ValueError with all problems."""
+    """The GPTConfig with the values of nanoGPT's model_args. Raises ValueError with all problems."""
     if not isinstance(model_args, dict):
         raise ValueError(f"{path} is not a ckpt.pt of nanoGPT: its model_args are not a dict")
-    values = {"dropout": 0.0, "bias": "ln_f.bias" in tensors} | model_args  # the oldest files have neither
+    # the model_args of the oldest files have no dropout and no bias
+    values = {"dropout": 0.0, "bias": "ln_f.bias" in tensors} | model_args
     problems = [f"nanoGPT has no {name!r}" for name in values if name not in NANOGPT_FIELDS]
     values = {name: values.get(name) for name in NANOGPT_FIELDS}
     problems += model_config.field_problems(values)
@@ -239,19 +262,23 @@ def _nanogpt_config(model_args: Any, tensors: Mapping[str, Tensor], path: Path) 
     return config
 
 
-def _find_tokenizer(folders: list[Path], vocab_size: int) -> tokenizers.Tokenizer | None:
-    """The tokenizer that nanoGPT's sample.py would use: the one of the corpus, or GPT-2's."""
+def _find_tokenizer(folders: list[Path], vocab_size: int) -> Tokenizer | None:
+    """The first tokenizer in `folders`, or GPT-2's if there is none, as nanoGPT chooses it.
+
+    None if it does not fit an embedding of `vocab_size` rows.
+    """
     for folder in folders:
         if (folder / TOKENIZER_FILE).exists():
-            tokenizer = tokenizers.load_tokenizer(folder / TOKENIZER_FILE)
+            tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
         elif (folder / "meta.pkl").exists():
-            tokenizer = tokenizers.read_meta_pkl(folder / "meta.pkl")
+            tokenizer = read_meta_pkl(folder / "meta.pkl")
         else:
             continue
         return tokenizer if _fits_embedding(tokenizer.vocab_size, vocab_size) else None
-    return tokenizers.GPT2Tokenizer() if _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) else None
+    return GPT2Tokenizer() if _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) else None
 
 
 def _fits_embedding(n_tokens: int, vocab_size: int) -> bool:
-    """Whether vocab_size is the number of tokens, possibly padded to a multiple of 64."""
-    return vocab_size in (n_tokens, -(-n_tokens // 64) * 64)
+    """Whether vocab_size is the number of tokens, possibly padded to a multiple of 64 as in nanoGPT."""
+    padded = math.ceil(n_tokens / 64) * 64
+    return vocab_size in (n_tokens, padded)

@@ -1,4 +1,4 @@
-"""GPTConfig from values that anybody may have written: a checkpoint's model.json, nanoGPT's model_args."""
+"""Make a GPTConfig from the untrusted values in a checkpoint's model.json or nanoGPT's model_args."""
 
 import reprlib
 from collections.abc import Mapping
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from model import GPTConfig
 
-MAX_SIZE = 1 << 40  # limit of any number in a config; a larger model fits into no memory
-WIDTHS = ("vocab_size", "n_head", "n_embd", "n_kv_head", "n_inner")  # no larger than the number of parameters
+MAX_SIZE = 1 << 40  # the largest number in a config: no memory is large enough for a model of such a size
+MIN_WIDTH_LIMIT = 1024  # a width up to this is accepted for any number of parameters
+WIDTHS = ("vocab_size", "n_head", "n_embd", "n_kv_head", "n_inner")  # at most the number of parameters
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is an int or a float whose absolute value is at most MAX_SIZE (so not NaN)."""
+    """Whether `value` is an int or a float, but not NaN, with an absolute value of at most MAX_SIZE."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_SIZE
 
 
@@ -24,9 +25,9 @@ def is_size(value: Any) -> bool:
 
 
 def field_problems(values: Mapping[str, Any]) -> list[str]:
-    """What keeps `values` from being arguments of GPTConfig: unknown names, wrong types, huge numbers.
+    """The unknown names, wrong types and huge numbers in arguments for GPTConfig, one message each.
 
-    Afterwards GPTConfig(**values).problems() can be asked for the rest.
+    If there are none, GPTConfig(**values).problems() gives the other problems.
     """
     types = {field.name: type(field.default) for field in fields(GPTConfig)}
     problems = []
@@ -46,10 +47,11 @@ def field_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def parse_model_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> GPTConfig:
-    """The GPTConfig in a checkpoint's model.json. A run that is older than a field has the field's default.
+    """The GPTConfig in a checkpoint's model.json. A field that an older run does not have gets its default.
 
-    Sizes are compared with `tensors` (under our names; meta tensors will do) before a model of these sizes is
-    built. Raises ValueError with all problems.
+    tensors: those of the checkpoint by our names, possibly meta tensors. The sizes are compared with them, so
+    that damaged sizes never make a model that fills the memory. source: the path, for messages. Raises
+    ValueError with all problems.
     """
     problems = field_problems(values)
     if "vocab_size" not in values:
@@ -61,9 +63,9 @@ def parse_model_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor],
 
 
 def _size_problems(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Sizes that are too large for a model with these tensors, and an embedding of another shape."""
-    n_parameters = max(1024, sum(tensor.numel() for tensor in tensors.values()))
-    limits = {"n_layer": len(tensors)} | dict.fromkeys(WIDTHS, n_parameters)
+    """The sizes that are too large for these tensors, or that contradict the shape of the embedding."""
+    n_parameters = sum(tensor.numel() for tensor in tensors.values())
+    limits = {"n_layer": len(tensors)} | dict.fromkeys(WIDTHS, max(MIN_WIDTH_LIMIT, n_parameters))
     problems = [
         f"{name} = {values[name]} is too large for the tensors of the checkpoint"
         for name, limit in limits.items()

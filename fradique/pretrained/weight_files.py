@@ -1,6 +1,7 @@
-"""Files of tensors that others wrote: safetensors, in one file or several, and pickles of plain data.
+"""Read tensors from untrusted files: safetensors, in one file or in several, and pickles.
 
-Names and shapes are checked by the callers. Every error names the file and says what to do.
+No code in a pickle is run. Callers check the names and shapes of the tensors. Every error names the file and
+says what to do.
 """
 
 import re
@@ -16,16 +17,17 @@ import safetensors
 import torch
 from torch import Tensor
 
-from fradique.io import files as file_io
-from fradique.io import safe_pickle
+from fradique.io.files import is_plain_name, read_json_object
+from fradique.io.safe_pickle import LEGACY_PICKLES, requested_globals
 
-# In a Hugging Face folder the weights are in the first of these that exists.
+# A folder in Hugging Face's layout may have several of these three; the weights are read from the first.
 SAFETENSORS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 FRADIQUE_TOKENIZER_FILE = "fradique_tokenizer.json"  # in folders that export.py writes
 
-# The globals that torch.save's pickles need. torch.load allows more, and some of those can take much memory.
+# The classes and functions, as "module name", that pickles of torch.save import. torch.load allows more of them,
+# and some can take much memory.
 ALLOWED_GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.storage \w+Storage"
     r"|torch (\w+Storage|Size|device|[a-z]+[0-9]+\w*)|torch\.nn\.parameter Parameter"
@@ -33,17 +35,17 @@ ALLOWED_GLOBALS = re.compile(
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name without `prefix`, the largest first.
+    """The tensors of safetensors files by name, without `prefix`; iteration begins with the largest.
 
-    Each look-up maps the file again and returns a view of it, so that copying the tensors one by one needs
-    the memory of the copies and of one tensor.
+    Each look-up maps the file to memory again, and returns a view of the map. To copy all tensors, a caller
+    needs only the memory of the copies and of one tensor.
     """
 
     def __init__(self, files: Iterable[Path], prefix: str = "") -> None:
         self.locations: dict[str, tuple[Path, str]] = {}  # name -> file, name in the file
         for file in files:
             with _open_safetensors(file) as stored:
-                for name in stored.keys():  # noqa: SIM118
+                for name in stored.keys():  # noqa: SIM118 (a safetensors file is not iterable)
                     self.locations[name.removeprefix(prefix)] = file, name
         self.names = sorted(self.locations, key=lambda name: -self[name].numel())
 
@@ -61,7 +63,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
 @contextmanager
 def _open_safetensors(file: Path) -> Iterator[Any]:
-    """safetensors.safe_open, with ValueError for a file that is missing or damaged."""
+    """safetensors.safe_open, but raises ValueError for a file that is missing or damaged."""
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} is not a plain file; copy or download it again")
     try:
@@ -72,18 +74,21 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{file} is truncated, or not safetensors ({error}). Copy or download it again; a pickle can be "
-            "converted with save_pretrained of transformers"
+            "converted with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         ) from error
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights in Hugging Face's layout."""
+    """Whether a folder contains weights in Hugging Face's layout."""
     return any((folder / name).exists() for name in (SAFETENSORS_FILE, INDEX_FILE, PICKLE_FILE))
 
 
 def open_weight_folder(folder: Path, prefix: str) -> Mapping[str, Tensor]:
-    """The tensors of a Hugging Face folder, by name without `prefix`: one safetensors file, several with an
-    index, or an old pickle. Raises ValueError if they cannot be read."""
+    """The tensors of a folder in Hugging Face's layout, by name without `prefix`.
+
+    The folder has one safetensors file, or several with an index, or a pickle. Raises ValueError if they cannot
+    be read.
+    """
     index, pickled = folder / INDEX_FILE, folder / PICKLE_FILE
     if (folder / SAFETENSORS_FILE).exists():
         return TensorFiles([folder / SAFETENSORS_FILE], prefix)
@@ -93,32 +98,38 @@ def open_weight_folder(folder: Path, prefix: str) -> Mapping[str, Tensor]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    """The files in an index. Raises ValueError for a name that leads out of the folder."""
-    weight_map = file_io.read_json_object(index).get("weight_map")
-    names = [*weight_map.values()] if isinstance(weight_map, dict) else []
-    if not names or not all(map(file_io.is_plain_name, names)):
+    """The names of the files in an index. Raises ValueError for a name that leads out of the folder."""
+    weight_map = read_json_object(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(map(is_plain_name, names)):
         raise ValueError(f"{index} is damaged: its weight_map does not name files of this folder")
     return sorted(set(names))
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """What torch.save wrote. Raises ValueError, without running it, for more than tensors and plain data."""
+    """The value in a file of torch.save. No code in the file is run.
+
+    Raises ValueError if the value contains more than tensors and plain data, or cannot be read.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a plain file; copy or download it again")
     try:
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # the format since torch 1.6; only it can be mapped
+            is_zip = file.read(4) == b"PK\x03\x04"  # since torch 1.6; older files cannot be memory-mapped
         _check_pickles(path, is_zip)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about pickles that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise almost anything
+        # a refused class or function is in the messages of _check_globals and of torch
         if requested := re.search(r"GLOBAL (\S{1,200})", str(error)):
             raise ValueError(
                 f"{path} is a pickle of more than tensors and plain data: it asks for {requested[1]}, which "
                 "could run code, so it was not opened; nanoGPT's ckpt.pt needs nothing of the kind"
             ) from error
-        reason = re.split(r"\. |\n", str(error).rpartition("WeightsUnpickler error: ")[2].strip())[0]
+        # torch's message begins with long advice; the first sentence after this label is the reason
+        _, _, message = str(error).rpartition("WeightsUnpickler error: ")
+        reason = re.split(r"\. |\n", message.strip())[0]
         raise ValueError(
             f"{path} cannot be read: it is truncated or damaged, or not written by torch.save "
             f"({type(error).__name__}: {reason[:300]}); copy it again"
@@ -126,9 +137,9 @@ def load_plain_pickle(path: Path) -> Any:
 
 
 def strip_prefixes(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
-    """A state dict from a pickle, by names without torch.compile's prefix and without `prefix`.
+    """A state dict from a pickle, by names without `prefix` and without the prefix of torch.compile.
 
-    Raises ValueError if it is not a dict of complete tensors.
+    path: the file, for messages. Raises ValueError if `state` is not a dict of complete tensors.
     """
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(
@@ -144,29 +155,34 @@ def strip_prefixes(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _check_pickles(path: Path, is_zip: bool) -> None:
-    """Raise ValueError if unpickling could exhaust memory or time, or needs more globals than tensors do."""
+    """Raise ValueError if unpickling a file could exhaust memory or time, or imports what tensors do not need."""
     if not is_zip:
         with path.open("rb") as file:
-            _check_globals(safe_pickle.requested_globals(file, safe_pickle.LEGACY_PICKLES))
+            _check_globals(requested_globals(file, LEGACY_PICKLES))
         return
     with zipfile.ZipFile(path) as archive:
-        # torch does not compress; a small compressed file could unpack to more than the memory
+        # torch.save does not compress, and a small compressed file could fill the memory when it is unpacked
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise ValueError("it is a compressed archive, which torch never writes")
         for name in archive.namelist():
             if name.endswith("data.pkl"):
                 with archive.open(name) as file:
-                    _check_globals(safe_pickle.requested_globals(file))
+                    _check_globals(requested_globals(file))
 
 
 def _check_globals(names: Iterable[str]) -> None:
+    """Raise ValueError for a class or function, written as "module name", that is not in ALLOWED_GLOBALS."""
     for name in names:
         if not ALLOWED_GLOBALS.fullmatch(name):
             raise ValueError(f"GLOBAL {name.replace(' ', '.')}")
 
 
 def _is_complete(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, on the CPU, and no larger than its storage: a stride of 0 can repeat one
-    stored number without end."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    return plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    """Whether a tensor is dense, on the CPU, and not larger than its storage.
+
+    With a stride of 0, a tensor of any size can have a storage of one number.
+    """
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized
+    if not is_dense or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

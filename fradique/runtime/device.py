@@ -1,4 +1,4 @@
-"""The runtime of a process: device, dtype, compilation and ranks, chosen once and then passed on."""
+"""The runtime of a process: its device, dtype, rank, and whether to compile. Chosen once, then passed on."""
 
 import re
 import shutil
@@ -17,7 +17,8 @@ from fradique.runtime import malloc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Peak dense FLOP/s in bf16 (V100, T4: fp16), from the vendors' data sheets, for MFU. The first match counts.
+# Peak dense FLOP/s in bf16 (V100, T4: fp16) from the vendors' data sheets, for the model FLOPs utilization
+# (MFU). The first key that occurs in the name of the GPU counts.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -31,29 +32,29 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
-# A rough guess of the FLOP/s that a run achieves, to estimate whether it is long enough to compile.
+# FLOP/s that a run achieves, roughly, to estimate whether the run is long enough to compile.
 ASSUMED_FLOPS = {"cpu": 1.5e11, "mps": 2e12, "cuda": 1e14}
 # compile=auto compiles runs of at least this many seconds: compiling takes 30 to 60 s, and makes steps 1.2 to
 # 1.5 times as fast.
 MIN_COMPILE_SECONDS = {"cpu": 180.0, "mps": float("inf"), "cuda": 60.0}
-# Tokens per forward pass on a CPU: few enough for its cache, enough for its matrix units.
+# Most tokens per forward pass on a CPU: their activations fit its cache, and its matrix units are still busy.
 CPU_MAX_TOKENS = 4096
-# Minimum width at which bf16 is faster than fp32 on a CPU with bf16 arithmetic; in narrower models the casts
-# cost more than bf16 saves. With a vocabulary of at least this size the output layer alone makes up for them:
-# width 64, 4,096 tokens: 25 ms a step instead of 31.
+# On a CPU with bf16 arithmetic, bf16 is faster than fp32 from this width on; in narrower models the casts
+# take longer than bf16 saves. From this vocabulary size on, bf16 is faster at any width, because the output
+# layer is large: with width 64 and 4,096 tokens, a step takes 25 ms instead of 31.
 CPU_BF16_MIN_WIDTH, CPU_BF16_MIN_VOCAB = 128, 4096
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device, dtype, compilation and ranks of a run. Rank 0 writes files and prints."""
+    """The device, dtype and rank of a process, and whether to compile. Rank 0 writes files and prints."""
 
     device: torch.device
     dtype: torch.dtype  # of the forward pass, through autocast; weights stay float32
     compile: bool
     rank: int = 0
     world: int = 1  # number of ranks
-    notes: tuple[str, ...] = ()  # on what was chosen automatically, and why; for the log
+    notes: tuple[str, ...] = ()  # messages for the log: what was chosen automatically, and why
     sharded: bool = False  # each rank holds a shard of every parameter (FSDP2)
 
     @property
@@ -62,34 +63,35 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self, enabled: bool = True) -> AbstractContextManager:
-        """torch.autocast for the forward pass; no-op in float32."""
+        """torch.autocast for the forward pass; does nothing in float32."""
         if self.dtype == torch.float32:
             return nullcontext()
-        # no cache of cast weights in a sharded run: together they would be the whole model
+        # in a sharded run, a cache of the cast weights would hold the whole model on each rank
         return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=not self.sharded)
 
     def split_microbatches(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """The micro-batches (B, T) of a step; on a CPU split into equal parts that fit its cache.
+        """The micro-batches of a step: (inputs, targets), (B, T) each.
 
-        The mean of their losses is the same.
+        On a CPU, batches are split into micro-batches that fit its cache. All parts of a batch have the same
+        size, so the mean of their losses is the loss of the batch.
         """
         if self.device.type != "cpu":
             return list(batches)
-        return [
-            part
-            for x, y in batches
-            for part in zip(*(tensor.split(_rows_per_pass(*x.shape)) for tensor in (x, y)), strict=True)
-        ]
+        microbatches = []
+        for x, y in batches:
+            rows = rows_per_pass(x.size(0), x.size(1))
+            microbatches += zip(x.split(rows), y.split(rows), strict=True)
+        return microbatches
 
     def max_eval_rows(self, batch_size: int, block_size: int) -> int:
-        """Windows per forward pass of an evaluation: a batch; on a CPU as many as fit its cache."""
+        """Largest batch of an evaluation: batch_size; on a CPU, as many rows as fit its cache, at least 1."""
         return batch_size if self.device.type != "cpu" else max(1, CPU_MAX_TOKENS // block_size)
 
     def seed_dropout(self, seed: int) -> None:
-        """Seed the default random generators.
+        """Seed the random generators that dropout uses.
 
-        On a CPU only its own: torch.manual_seed also records the stack for a lazily initialized GPU, which
-        takes 2% of the step time of a small model.
+        On a CPU, only the CPU's generator: torch.manual_seed also prepares those of GPUs, which takes 2% of
+        the step time of a small model.
         """
         if self.device.type == "cpu":
             torch.default_generator.manual_seed(seed)
@@ -116,20 +118,24 @@ class Runtime:
             process_group.barrier()
 
     def wrap_ddp(self, forward: nn.Module) -> nn.Module:
-        """The model in DistributedDataParallel, which averages gradients; unchanged if sharded or alone."""
+        """Wrap a module in DistributedDataParallel, which averages the gradients over the ranks.
+
+        With one rank, or in a sharded run, returns the module itself.
+        """
         if self.world == 1 or self.sharded:
             return forward
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(forward, device_ids=device_ids)
 
     def peak_flops(self) -> float | None:
-        """Peak FLOP/s of all devices of the run together; None if the GPU is not in PEAK_FLOPS."""
+        """Peak FLOP/s of all GPUs of the run together; None on other devices and GPUs not in PEAK_FLOPS."""
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next(
-            (peak * self.world for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None
-        )
+        for gpu, peak in PEAK_FLOPS.items():
+            if re.search(rf"\b{gpu}\b", name):  # whole words: "L4" is not in "L40"
+                return peak * self.world
+        return None
 
     def describe(self) -> str:
         """Device, number of processes and dtype, for the log."""
@@ -138,9 +144,11 @@ class Runtime:
             device += f" ({torch.cuda.get_device_name(self.device)})"
         elif self.device.type == "cpu":
             device += f" ({torch.get_num_threads()} threads)"
-        processes = f", {self.world} processes" if self.world > 1 else ""
-        processes += ", each with a shard of the model" if self.sharded else ""
-        return f"{device}{processes}, {str(self.dtype).removeprefix('torch.')}"
+        if self.world > 1:
+            device += f", {self.world} processes"
+        if self.sharded:
+            device += ", each with a shard of the model"
+        return f"{device}, {str(self.dtype).removeprefix('torch.')}"
 
     def close(self) -> None:
         """Leave the process group."""
@@ -150,11 +158,11 @@ class Runtime:
 def configure_process(
     device: str = "auto", *, parallel: str = "ddp", backend: str = "auto", timeout: float = 600.0
 ) -> torch.device:
-    """Set up this process for a run, and return its device. Only the main of a script calls this.
+    """Set up this process for a run, and return its device. Only the main function of a script calls this.
 
     It changes process-wide state: malloc's options on a CPU, the current device and TF32 matrix products on
-    CUDA, and the process group if torchrun started this process. `timeout`: seconds that ranks wait for each
-    other. Raises ValueError if this machine does not have the device.
+    CUDA, and the process group if torchrun started this process. `timeout`: how many seconds ranks wait for
+    each other. Raises ValueError if this machine does not have the device.
     """
     ranks = process_group.rank_info()
     chosen = choose_device(device, ranks.local_rank, ranks.world)
@@ -165,7 +173,9 @@ def configure_process(
             malloc.keep_freed_memory()
     elif chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in fp32
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32 for the matrix products that autocast leaves in fp32
     process_group.join(chosen, backend, timeout)
     return chosen
 
@@ -181,10 +191,11 @@ def setup_runtime(
     run_flops: float = 0.0,
     run_seconds: float | None = None,
 ) -> Runtime:
-    """Choose the runtime; no process-wide state changes (see `configure_process`).
+    """Choose the runtime. Unlike `configure_process`, this changes no process-wide state.
 
-    `run_flops`, or `run_seconds` with a time budget, is the length of the run: for compile="auto". Raises
-    ValueError if this machine does not have the device or dtype.
+    dtype="auto" depends on n_embd and vocab_size. compile="auto" depends on the length of the run: its FLOPs
+    (`run_flops`), or its time budget (`run_seconds`). Raises ValueError if this machine does not have the
+    device, or if the device does not support the dtype.
     """
     ranks = process_group.rank_info()
     if isinstance(device, str):
@@ -193,24 +204,24 @@ def setup_runtime(
     chosen_dtype, reason = choose_dtype(dtype, device, n_embd, vocab_size)
     if dtype == "auto":
         notes.append(f"using {chosen_dtype}: {reason}")
-    compiled, reason = choose_compile(compile, device, run_flops, run_seconds)
+    chosen_compile, reason = choose_compile(compile, device, run_flops, run_seconds)
     if compile == "auto":
-        notes.append(f"{'compiling' if compiled else 'not compiling'}: {reason}")
+        notes.append(f"{'compiling' if chosen_compile else 'not compiling'}: {reason}")
     return Runtime(
-        device,
-        DTYPES[chosen_dtype],
-        compiled,
-        ranks.rank,
-        ranks.world,
-        tuple(notes),
+        device=device,
+        dtype=DTYPES[chosen_dtype],
+        compile=chosen_compile,
+        rank=ranks.rank,
+        world=ranks.world,
+        notes=tuple(notes),
         sharded=parallel == "fsdp" and ranks.world > 1,
     )
 
 
 def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.device:
-    """The device that `name` means. auto: CUDA, else MPS, else CPU; each process takes GPU `local_rank`.
+    """The device with this name. auto: CUDA, else MPS, else CPU. cuda: the GPU with index `local_rank`.
 
-    Raises ValueError if this machine does not have it.
+    Raises ValueError if this machine does not have the device.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
@@ -233,7 +244,7 @@ def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.devic
 
 
 def choose_dtype(name: str, device: torch.device, n_embd: int, vocab_size: int = 0) -> tuple[str, str]:
-    """The dtype of the forward pass, and the reason. Raises ValueError for float16 without CUDA."""
+    """The name of the forward pass's dtype, and the reason. Raises ValueError for float16 without CUDA."""
     if name != "auto":
         if name == "float16" and device.type != "cuda":
             raise ValueError(f"dtype=float16 needs a GradScaler on CUDA; use float32 or bfloat16 on {device}")
@@ -254,7 +265,7 @@ def choose_dtype(name: str, device: torch.device, n_embd: int, vocab_size: int =
 def choose_compile(
     setting: bool | str, device: torch.device, run_flops: float, run_seconds: float | None
 ) -> tuple[bool, str]:
-    """Whether to compile, and the reason. auto: if the run is long enough."""
+    """Whether to compile, and the reason. auto: compile if the run is long enough."""
     if setting != "auto":
         return bool(setting), "as set"
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
@@ -268,7 +279,7 @@ def choose_compile(
 def compile_with_fallback(
     model: nn.Module, warmup: Callable[[nn.Module], None], warn: Callable[[str], None]
 ) -> nn.Module:
-    """torch.compile(model), after `warmup` has run on it; if that fails, a warning and `model` itself."""
+    """torch.compile(model), on which `warmup` has run; if that fails, warn and return `model` itself."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's hints are for its own developers
@@ -281,10 +292,11 @@ def compile_with_fallback(
     return compiled
 
 
-def _rows_per_pass(rows: int, length: int) -> int:
-    """The largest divisor of `rows` with at most CPU_MAX_TOKENS tokens in that many sequences of `length`."""
+def rows_per_pass(rows: int, length: int) -> int:
+    """Rows of a micro-batch on a CPU: the largest divisor of `rows` that fits CPU_MAX_TOKENS; at least 1."""
     return max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= CPU_MAX_TOKENS), default=1)
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of an error message, at most 200 characters."""
     return (str(error).strip().splitlines() or [""])[0][:200]

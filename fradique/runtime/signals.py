@@ -1,4 +1,4 @@
-"""Stop signals: remembered until the current training step is done."""
+"""Stop signals: recorded when they arrive, handled after the current training step."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ from typing import Any
 
 from fradique.runtime.device import Runtime
 
-SIGPIPE = 13  # ends a program whose output nobody reads; Windows does not define it
+# train.py records it when nobody reads its output. Windows does not define signal.SIGPIPE.
+SIGPIPE = 13
 
 
 class StopSignal:
-    """SIGTERM, SIGHUP and Ctrl-C, remembered until the step is done; a second Ctrl-C stops at once."""
+    """Records SIGTERM, SIGHUP and Ctrl-C until the current step is done; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        """Install the handlers, if this is the main thread: only it may."""
-        self.number = 0  # of the signal that came; 0: none yet
-        self._previous: dict[int, Any] = {}  # signal -> handler to restore
+        """Install the handlers in the main thread; Python allows it in no other thread."""
+        self.number = 0  # of the last signal; 0: none
+        self._previous: dict[int, Any] = {}  # signal number -> handler to restore
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGTERM", "SIGINT", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP on purpose
-                    self._previous[number] = signal.signal(number, self._remember)
+                # an ignored signal stays ignored: nohup makes a program ignore SIGHUP
+                if number and signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._record)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler. Raises KeyboardInterrupt at the second Ctrl-C."""
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
 
     @property
     def name(self) -> str:
-        """The name of the signal that came."""
+        """The name of the last signal."""
         return "SIGPIPE" if self.number == SIGPIPE else signal.Signals(self.number).name
 
     def requested(self, runtime: Runtime) -> bool:
-        """Whether any rank received a signal; the same answer on all ranks."""
+        """Whether any rank has received a signal; the same answer on all ranks."""
         number = int(runtime.max(self.number)[0])
-        self.number = self.number or number  # one may have come during the all-reduce
+        if number and not self.number:  # only another rank received a signal
+            self.number = number
         return number != 0
 
     def restore(self) -> None:

@@ -81,7 +81,7 @@ def _last_checkpoint(settings: TrainSettings, corpus: Corpus) -> ModelSource:
     folder = Path(settings.out_dir)
     run_folder.check_tokenizer(folder, corpus.tokenizer, corpus.folder)
     newest = process_group.broadcast_from_rank0(
-        lambda: newest_checkpoint(folder, _print_warning, run_folder.run_id(folder))
+        lambda: newest_checkpoint(folder, _print_warning, run_folder.saved_run_id(folder))
     )
     if _will_be_sharded(settings):
         checkpoint = read_checkpoint_metadata(newest)

@@ -41,7 +41,7 @@ def save_checkpoint(t: Trainer, best: bool = False) -> None:
             model={name: p.detach() for name, p in t.model.named_parameters()},
             optimizer=optimizer.state_by_name(t.optimizers),
             state=t.state_dict(),
-            run=t.lock.run_id if t.lock else None,
+            run_id=t.lock.run_id if t.lock else None,
         )
         writer: checkpoint.CheckpointWriter = checkpoint.LocalWriter()
         if t.runtime.sharded:

@@ -75,8 +75,8 @@ class TrainState:
     best_step: int | None = None
     evals_since_best: int = 0
     last_eval_step: int = -1
-    # The next four are as read from a checkpoint. Their current values are in Trainer.budget and .scaler, from
-    # where Trainer.state_dict saves them.
+    # The next four are as read from a checkpoint. Their current values are in Trainer.budget and
+    # Trainer.scaler, from where Trainer.state_dict saves them.
     seconds: float = 0.0  # elapsed in earlier processes of this run
     closing_seconds: float = 0.0  # TimeBudget.finish_seconds
     writing_seconds: float = 0.0  # TimeBudget.sample_seconds

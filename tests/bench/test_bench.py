@@ -112,10 +112,33 @@ def test_generation_is_compared_with_transformers(capsys, monkeypatch):
 
 
 def test_batches_are_compared_with_a_loop(monkeypatch):
+    """By a clock on which a batch of the sampler takes 1 s and a batch of the loop 3 s."""
+    seconds = [0.0]
+
+    def slow(function, duration):
+        def call(*args, **kwargs):
+            seconds[0] += duration
+            return function(*args, **kwargs)
+
+        return call
+
     monkeypatch.setattr(bench_data, "LOADED_TOKENS", 1 << 16)
     monkeypatch.setattr(bench_data, "BATCHES", 2)
-    rates = bench_data.measure_batches(rounds=1)
-    assert rates["ratio"] == pytest.approx(rates["mtokens_s"] / rates["loop_mtokens_s"])
+    monkeypatch.setattr(bench_data, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    sampler = bench_data.Sampler
+    monkeypatch.setattr(sampler, "micro_batches", slow(sampler.micro_batches, 1))
+    monkeypatch.setattr(torch, "randint", slow(torch.randint, 3))  # the loop draws where its windows start
+    rates = bench_data.measure_batches(rounds=2)
+    million_tokens = 12 * 1024 / 1e6
+    expected = {"mtokens_s": million_tokens, "loop_mtokens_s": million_tokens / 3, "ratio": 3}
+    assert rates == pytest.approx(expected)
+
+
+def test_a_comparison_is_the_median_over_the_rounds(monkeypatch):
+    durations = iter([1, 2, 2, 8, 4, 8])  # seconds, in turns: ours, the library's
+    monkeypatch.setattr(bench_data, "_seconds", lambda function: next(durations))
+    rates = bench_data.compare(8, 3, lambda: None, lambda: None)
+    assert rates == {"mb_s": 4, "library_mb_s": 1, "ratio": 2}  # the ratios are 2, 4 and 2
 
 
 def test_reading_is_measured_from_memory(capsys, monkeypatch):

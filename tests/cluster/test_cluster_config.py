@@ -1,6 +1,7 @@
 """The files for Slurm and Kubernetes are valid, and their flags exist."""
 
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from torch.distributed.run import get_args_parser
 
 import train
 from configurator import resolve
+from fradique.data import prepare
+from fradique.data.shard_build import Worker
 
 CLUSTER = ROOT / "config" / "cluster"
 SCRIPTS = sorted(path for path in CLUSTER.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -110,12 +113,14 @@ def test_run_sh_starts_a_run_or_resumes_it(tmp_path):
 
 
 def test_prepare_accepts_the_flags_of_the_script():
-    text = (CLUSTER / "slurm_prepare.sbatch").read_text()
-    assert re.search(
-        r'--shards "\$\{SHARDS:-64\}" --worker "\$SLURM_ARRAY_TASK_ID/\$SLURM_ARRAY_TASK_COUNT"', text
-    )
-    source = (ROOT / "fradique" / "data" / "prepare.py").read_text()
-    assert '"--worker"' in source and '"--shards"' in source
+    values = {"${SHARDS:-64}": "64", "$SLURM_ARRAY_TASK_ID": "3", "$SLURM_ARRAY_TASK_COUNT": "16"}
+    arguments = arguments_of("slurm_prepare.sbatch", '/prepare.py"')
+    assert arguments.pop() == "$@"
+    for variable, value in values.items():
+        arguments = [argument.replace(variable, value) for argument in arguments]
+    corpus = runpy.run_path(str(ROOT / "data" / "openwebtext" / "prepare.py"))["CORPUS"]
+    args = prepare._make_parser(corpus).parse_args(arguments)
+    assert args.shards == 64 and Worker.parse(args.worker) == Worker(3, 16)
 
 
 def test_sbatch_accepts_the_options_of_the_scripts():

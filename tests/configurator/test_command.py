@@ -189,10 +189,6 @@ def test_print_settings_reports_invalid_settings(toy):
     assert err.startswith("error: --n_layer=0: must be at least 1\n")
 
 
-def test_an_error_without_a_message_shows_its_type(toy):
-    assert toy("--mode=empty")[2].startswith("error: ValueError\n")
-
-
 def test_a_command_can_start_from_saved_settings(capsys):
     saved = {"n_head": 6, "n_embd": 384, "seed": 7}
 

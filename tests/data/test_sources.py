@@ -56,7 +56,7 @@ def test_files_outside_the_python_library_are_excluded(tmp_path, monkeypatch):
 
 def test_a_python_without_source_files_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ValueError, match=r"no sources in .*--input"):
+    with pytest.raises(ValueError, match=r"no source code in .*--input"):
         sources.python_library(Path())
 
 

@@ -139,3 +139,11 @@ def test_a_text_without_white_space_is_cut_at_the_limit(string):
     pieces = list(cut_pieces(text_of(string, 7).chunks(), 10, 80))
     assert "".join(pieces) == string
     assert max(map(len, pieces)) <= 80
+
+
+def test_the_iconv_command_works_for_any_file_name(tmp_path):
+    path = tmp_path / "um livro.jsonl"
+    path.write_bytes(b"gar\xe7a")
+    with pytest.raises(ValueError) as caught:
+        list(read_file(path))
+    assert f"-f WINDOWS-1252 -t UTF-8 '{path}' > 'um livro-utf8.jsonl'," in str(caught.value)

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from fradique.data import build, dataset, text
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fradique.data import build, dataset, text
 
 LINE = "amor\0luz\U0001f984éç日本"  # without a space, so that no cut is at a space
 

@@ -1,6 +1,7 @@
 """Pickles that would run code, or take unbounded time or memory, are refused at once."""
 
 import builtins
+import contextlib
 import functools
 import io
 import json
@@ -81,8 +82,13 @@ def test_malicious_pickles_are_refused_and_not_run(tmp_path, hf, attack, kind):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_pickle_loads_runs_an_attack(tmp_path, protocol):
-    pickle.loads(pickle.dumps(ATTACKS["mkdir"](tmp_path / "canary"), protocol=protocol))
+@pytest.mark.parametrize("attack", ATTACKS.keys() - {"torch.load"})
+def test_pickle_loads_runs_the_attacks(tmp_path, attack, protocol):
+    data = pickle.dumps(ATTACKS[attack](tmp_path / "canary"), protocol=protocol)
+    with contextlib.suppress(AttributeError):  # eval returns None, from which no tensor can be rebuilt
+        loaded = pickle.loads(data)
+        if attack == "open":
+            loaded.close()
     assert (tmp_path / "canary").exists()
 
 

@@ -169,7 +169,7 @@ def test_ten_thousand_damaged_checkpoints_are_skipped(settings, tmp_path):
         (folder / f"step-{step:08d}").mkdir()
     result = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--max_iters=20")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "and 9,98" in result.stderr and result.stderr.count("warning:") < 10
+    assert "skipped 9,990 checkpoints in all" in result.stderr and result.stderr.count("warning:") < 10
     assert max(losses(folder)) == 20
 
 

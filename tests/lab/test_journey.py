@@ -84,7 +84,7 @@ def test_a_run_with_different_settings_is_refused(configs, tmp_path):
     assert run_script("lab.journey", *options).returncode == 0
     result = run_script("lab.journey", *options, "--max_iters=3")
     assert result.returncode == 2
-    assert "other settings (max_iters = 6, now 3): add --overwrite=True" in result.stderr
+    assert "other settings (max_iters was 6 and is 3 now). Move that folder" in result.stderr
     result = run_script("lab.journey", *options, "--max_iters=3", "--overwrite=True")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "wide-8" / "settings.json").read_text())["settings"]["max_iters"] == 3
@@ -92,14 +92,14 @@ def test_a_run_with_different_settings_is_refused(configs, tmp_path):
 
 def test_errors_are_reported_before_any_training(configs, tmp_path):
     result = run_script("lab.journey")
-    assert result.returncode == 2 and "name the configs to compare" in result.stderr
+    assert result.returncode == 2 and "no configs to compare" in result.stderr
     result = run_script("lab.journey", configs[0], configs[0])
-    assert result.returncode == 2 and "two of the configs write into the same folder" in result.stderr
+    assert result.returncode == 2 and "several configs have the same out_dir" in result.stderr
     result = run_script("lab.journey", configs[0], "--n_layers=3")
     assert result.returncode == 2 and "n_layer" in result.stderr
     assert not (tmp_path / "wide-8").exists()
     result = run_script("lab.journey", configs[0], "--dataset=nothing")
-    assert result.returncode == 2 and "ended with status 2: see above" in result.stderr
+    assert result.returncode == 2 and "failed with status 2; see its message above" in result.stderr
 
 
 def test_a_result_has_the_values_in_the_metrics(settings):

@@ -88,4 +88,4 @@ def test_missing_runs_and_snapshots_are_reported(settings, tmp_path):
     result = run_script("train.py", *flags(one_snapshot))
     assert result.returncode == 0, result.stderr
     result = run_lab("lab.movie", f"--out_dir={settings.out_dir}")
-    assert result.returncode == 2 and "an animation needs two" in result.stderr
+    assert result.returncode == 2 and "An animation needs at least two" in result.stderr

@@ -22,10 +22,9 @@ def test_bpe_tokens_are_grouped_by_kind():
         " the": "space before",
         "ing": "inside a word",
         " Lisbon": "capital",
-        "2024": "digits",
+        "2016": "digits",
         "!": "punctuation",
     }
     for text, group in groups.items():
-        (token, *more_tokens) = tokenizer.encode(text).tolist()
-        if not more_tokens:
-            assert token_groups(tokenizer, [token]).tolist() == [group], text
+        (token,) = tokenizer.encode(text).tolist()
+        assert token_groups(tokenizer, [token]).tolist() == [group], text

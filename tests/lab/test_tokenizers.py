@@ -32,7 +32,7 @@ def test_each_tokenizer_splits_the_text():
 def test_the_embedding_share_agrees_with_a_model():
     config = GPTConfig(vocab_size=300, n_layer=3, n_head=2, n_embd=64, position="none", bias=False)
     model = GPT(config)
-    trained_bpe = lab_tokenizers.tokenize("own", lab_tokenizers.tokenizers.train_bpe([TEXT], 300), TEXT)
+    trained_bpe = lab_tokenizers.tokenize("own", lab_tokenizers.train_bpe([TEXT], 300), TEXT)
     norms = 64 * (2 * 3 + 1)
     share = model.transformer["wte"].weight.numel() / (model.num_params(non_embedding=False) - norms)
     assert trained_bpe.embedding_share(64, 3) == pytest.approx(share, rel=1e-12)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import COMPILING, IN_GRAPH, normal, same_with_gradients
+from support import COMPILING, IN_GRAPH, assert_same_with_gradients, normal
 
 from fradique.nn import attention, functional
 from model import plain_attention
@@ -46,7 +46,7 @@ def test_attention_equals_the_reference(mask, kv_heads, blocks, monkeypatch):
     q, k, v = random_qkv(kv_heads=kv_heads)
     mask = MASKS[mask]()
     actual = attention._cpu_attention(q, k, v, mask, 0.0)
-    same_with_gradients(actual, reference_attention(q, k, v, mask), (q, k, v), 1e-6)
+    assert_same_with_gradients(actual, reference_attention(q, k, v, mask), (q, k, v), 1e-6)
 
 
 def test_attention_dropout_applies_the_drawn_mask(monkeypatch):
@@ -59,14 +59,14 @@ def test_attention_dropout_applies_the_drawn_mask(monkeypatch):
     keep = (masks[0] != 0).view(2, 3, 10, 10)
     assert 0.5 < keep.float().mean() < 0.9
     expected = reference_attention(q, k, v, None, keep, functional.keep_prob(0.3))
-    same_with_gradients(actual, expected, (q, k, v), 2e-6)
+    assert_same_with_gradients(actual, expected, (q, k, v), 2e-6)
 
 
 def test_attention_mask_gradient_equals_the_reference():
     q, k, v = random_qkv()
     mask = normal(1, 3, 10, 10, seed=5).requires_grad_()
     actual, expected = attention._cpu_attention(q, k, v, mask, 0.0), reference_attention(q, k, v, mask)
-    same_with_gradients(actual, expected, (q, mask), 1e-6)
+    assert_same_with_gradients(actual, expected, (q, mask), 1e-6)
 
 
 def test_float32_attention_equals_plain_attention():
@@ -76,14 +76,14 @@ def test_float32_attention_equals_plain_attention():
 
 def test_bfloat16_attention_is_near_the_reference():
     q, k, v = random_qkv(T=40, dtype=torch.bfloat16)
-    same_with_gradients(attention.attention(q, k, v), reference_attention(q, k, v), (q, k, v), 0.03)
+    assert_same_with_gradients(attention.attention(q, k, v), reference_attention(q, k, v), (q, k, v), 0.03)
 
 
 def test_long_context_attention_equals_the_reference(monkeypatch):
     monkeypatch.setattr(attention, "KEY_BLOCK", 4)
     q, k, v = random_qkv()
     actual = attention._FlashAttention.apply(q, k, v)
-    same_with_gradients(actual, reference_attention(q, k, v), (q, k, v), 1e-6)
+    assert_same_with_gradients(actual, reference_attention(q, k, v), (q, k, v), 1e-6)
 
 
 def test_long_bfloat16_contexts_use_flash_attention(monkeypatch):
@@ -91,7 +91,7 @@ def test_long_bfloat16_contexts_use_flash_attention(monkeypatch):
     q, k, v = random_qkv(T=40, kv_heads=1, dtype=torch.bfloat16)
     actual = attention.attention(q, k, v)
     assert "FlashAttention" in type(actual.grad_fn).__name__
-    same_with_gradients(actual, reference_attention(q, k, v), (q, k, v), 0.03)
+    assert_same_with_gradients(actual, reference_attention(q, k, v), (q, k, v), 0.03)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -99,7 +99,9 @@ def test_compiled_attention_equals_the_reference(mask):
     q, k, v = random_qkv(kv_heads=1)
     mask = MASKS[mask]()
     compiled = torch.compile(attention._cpu_attention, backend=IN_GRAPH)
-    same_with_gradients(compiled(q, k, v, mask, 0.0), reference_attention(q, k, v, mask), (q, k, v), 1e-6)
+    assert_same_with_gradients(
+        compiled(q, k, v, mask, 0.0), reference_attention(q, k, v, mask), (q, k, v), 1e-6
+    )
 
 
 def test_compiled_attention_dropout_applies_the_drawn_mask():
@@ -109,4 +111,4 @@ def test_compiled_attention_dropout_applies_the_drawn_mask():
     torch.manual_seed(3)
     keep = torch.ops.fradique.random_bytes(torch.empty(2, 3, 10, 10)) >= round(0.3 * 256)
     expected = reference_attention(q, k, v, None, keep, functional.keep_prob(0.3))
-    same_with_gradients(actual, expected, (q, k, v), 2e-6)
+    assert_same_with_gradients(actual, expected, (q, k, v), 2e-6)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import COMPILING, IN_GRAPH, normal, same_with_gradients
+from support import COMPILING, IN_GRAPH, assert_same_with_gradients, normal
 
 from fradique.nn import functional
 
@@ -76,7 +76,7 @@ def test_rms_norm_equals_the_equation(shape, form):
         norm = torch.compile(norm, backend=IN_GRAPH)
     x64 = x.double()
     expected = x64 / (x64.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
-    same_with_gradients(norm(x, weight, 1e-3), expected, [x, weight], 2e-6)
+    assert_same_with_gradients(norm(x, weight, 1e-3), expected, [x, weight], 2e-6)
     with torch.no_grad():
         torch.testing.assert_close(functional.rms_norm(x, weight, 1e-3).double(), expected, rtol=0, atol=2e-6)
 
@@ -85,9 +85,9 @@ def test_rms_norm_with_frozen_weight_and_strided_gradient():
     x, weight = normal(2, 3, 4, 8).transpose(1, 2).requires_grad_(), normal(8, seed=1)
     x64 = x.double()
     expected = x64 / (x64.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    same_with_gradients(functional.rms_norm(x, weight, 1e-5), expected, [x], 2e-6)
+    assert_same_with_gradients(functional.rms_norm(x, weight, 1e-5), expected, [x], 2e-6)
     actual, expected = (a.transpose(1, 2) for a in (functional.rms_norm(x, weight, 1e-5), expected))
-    same_with_gradients(actual, expected, [x], 2e-6)
+    assert_same_with_gradients(actual, expected, [x], 2e-6)
 
 
 @pytest.mark.parametrize("form", ["eager", "compiled"])
@@ -106,4 +106,4 @@ def test_rope_equals_complex_multiplication(dtype, form):
     )
     assert actual.dtype == torch.float32
     tolerance = 1e-6 if dtype == torch.float32 else 0.02  # its gradient is rounded to bfloat16
-    same_with_gradients(actual, torch.cat((rotated.real, rotated.imag), dim=-1), [x], tolerance)
+    assert_same_with_gradients(actual, torch.cat((rotated.real, rotated.imag), dim=-1), [x], tolerance)

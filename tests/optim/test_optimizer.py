@@ -134,9 +134,10 @@ def test_steps_of_muon_equal_its_formula():
 def test_batched_updates_equal_those_of_torchs_muon(batch_elements, monkeypatch):
     monkeypatch.setattr(muon_module, "MAX_BATCH_ELEMENTS", batch_elements)
     model = tiny_model()
-    (opt, _), copies = muon(model), {}
+    (opt, _), copies, initial = muon(model), {}, {}
     for name, matrix in zip(opt.param_groups[0]["param_names"], opt.param_groups[0]["params"], strict=True):
         copies[name] = torch.nn.Parameter(matrix.detach().clone())
+        initial[name] = matrix.detach().clone()
     torch_muon = torch.optim.Muon(copies.values(), lr=0.02, momentum=0.9, weight_decay=0.1)
     for seed in range(3):
         torch.manual_seed(seed)
@@ -147,13 +148,15 @@ def test_batched_updates_equal_those_of_torchs_muon(batch_elements, monkeypatch)
             copy.grad = matrix.grad.clone()
         opt.step()
         torch_muon.step()
-    for matrix, copy in zip(opt.param_groups[0]["params"], copies.values(), strict=True):
+    for matrix, (name, copy) in zip(opt.param_groups[0]["params"], copies.items(), strict=True):
         torch.testing.assert_close(matrix, copy, rtol=0, atol=1e-4)  # bfloat16 rounds differently
-        assert not torch.equal(matrix.detach(), torch.zeros_like(matrix))
+        assert (matrix - initial[name]).abs().max() > 1e-3
+    before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = None
     optimizer.assign_gradients([opt])
-    opt.step()  # does nothing
+    opt.step()  # without gradients nothing changes, not even by weight decay
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_muon_splits_gate_and_value_but_not_lora_matrices():

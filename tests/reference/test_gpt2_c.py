@@ -233,35 +233,35 @@ def tensor(start, end, shape=None, dtype="F32"):
 
 
 INVALID_FILES = {
-    "empty": (b"", "too short"),
-    "seven bytes": (b"1234567", "too short"),
+    "empty": (b"", "shorter than 8 bytes"),
+    "seven bytes": (b"1234567", "shorter than 8 bytes"),
     "header longer than 100 MB": (file_of(b"{}", length=100_000_001), "longer than 100 MB"),
     "header of 2^64 - 1": (file_of(b"{}", length=2**64 - 1), "longer than 100 MB"),
-    "header past the end": (file_of(b"{}", length=3), "cut short"),
-    "no JSON": (file_of(b"hello"), "not the JSON"),
-    "no header": (file_of(b""), "not the JSON"),
-    "an unfinished name": (file_of(b'{"abc'), "ends inside a name"),
-    "a backslash at the end": (file_of(b'{"abc\\'), "ends inside a name"),
+    "header past the end": (file_of(b"{}", length=3), "truncated"),
+    "no JSON": (file_of(b"hello"), "not valid safetensors JSON"),
+    "no header": (file_of(b""), "not valid safetensors JSON"),
+    "an unfinished name": (file_of(b'{"abc'), "ends inside a string"),
+    "a backslash at the end": (file_of(b'{"abc\\'), "ends inside a string"),
     "a control character": (file_of(b'{"a\nb":{}}'), "control character"),
-    "an unfinished object": (file_of(b'{"a":{"dtype":"F32"'), "not the JSON"),
+    "an unfinished object": (file_of(b'{"a":{"dtype":"F32"'), "not valid safetensors JSON"),
     "something behind": (
         file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}x', b"1234"),
-        "follows",
+        "text after the JSON",
     ),
     "a comma too many": (
         file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},}', b"1234"),
-        "not the JSON",
+        "not valid safetensors JSON",
     ),
     "nothing in it": (file_of({}), "no tensors"),
     "metadata alone": (file_of({"__metadata__": {"format": "pt"}}), "no tensors"),
-    "metadata with a number": (file_of(b'{"__metadata__":{"a":1}}'), "not the JSON"),
-    "an empty tensor's entry": (file_of({"a": {}}), "not the JSON"),
+    "metadata with a number": (file_of(b'{"__metadata__":{"a":1}}'), "not valid safetensors JSON"),
+    "an empty tensor's entry": (file_of({"a": {}}), "not valid safetensors JSON"),
     "no shape": (file_of({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234"), "lacks its dtype"),
-    "two dtypes": (file_of(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "twice"),
-    "an unknown key": (file_of({"a": tensor(0, 4) | {"x": 1}}, b"1234"), "unknown"),
+    "two dtypes": (file_of(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "repeated or unknown key"),
+    "an unknown key": (file_of({"a": tensor(0, 4) | {"x": 1}}, b"1234"), "repeated or unknown key"),
     "an unknown dtype": (file_of({"a": tensor(0, 4, dtype="F31")}, b"1234"), "unknown dtype"),
-    "a negative size": (file_of({"a": tensor(0, 4, [-1])}, b"1234"), "lacks a number"),
-    "a fraction": (file_of({"a": tensor(0, 4, [1.5])}, b"1234"), "not the JSON"),
+    "a negative size": (file_of({"a": tensor(0, 4, [-1])}, b"1234"), "lacks a non-negative integer"),
+    "a fraction": (file_of({"a": tensor(0, 4, [1.5])}, b"1234"), "not valid safetensors JSON"),
     "a size past 2^64": (file_of({"a": tensor(0, 4, [2**64])}, b"1234"), "too large"),
     "a shape past 2^64": (file_of({"a": tensor(0, 4, [2**40, 2**40])}, b"1234"), "too large"),
     "a shape that wraps round": (file_of({"a": tensor(0, 4, [2**62 + 1])}, b"1234"), "too large"),
@@ -269,9 +269,12 @@ INVALID_FILES = {
     "three offsets": (file_of({"a": tensor(0, 4) | {"data_offsets": [0, 2, 4]}}, b"1234"), "too long"),
     "one offset": (file_of({"a": tensor(0, 4) | {"data_offsets": [0]}}, b"1234"), "not two numbers"),
     "offsets reversed": (file_of({"a": tensor(0, 4) | {"data_offsets": [4, 0]}}, b"1234"), "outside"),
-    "truncated": (file_of({"a": tensor(0, 8)}, b"1234"), "cut short"),
-    "oversized": (file_of({"a": tensor(0, 4)}, b"12345"), "longer than its header says"),
-    "another size than its shape": (file_of({"a": tensor(0, 4, [2])}, b"1234"), "not as large"),
+    "truncated": (file_of({"a": tensor(0, 8)}, b"1234"), "truncated"),
+    "oversized": (file_of({"a": tensor(0, 4)}, b"12345"), "longer than the header says"),
+    "another size than its shape": (
+        file_of({"a": tensor(0, 4, [2])}, b"1234"),
+        "does not match its number of bytes",
+    ),
     "overlapping": (file_of({"a": tensor(0, 8), "b": tensor(4, 12)}, b"123456789012"), "overlap"),
     "the same place twice": (file_of({"a": tensor(0, 4), "b": tensor(0, 4)}, b"1234"), "overlap"),
     "a gap": (file_of({"a": tensor(0, 4), "b": tensor(8, 12)}, b"123456789012"), "gap"),
@@ -281,9 +284,9 @@ INVALID_FILES = {
             b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
             b"12345678",
         ),
-        "names a tensor twice",
+        "have the same name",
     ),
-    "nested a million deep": (file_of(b'{"a":' + b"[" * 1_000_000), "not the JSON"),
+    "nested a million deep": (file_of(b'{"a":' + b"[" * 1_000_000), "not valid safetensors JSON"),
     # a model of this width would need 77 GB: it is refused before memory is allocated
     "a small file of a huge model": (
         file_of(
@@ -293,7 +296,7 @@ INVALID_FILES = {
         ),
         "ln_f.weight is missing",
     ),
-    "no GPT-2": (file_of({"a": tensor(0, 4)}, b"1234"), "holds no GPT-2"),
+    "no GPT-2": (file_of({"a": tensor(0, 4)}, b"1234"), "is not a GPT-2 model"),
     "no layers": (
         file_of({"wte.weight": tensor(0, 16, [2, 2]), "wpe.weight": tensor(16, 32, [2, 2])}, bytes(32)),
         "no layer 0",
@@ -304,18 +307,18 @@ INVALID_FILES = {
 @pytest.mark.parametrize("name", INVALID_FILES)
 def test_an_invalid_file_is_reported(folder, name):
     content, message = INVALID_FILES[name]
-    (folder / "lie.safetensors").write_bytes(content)
-    result = run(folder, "loss", "lie.safetensors", "tokens.bin", heads=False, refused=True)
+    (folder / "invalid.safetensors").write_bytes(content)
+    result = run(folder, "loss", "invalid.safetensors", "tokens.bin", heads=False, refused=True)
     assert result.returncode == 1 and message in result.stderr and result.stdout == "", result.stderr
-    assert result.stderr.startswith("gpt2: lie.safetensors")
+    assert result.stderr.startswith("gpt2: invalid.safetensors")
 
 
 def test_a_truncated_file_is_reported(folder, hf_model):
     content = (folder / "model.safetensors").read_bytes()
     for length in (0, 8, 9, 100, len(content) // 2, len(content) - 1):
-        (folder / "lie.safetensors").write_bytes(content[:length])
-        result = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
-        assert result.returncode == 1 and "lie.safetensors" in result.stderr
+        (folder / "invalid.safetensors").write_bytes(content[:length])
+        result = run(folder, "loss", "invalid.safetensors", "tokens.bin", refused=True)
+        assert result.returncode == 1 and "invalid.safetensors" in result.stderr
 
 
 def test_missing_extra_and_misshapen_tensors_are_reported(folder, hf_model):
@@ -324,20 +327,20 @@ def test_missing_extra_and_misshapen_tensors_are_reported(folder, hf_model):
     without_ln_1 = {k: v for k, v in weights.items() if k != "transformer.h.1.ln_1.weight"}
     mask = {"transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}
     save_file(
-        weights | mask | {"lm_head.weight": weights["transformer.wte.weight"]}, folder / "lie.safetensors"
+        weights | mask | {"lm_head.weight": weights["transformer.wte.weight"]}, folder / "invalid.safetensors"
     )
     # masks and the tied output layer are allowed
-    assert run(folder, "loss", "lie.safetensors", "tokens.bin").returncode == 0
+    assert run(folder, "loss", "invalid.safetensors", "tokens.bin").returncode == 0
     cases = [
-        (without_ln_1, "holds what GPT-2 has not: transformer.h.1."),  # not counted as a layer
-        (weights | {"x": np.zeros(1, np.float32)}, "holds what GPT-2 has not: x"),
+        (without_ln_1, "unexpected tensor transformer.h.1."),  # not counted as a layer
+        (weights | {"x": np.zeros(1, np.float32)}, "unexpected tensor x"),
         ({k: v for k, v in weights.items() if k != name}, "h.1.mlp.c_fc.bias is missing"),
-        (weights | {name: weights[name][:12]}, "h.1.mlp.c_fc.bias has not the shape"),
-        (weights | {name: weights[name].astype(np.float16)}, "keeps h.1.mlp.c_fc.bias as F16: F32 is needed"),
+        (weights | {name: weights[name][:12]}, "the shape of h.1.mlp.c_fc.bias does not fit"),
+        (weights | {name: weights[name].astype(np.float16)}, "h.1.mlp.c_fc.bias has dtype F16, expected F32"),
     ]
     for tensors, message in cases:
-        save_file(tensors, folder / "lie.safetensors")
-        result = run(folder, "loss", "lie.safetensors", "tokens.bin", refused=True)
+        save_file(tensors, folder / "invalid.safetensors")
+        result = run(folder, "loss", "invalid.safetensors", "tokens.bin", refused=True)
         assert result.returncode == 1 and message in result.stderr, result.stderr
 
 
@@ -348,25 +351,43 @@ def test_missing_extra_and_misshapen_tensors_are_reported(folder, hf_model):
         (["loss", ".", "tokens.bin"], ". cannot be read"),
         (["loss", "model.safetensors", "none.bin"], "none.bin cannot be read"),
         (["loss", "model.safetensors", "odd.bin"], "odd number of bytes"),
-        (["loss", "model.safetensors", "few.bin"], "few.bin holds 5 tokens, and 17 are needed"),
-        (["loss", "model.safetensors", "high.bin"], "high.bin holds the token 50, and the model knows 50"),
-        (["loss", "model.safetensors", "tokens.bin", "--block=17"], "the model has a block of 16"),
-        (["train", "model.safetensors", "tokens.bin", "--block=17"], "the model has a block of 16"),
+        (
+            ["loss", "model.safetensors", "few.bin"],
+            "few.bin contains 5 tokens, but 17 are needed: use a smaller --block",
+        ),
+        (
+            ["loss", "model.safetensors", "high.bin"],
+            "high.bin contains the token id 50, but the vocabulary size is 50",
+        ),
+        (
+            ["loss", "model.safetensors", "tokens.bin", "--block=17"],
+            "is larger than the block size of the model, 16",
+        ),
+        (
+            ["train", "model.safetensors", "tokens.bin", "--block=17"],
+            "is larger than the block size of the model, 16",
+        ),
         (["train", "model.safetensors", "tokens.bin", "--gradients=none/g"], "none/g cannot be written"),
-        (["loss", "model.safetensors", "tokens.bin", "--block=0"], "a whole number from 1"),
-        (["loss", "model.safetensors", "tokens.bin", "--batch=-3"], "a whole number from 1"),
+        (["loss", "model.safetensors", "tokens.bin", "--block=0"], "must be an integer from 1"),
+        (["loss", "model.safetensors", "tokens.bin", "--batch=-3"], "must be an integer from 1"),
         (
             ["loss", "model.safetensors", "tokens.bin", "--batch=99999999999999999999"],
-            "a whole number from 1",
+            "must be an integer from 1",
         ),
-        (["loss", "model.safetensors", "tokens.bin", "--bloc=3"], "--bloc=3 is no option"),
-        (["loss", "model.safetensors", "tokens.bin", "--heads=5"], "does not go into 5 heads"),
-        (["train", "model.safetensors", "tokens.bin", "--learning_rate=fast"], "a number from 0 on"),
+        (["loss", "model.safetensors", "tokens.bin", "--bloc=3"], "unknown option --bloc=3"),
+        (
+            ["loss", "model.safetensors", "tokens.bin", "--heads=5"],
+            "the width 12 cannot be divided into 5 heads",
+        ),
+        (["train", "model.safetensors", "tokens.bin", "--learning_rate=fast"], "must be a number from 0"),
         (
             ["train", "model.safetensors", "tokens.bin", "--steps=1", "--out=none/out"],
             "none/out cannot be written",
         ),
-        (["generate", "model.safetensors", "few.bin"], "few.bin holds 5 tokens, and 8 are needed"),
+        (
+            ["generate", "model.safetensors", "few.bin"],
+            "few.bin contains 5 tokens, but 8 are needed: use a smaller --prompt",
+        ),
     ],
 )
 def test_invalid_input_is_reported(folder, hf_model, options, message):
@@ -401,8 +422,8 @@ SIGNS = [  # code that occurs once in gpt2.c, and the same with a wrong sign
     ("dp[i] = p[i] * (dp[i] - (float)shared)", "dp[i] = p[i] * (dp[i] + (float)shared)"),
     ("dp[i] = p[i] * (dp[i]", "dp[i] = -p[i] * (dp[i]"),
     ("weights + t * T, t + 1, 1.0f", "weights + t * T, t + 1, -1.0f"),
-    ("dqkv + at, 3 * C, false);", "dqkv + at + C, 3 * C, false);"),  # dq overwrites dk
-    ("dqkv + at + 2 * C, 3 * C, false);", "dqkv + at + C, 3 * C, false);"),
+    ("dqkv + offset, 3 * C, false);", "dqkv + offset + C, 3 * C, false);"),  # dq overwrites dk
+    ("dqkv + offset + 2 * C, 3 * C, false);", "dqkv + offset + C, 3 * C, false);"),
     ("dwte[ids[n] * C + c] += dx", "dwte[ids[n] * C + c] -= dx"),
     ("dwpe[n % T * C + c] += dx", "dwpe[n % T * C + c] -= dx"),
     ("p[n * V + targets[n]] -= 1.0f", "p[n * V + targets[n]] += 1.0f"),

@@ -266,36 +266,48 @@ def test_the_generate_command_prints_ids(models, folder):
         (["loss", "--weights=none.safetensors", "--tokens=tokens.bin"], "none.safetensors cannot be read"),
         (["loss", "--weights=tokens.bin", "--tokens=tokens.bin"], "tokens.bin cannot be read as safetensors"),
         (["loss", "--weights=model.safetensors", "--tokens=none.bin"], "none.bin"),
-        (["loss", "--weights=model.safetensors"], "loss needs --tokens"),
+        (["loss", "--weights=model.safetensors"], "loss needs --tokens FILE"),
         (
             ["loss", "--weights=model.safetensors", "--tokens=high.bin"],
-            "holds the token 50, and the model knows 50",
+            "high.bin contains the token id 50, but the vocabulary size is 50",
         ),
         (
             ["loss", "--weights=model.safetensors", "--tokens=few.bin"],
-            "few.bin holds 5 tokens, and 17 are needed",
+            "few.bin contains 5 tokens, but 17 are needed",
         ),
         (
             ["loss", "--weights=model.safetensors", "--tokens=few.bin", "--block=17"],
-            "--block must be 1 to 16",
+            "--block must be from 1 to 16",
         ),
-        (["generate", "--weights=model.safetensors"], "generate needs something to begin with"),
+        (["generate", "--weights=model.safetensors"], "generate needs a prompt"),
         (
             ["generate", "--weights=model.safetensors", "--ids=3,50"],
-            "the model knows 50 tokens, and 50 is none",
+            "--ids contains the token id 50, but the vocabulary size is 50",
         ),
-        (["generate", "--weights=model.safetensors", "--ids=3,x"], "--ids=3,x: whole numbers"),
-        (["generate", "--weights=model.safetensors", "--ids=3", "--heads=5"], "does not go into 5 heads"),
-        (["loss", "--weights=other.safetensors", "--tokens=tokens.bin"], "other.safetensors holds no GPT-2"),
+        (
+            ["generate", "--weights=model.safetensors", "--ids=3,x"],
+            "--ids=3,x must be integers separated by commas",
+        ),
+        (
+            ["generate", "--weights=model.safetensors", "--ids=3", "--heads=5"],
+            "the width 12 cannot be divided into 5 heads",
+        ),
+        (
+            ["loss", "--weights=other.safetensors", "--tokens=tokens.bin"],
+            "other.safetensors is not a GPT-2 model",
+        ),
         (["loss", "--weights=lacks.safetensors", "--tokens=tokens.bin"], "h.1.mlp.c_fc.bias is missing"),
         (
             ["loss", "--weights=wrong.safetensors", "--tokens=tokens.bin"],
-            "has the shape (12,), and (48,) is needed",
+            "has shape (12,), expected shape (48,)",
         ),
-        (["loss", "--weights=flat.safetensors", "--tokens=tokens.bin"], "wte.weight has the shape (600,)"),
+        (
+            ["loss", "--weights=flat.safetensors", "--tokens=tokens.bin"],
+            "wte.weight has shape (600,), not 2-D",
+        ),
         (
             ["loss", "--weights=model.safetensors", "--tokens=tokens.bin", "--heads=-2"],
-            "does not go into -2 heads",
+            "the width 12 cannot be divided into -2 heads",
         ),
         (
             ["train", "--weights=model.safetensors", "--tokens=tokens.bin", "--out=none/x"],
@@ -303,7 +315,7 @@ def test_the_generate_command_prints_ids(models, folder):
         ),
         (
             ["loss", "--weights=more.safetensors", "--tokens=tokens.bin"],
-            "holds what GPT-2 has not: h.0.extra",
+            "unexpected tensors: h.0.extra",
         ),
     ],
 )

@@ -86,7 +86,10 @@ def test_gradients_equal_finite_differences(changes):
 
 
 def max_slope_error(module, h=1e-5, every=1, **changes) -> float:
-    """The largest |gradient - (loss(w + h) - loss(w - h)) / 2h| over all weights, or over one in `every`."""
+    """The largest |gradient - (loss(w + h) - loss(w - h)) / 2h| over all weights, or over one in `every`.
+
+    Infinite if it is infinite or NaN for any of them.
+    """
     model = random_model(module, **changes)
     model.learn(IDS)
 
@@ -107,9 +110,21 @@ def max_slope_error(module, h=1e-5, every=1, **changes) -> float:
                 row[i] = value - h
                 slope = (above - loss()) / (2 * h)
                 row[i] = value
-                if not abs(gradients[i] - slope) <= worst:  # also true for NaN
-                    worst = abs(gradients[i] - slope)
+                error = abs(gradients[i] - slope)
+                if not math.isfinite(error):
+                    return math.inf
+                worst = max(worst, error)
     return worst
+
+
+def test_one_gradient_that_is_nan_is_an_error():
+    class NanGPT(reference.GPT):
+        def learn(self, ids):
+            loss = super().learn(ids)
+            self.gradients["wte.weight"][0][0] = math.nan
+            return loss
+
+    assert max_slope_error(types.SimpleNamespace(GPT=NanGPT), n_layer=1) == math.inf
 
 
 def test_ten_steps_of_adam_equal_torch():
@@ -192,7 +207,7 @@ def test_characters_that_stdout_cannot_encode_are_replaced(tmp_path):
     ("options", "message"),
     [
         (["--input=none.txt"], "none.txt cannot be read"),
-        (["--input=short.txt"], "short.txt has 3 characters; --block 16 needs 17"),
+        (["--input=short.txt"], "short.txt has 3 characters, but --block 16 needs 17"),
         (["--input=latin.txt"], "cannot be read as UTF-8"),
         (["--input=short.txt", "--steps=0", "--batch=-1"], "--steps, --batch must be at least 1"),
         (["--input=long.txt", "--learning_rate=nan"], "--learning_rate nan must be above 0 and less than 10"),

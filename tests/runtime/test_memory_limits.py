@@ -85,7 +85,7 @@ def test_suggested_flags_fit_the_gpu(monkeypatch):
     plan = MemoryPlan(GPTConfig(bias=False), batch_size=12, gradient_accumulation_steps=40)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
     message = report(error, plan, "cuda:0")
-    assert "cuda:0 (a GPU) left 8.0 GiB" in message and "Tried to allocate" in message
+    assert "the limit is 8.0 GiB (cuda:0, a GPU)" in message and "Tried to allocate" in message
     flags = re.search(r"--batch_size=(\d+) --gradient_accumulation_steps=(\d+)", message)
     batch, steps = map(int, flags.groups())
     smaller = replace(plan, batch_size=batch, gradient_accumulation_steps=steps)

@@ -263,7 +263,7 @@ def test_a_damaged_meta_pkl_is_refused_without_using_memory(tmp_path, data):
 
 
 def test_the_benchmark_measures_all_three_tokenizers():
-    result = bench_data.measure([SAMPLE * 50, SAMPLE * 20], threads=2, rounds=1)
+    result = bench_data.measure_tokenizers([SAMPLE * 50, SAMPLE * 20], threads=2, rounds=1)
     assert all(result[kind]["mb_s"] > 0 for kind in ("char", "gpt2", "bpe"))
     assert "tiktoken" in bench_data.table(result)
     json.dumps(result)
