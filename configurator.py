@@ -39,7 +39,7 @@ Flag = tuple[str, str | None, str]  # key, text of the value (None after a bare 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 MAX_CONFIG_BYTES = 1 << 20
-MAX_SHOWN_PROBLEMS, MAX_SHOWN_CHARS = 20, 200  # in an error message; the characters are those of one flag
+MAX_SHOWN_PROBLEMS, MAX_SHOWN_CHARS = 20, 200  # in a message; in a flag that it repeats
 MIN_HELP_WIDTH, MAX_HELP_WIDTH = 60, 100  # columns
 LIBRARY_FOLDERS = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
@@ -148,7 +148,7 @@ def _specs(cls: type) -> dict[str, _Spec]:
 
 
 def _try_convert(kind: type, value: Any) -> list[Any]:
-    """[`value` as a `kind`], or [] if it is none. For int, 2.0 and NumPy's 2 are 2; 2.5 and True are none."""
+    """[`value` as a `kind`], or [] if that would change it. For int: 2.0 -> [2], 2.5 -> [], True -> []."""
     if kind not in (int, float):
         return [value] if isinstance(value, kind) else []
     if isinstance(value, Real) and not isinstance(value, bool):

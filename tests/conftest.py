@@ -10,7 +10,13 @@ import torch
 from architectures import architecture  # noqa: F401
 from support import make_text, write_corpus
 
+from fradique.training import outputs
 from train import TrainSettings
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are processors: many tests wait for other processes."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,6 +34,13 @@ def default_signal_handlers():
         if signal.getsignal(number) is signal.SIG_IGN:
             handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def draw_loss_plots_only_if_marked(request, monkeypatch):
+    """Drawing loss.png takes longer than the training steps of a test: only tests with the marker do it."""
+    if "loss_plot" not in request.keywords:
+        monkeypatch.setattr(outputs, "draw_loss_plot", lambda t: None)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fork_server import run_in_fork
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -85,7 +86,12 @@ def flags(settings: TrainSettings) -> list[str]:
 
 
 def run_script(name: str, *arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
-    """A script of the repository, or a module (lab.curves), in a process of its own: status and output."""
+    """A script of the repository, or a module (lab.curves), in a process of its own: status and output.
+
+    Without `options` of subprocess.run other than `input` it is a fork of a process that has imported torch.
+    """
+    if hasattr(os, "fork") and options.keys() <= {"input"}:
+        return run_in_fork(name, [*map(str, arguments)], cwd, options.get("input", ""))
     program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
     command = [sys.executable, "-W", "error", *program, *map(str, arguments)]
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options

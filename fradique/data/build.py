@@ -72,9 +72,9 @@ def prepare_documents(
 ) -> dict[str, Any]:
     """Make a corpus from `documents` in `out_dir`, and return the content of its meta.json.
 
-    A document is an iterable of pieces of text. The token <|endoftext|> is written after it. Whether it is in
-    the training or the validation split depends only on its number, counted from 0. `source` is a description
-    for meta.json. Raises the errors of `prepare_text`.
+    A document is an iterable of pieces of text. In the token files, <|endoftext|> follows each document. The
+    split of a document depends only on its number, counted from 0. `source` is a description for meta.json.
+    Raises the errors of `prepare_text`.
     """
     check_document_tokenizer(tokenizer)
     check_val_fraction(val_fraction)
@@ -97,7 +97,7 @@ def check_document_tokenizer(tokenizer: str) -> None:
 def check_val_fraction(val_fraction: float) -> None:
     """Raise ValueError unless 0 < val_fraction < 1."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction is {val_fraction}, and must be between 0 and 1")
+        raise ValueError(f"--val_fraction must be between 0 and 1, not {val_fraction}")
 
 
 def document_pieces(

@@ -173,7 +173,7 @@ Job: TypeAlias = TextJob | DocumentJob
 def _check_flags(val_fraction: float, shards: int) -> None:
     check_val_fraction(val_fraction)
     if not 1 <= shards <= MAX_SHARDS:
-        raise ValueError(f"--shards is {shards}, and must be 1 to {MAX_SHARDS:,}")
+        raise ValueError(f"--shards must be from 1 to {MAX_SHARDS:,}, not {shards}")
 
 
 def _too_many_shards(shards: int, amount: str, max_shards: int) -> ValueError:

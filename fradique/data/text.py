@@ -15,7 +15,7 @@ from fradique.data.console import print_note
 
 BLOCK_BYTES = 1 << 20  # bytes that are read at a time
 PIECE_CHARS = 1 << 18  # characters in a piece of text
-MAX_PIECE_CHARS = 1 << 20  # characters in a piece of text without white space
+MAX_PIECE_CHARS = 1 << 20  # characters in a piece, if the text has no white space
 
 # A text is cut between the end of a word and the white space that follows. GPT-2's BPE splits every text
 # there, so the tokens of the pieces are those of the whole text. Both patterns match up to such a position.
@@ -163,11 +163,11 @@ def first_cut(text: str) -> int:
 
 
 def find_files(inputs: Sequence[Path], endings: Sequence[str] = (".txt",)) -> list[Path]:
-    """The files that --input names: files, and folders, of which the files at any depth are used.
+    """The files that --input means: each file in `inputs`, and the files at any depth of each folder.
 
-    In a folder, the files whose names end in one of `endings` are used, sorted by name. Notes on standard
-    error name the empty files among them, which are skipped, and the files with a byte-order mark. Raises
-    ValueError for a missing path, an empty file, a folder without such files, and a pipe or device, which
+    Of a folder, only files that end in one of `endings` are used, sorted by name. Notes on standard error
+    name the empty files of a folder, which are skipped, and the files with a byte-order mark. Raises
+    ValueError for a missing path, an empty file, a folder without files to use, and a pipe or device, which
     cannot be read twice. Raises OSError for a file that cannot be read.
     """
     files: list[Path] = []

@@ -37,8 +37,8 @@ class WindowGroup:
 class WindowIndex:
     """Numbers the windows of `block_size` tokens of a split, which are adjacent in each file.
 
-    A window and its last target are in one file. Tokens at the end of a file that do not fill a window are in
-    none.
+    A window and its last target are in one file. The last tokens of a file, which do not fill a window, are
+    not in any.
     """
 
     def __init__(self, lengths: np.ndarray, block_size: int) -> None:

@@ -59,7 +59,7 @@ def join(device: torch.device, backend: str, timeout_seconds: float) -> None:
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl":
-        backend = "cpu:gloo,cuda:nccl"  # NCCL has no collectives for CPU tensors: see all_reduce()
+        backend = "cpu:gloo,cuda:nccl"  # NCCL has no collectives for CPU tensors, which all_reduce() needs
     timeout = timedelta(seconds=timeout_seconds)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # (store, rank, world size)
     dist.init_process_group(

@@ -105,7 +105,10 @@ def _download(name: str, patterns: tuple[str, ...], max_bytes: int, commit: str 
 def _list_files(
     name: str, patterns: tuple[str, ...], commit: str | None
 ) -> tuple[list[RepoSibling], Exception | None]:
-    """(files on the hub that match `patterns`, with sizes and checksums; None), or ([], error)."""
+    """Ask the hub for the files that match `patterns`, with their sizes and checksums.
+
+    Returns (files, None), or ([], error) if the hub does not answer.
+    """
     import huggingface_hub
 
     try:

@@ -171,14 +171,14 @@ def _convert_hf(
 
 
 def _gpt2_config_from_shapes(tensors: Mapping[str, Tensor], source: str) -> GPTConfig:
-    """The GPTConfig of a GPT-2 without a config.json: every GPT-2 has heads of 64 dimensions and tanh GELU."""
+    """The GPTConfig of a GPT-2 without a config.json. Every GPT-2 has heads of width 64 and tanh GELU."""
     layers = [int(match[0]) for name in tensors if (match := hf_weights.LAYER.search(name))]
     vocab_size, n_embd = _matrix_shape(tensors.get("wte.weight"))
     block_size, _ = _matrix_shape(tensors.get("wpe.weight"))
     if not layers or not vocab_size or not n_embd or not block_size or n_embd % GPT2_HEAD_DIM:
         raise ValueError(
-            f"{source}: its folder has no config.json, and the shapes of its tensors are not those of a GPT-2; "
-            "put its config.json there"
+            f"{source}: its folder has no config.json, and the shapes of its tensors are not those of a "
+            "GPT-2; put its config.json there"
         )
     return GPTConfig(
         block_size=block_size,
@@ -230,7 +230,7 @@ def _may_have_gpt2_vocabulary(folder: Path) -> bool:
 
 
 def load_nanogpt_checkpoint(content: dict[str, Any], path: Path, source: str) -> PretrainedWeights:
-    """Convert the content of nanoGPT's ckpt.pt. Its tokenizer is searched in its folder and in its corpus."""
+    """Convert the content of nanoGPT's ckpt.pt. The tokenizer is that of its folder, or of its corpus."""
     tensors = weight_files.strip_prefixes(content["model"], path, GPT2.prefix)
     config = _nanogpt_config(content["model_args"], tensors, path)
     hf_weights.check_tensors(tensors, config, source, conv1d=False)

@@ -26,8 +26,8 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 FRADIQUE_TOKENIZER_FILE = "fradique_tokenizer.json"  # in folders that export.py writes
 
-# The classes and functions, as "module name", that pickles of torch.save import. torch.load allows more of them,
-# and some can take much memory.
+# The classes and functions, as "module name", that pickles of torch.save import. torch.load allows more. Some
+# of these can take much memory.
 ALLOWED_GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.storage \w+Storage"
     r"|torch (\w+Storage|Size|device|[a-z]+[0-9]+\w*)|torch\.nn\.parameter Parameter"
@@ -86,8 +86,8 @@ def has_weights(folder: Path) -> bool:
 def open_weight_folder(folder: Path, prefix: str) -> Mapping[str, Tensor]:
     """The tensors of a folder in Hugging Face's layout, by name without `prefix`.
 
-    The folder has one safetensors file, or several with an index, or a pickle. Raises ValueError if they cannot
-    be read.
+    The folder has one safetensors file, or several with an index, or a pickle. Raises ValueError if they
+    cannot be read.
     """
     index, pickled = folder / INDEX_FILE, folder / PICKLE_FILE
     if (folder / SAFETENSORS_FILE).exists():
@@ -155,7 +155,7 @@ def strip_prefixes(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _check_pickles(path: Path, is_zip: bool) -> None:
-    """Raise ValueError if unpickling a file could exhaust memory or time, or imports what tensors do not need."""
+    """Raise ValueError if a file could fill the memory, or imports more than tensors need."""
     if not is_zip:
         with path.open("rb") as file:
             _check_globals(requested_globals(file, LEGACY_PICKLES))

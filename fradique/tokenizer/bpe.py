@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB, MAX_VOCAB = 258, 1_000_000  # at least 256 bytes, one merge and <|endoftext|>
-JOIN_SECONDS = 0.05  # between two chances for a signal handler to run
+JOIN_SECONDS = 0.05  # while a BPE is trained, a signal handler waits at most this long
 
 # GPT-2's pattern, which splits a text into words, in the faster form that tiktoken uses: contractions;
 # letters, digits or punctuation, with at most one space before them; white space. No word continues from
@@ -35,9 +35,9 @@ Merges = Sequence[tuple[str, str]]
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's byte alphabet: a printable character for each byte, in the order of token ids.
+    """GPT-2's byte alphabet: printable character -> byte, in the order of token ids.
 
-    {"!": 33, ..., "Ġ": 32, ...}
+    For example, {"!": 33, ..., "Ġ": 32, ...}: "Ġ" stands for the space.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     # control codes, spaces and the soft hyphen: the characters from U+0100 on stand for them

@@ -114,8 +114,8 @@ class CharTokenizer(_Tokenizer):
         self.chars = chars
         self.vocab_size = len(chars)
         self._id_to_code = code_points(chars)  # (vocab_size,)
-        # (largest code point + 2,): the id of each code point, or `vocab_size` if the vocabulary lacks
-        # it. The last entry stands for all larger code points.
+        # (largest code point + 2,): the id of each code point, or `vocab_size` outside the vocabulary. The
+        # last entry stands for all larger code points.
         dtype = np.uint16 if self.vocab_size < 1 << 16 else np.uint32
         self._code_to_id = np.full(int(self._id_to_code.max()) + 2, self.vocab_size, dtype=dtype)
         self._code_to_id[self._id_to_code] = np.arange(self.vocab_size)

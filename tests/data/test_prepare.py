@@ -171,7 +171,10 @@ def test_eca_joins_the_listed_works_in_order(tmp_path):
         (["--input", "missing.txt"], "error: --input: there is no file or folder missing.txt"),
         (["--input", "empty.txt"], "error: --input: empty.txt is empty"),
         (["--input", "latin1.txt"], "error: latin1.txt is not UTF-8 text: byte 0xe9 at offset 3"),
-        (["--input", "book.txt", "--val_fraction", "2"], "error: --val_fraction is 2.0"),
+        (
+            ["--input", "book.txt", "--val_fraction", "2"],
+            "error: --val_fraction must be between 0 and 1, not 2.0",
+        ),
         (
             ["--input", "book.txt", "--tokenizer", "bpe:12"],
             "error: a BPE vocabulary of 12 tokens is out of range",

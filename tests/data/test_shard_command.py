@@ -97,14 +97,14 @@ def test_opening_an_unfinished_corpus_reports_its_progress(tmp_path):
         (["--shards=7", "--worker="], "--worker : give it as I/N"),
         (["--shards=7", "--worker=-1/2"], "--worker -1/2: give it as I/N"),
         (["--worker=0/2"], "--worker needs --shards"),
-        (["--shards=0"], "--shards is 0, and must be 1 to 100,000"),
-        (["--shards=-3"], "--shards is -3"),
-        (["--shards=100001"], "--shards is 100001"),
+        (["--shards=0"], "--shards must be from 1 to 100,000, not 0"),
+        (["--shards=-3"], "--shards must be from 1 to 100,000, not -3"),
+        (["--shards=100001"], "--shards must be from 1 to 100,000, not 100001"),
         (
             ["--shards=900"],
             "--shards 900 is too many for 6,750 characters to train on: use --shards 675 at most",
         ),
-        (["--shards=7", "--val_fraction=2"], "--val_fraction is 2.0"),
+        (["--shards=7", "--val_fraction=2"], "--val_fraction must be between 0 and 1, not 2.0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

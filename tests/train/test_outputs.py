@@ -134,6 +134,7 @@ def test_eval_only_prints_the_losses_and_writes_no_file(settings, capsys):
     assert not Path(settings.out_dir).exists()
 
 
+@pytest.mark.loss_plot
 def test_a_run_folder_is_self_contained(settings):
     run_training(replace(settings, sample_interval=10))
     folder = Path(settings.out_dir)
@@ -156,6 +157,7 @@ def test_a_run_folder_is_self_contained(settings):
     } <= record.keys()
 
 
+@pytest.mark.loss_plot
 def test_the_loss_plot_is_redrawn_at_each_evaluation(settings, tmp_path, monkeypatch):
     """Before each step after an evaluation, loss.png equals a plot of the current metrics.jsonl."""
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
