@@ -18,6 +18,8 @@ IMPORT_OPCODES = ("GLOBAL", "INST", "STACK_GLOBAL")  # these import a class or f
 PUT_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")  # these copy the top of the stack to the memo
 GET_OPCODES = ("GET", "BINGET", "LONG_BINGET")  # these push a value from the memo onto the stack
 MAX_TUPLE_VALUES = 1 << 20  # the size of a tuple with all nested tuples, each counted as often as it occurs
+# The sizes of all tuples that are used again: each time such a tuple is a key of a dict, it is hashed again.
+MAX_REPEATED_VALUES = 1 << 24
 # Before torch 1.6, a file began with five pickles: magic number, protocol version, system, content, and keys
 # of the storages. The raw storages follow.
 LEGACY_PICKLES = 5
@@ -63,9 +65,11 @@ def requested_globals(file: IO[bytes], pickle_count: int = 1) -> Iterator[str]:
     """Yield "module name" of each class and function that the first `pickle_count` pickles in `file` import.
 
     Imports by the opcode STACK_GLOBAL are not found: torch's unpickler refuses that opcode. Raises ValueError
-    for a tuple of more than MAX_TUPLE_VALUES values, and for an integer of more than 64 bits. The first of
-    several pickles may contain such an integer: it is the magic number of a legacy torch file.
+    for a tuple of more than MAX_TUPLE_VALUES values, for tuples that are used again if their sizes add up to
+    more than MAX_REPEATED_VALUES, and for an integer of more than 64 bits. The first of several pickles may
+    contain such an integer: it is the magic number of a legacy torch file.
     """
+    repeated_values = 0
     for pickle_index in range(pickle_count):
         is_magic_number = pickle_count > 1 and pickle_index == 0
         stack: list[int | None] = []
@@ -76,6 +80,11 @@ def requested_globals(file: IO[bytes], pickle_count: int = 1) -> Iterator[str]:
             if opcode.name in ("GLOBAL", "INST"):
                 yield argument
             _update_stack(opcode, argument, stack, memo)
+            if opcode.name in GET_OPCODES or opcode.name == "DUP":
+                size = stack[-1] or 1
+                repeated_values += size if size > 1 else 0
+                if repeated_values > MAX_REPEATED_VALUES:
+                    raise ValueError("it uses large tuples again too many times")
 
 
 def _update_stack(

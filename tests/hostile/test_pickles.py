@@ -111,6 +111,16 @@ def test_a_tuple_of_exponential_hash_time_is_refused(tmp_path, hf):
             loader.load_weights(str(hf / "ckpt.pt"))
 
 
+def test_a_large_tuple_that_is_a_key_many_times_is_refused(tmp_path, hf):
+    """Each use hashes all its values again: 2 ms for 5 bytes of the file."""
+    large_tuple = b"(" + b"K\x00" * 2**18 + b"t"
+    pickled = b"\x80\x02}" + large_tuple + b"q\x00K\x01s" + b"h\x00K\x01s" * 100 + b"."
+    assert len(pickle.loads(pickled)) == 1
+    seeds.write_archive(hf / "ckpt.pt", pickled, deflated=False)
+    with pytest.raises(ValueError, match=r"ckpt\.pt cannot be read: .*large tuples again too many times"):
+        loader.load_weights(str(hf / "ckpt.pt"))
+
+
 def test_integers_with_equal_hashes_are_refused(tmp_path, hf):
     numbers = {k * (2**61 - 1): "x" for k in range(1, 2000)}
     assert len({hash(number) for number in numbers}) == 1
