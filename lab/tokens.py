@@ -4,8 +4,8 @@
     python -m lab.tokens --init_from=gpt2 --start="The capital of Portugal is" --top=20
 
 Writes a picture (PNG) of the most probable next tokens and the entropy, at several temperatures and with
-top-k, top-p and min-p; an animation (GIF) in which the temperature changes; and a page (HTML) with a slider
-for the temperature, and with the prompt colored by the loss of each token.
+top-k, top-p and min-p. Also writes an animation (GIF) in which the temperature changes, and a page (HTML)
+with a slider for the temperature. On the page the prompt is colored by the loss of each token.
 
 Shapes: T tokens, V vocabulary size.
 """

@@ -75,8 +75,8 @@ class BPESample:
                     return
                 n_read += len(piece)
                 fraction_read = n_read / self._n_train
-                # both limits grow with the part that was read, so that the end of the text is sampled too;
-                # the limit of the words starts at half, because most words of a text are new at its beginning
+                # Both limits grow with the part that was read, so that the end of the text is sampled too.
+                # The limit of the words starts at half: at the beginning of a text most words are new.
                 max_chars = fraction_read * SAMPLE_CHARS
                 max_word_bytes = (1 + fraction_read) / 2 * SAMPLE_WORD_BYTES
                 if self.n_chars > max_chars or word_bytes > max_word_bytes:

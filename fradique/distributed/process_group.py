@@ -91,9 +91,9 @@ def exit_process(status: int) -> NoReturn:
     """Exit with this status: a single process by sys.exit, a process of several by os._exit.
 
     os._exit does not finalize the interpreter, so the exit handlers and the flush are done here. Finalization
-    can abort the process, so that a finished run counts as failed: gloo's worker threads outlive
-    destroy_process_group (torch's own caches keep references to the group), a thread that frees a tensor
-    needs the GIL, and a thread that asks for the GIL during finalization aborts the process
+    can abort the process, so that a finished run counts as failed. Gloo's worker threads outlive
+    destroy_process_group, because torch's own caches keep references to the group. A thread that frees a
+    tensor needs the GIL, and a thread that asks for the GIL during finalization aborts the process
     (https://github.com/pytorch/pytorch/issues/190489). Joining the threads could take until the timeout of a
     collective if another rank is lost.
     """

@@ -2,8 +2,8 @@
 
 The result equals softmax(q kᵀ / √D + mask) v with dropout; the tests compare the two. CUDA, MPS and inference
 use torch's scaled_dot_product_attention. Training on a CPU mostly uses the autograd functions below, because
-torch's function is slow there: dropout disables its fused kernel, and the backward pass of that kernel is
-slower in bfloat16 than the matrix products that it saves.
+torch's function is slow there. Dropout disables its fused kernel. In bfloat16 the backward pass of that
+kernel is slower than the matrix products that it saves.
 
 Shapes: B batch, H heads, T queries, S keys, D head_dim.
 """
@@ -84,10 +84,10 @@ def _merge_heads(x: Tensor) -> Tensor:
 class _BlockedAttention(torch.autograd.Function):
     """Attention in blocks of queries; saves the probabilities for the backward pass.
 
-    The gradient of the scores is FlashAttention's (Dao et al. 2022, appendix B): dS = P ∘ (dP - delta), where
-    delta is the sum of P ∘ dP over the keys, computed as the sum of dO ∘ O over the D dimensions. The factors
-    1 / √D and 1 / keep_prob multiply q and v, which have fewer elements than the scores and probabilities.
-    mask: None for causal, or (1, 1 or H, T, T) in q's dtype.
+    The gradient of the scores is FlashAttention's (Dao et al. 2022, appendix B): dS = P ∘ (dP - delta). Here
+    delta is the sum of P ∘ dP over the keys. It is computed as the sum of dO ∘ O over the D dimensions.
+    The factors 1 / √D and 1 / keep_prob multiply q and v, which have fewer elements than the scores and
+    probabilities. mask: None for causal, or (1, 1 or H, T, T) in q's dtype.
     """
 
     @staticmethod

@@ -48,8 +48,8 @@ def is_hub_name(path: Path, source: str) -> bool:
 def download_weights(name: str) -> Path:
     """Download config.json and the weights, unless the cache has them. Returns their folder.
 
-    Raises ValueError with the fix if the hub cannot be reached or does not have the files, if the weights are
-    too large for the model in config.json, or if a file does not have the checksum that the hub gives.
+    Raises ValueError if the hub cannot be reached or does not have the files, if the weights are too large
+    for the model in config.json, or if a file has the wrong checksum. The message says what to do.
     """
     folder = _download(name, CONFIG_FILES, MAX_BYTES)
     commit = folder.name  # the weights must be those of the same commit

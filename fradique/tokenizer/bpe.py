@@ -97,8 +97,8 @@ def make_encoding(name: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
 
     BPE merges the pairs in its list of merges. tiktoken has no such list: it merges any two adjacent tokens
     whose concatenation is a token, the one of lowest rank first. For a trained vocabulary both give the same
-    ids: training finds a merge in a text to which all earlier merges have been applied, and these split the
-    bytes of the new token into the two tokens of its merge everywhere.
+    ids. Training finds a merge in a text to which all earlier merges have been applied. These merges split
+    the bytes of the new token into the two tokens of its merge, wherever the bytes occur.
     """
     import tiktoken
 

@@ -51,9 +51,11 @@ EVALUATION_FRACTION = 0.05  # of the training time, for all evaluations together
 EVALUATION_BATCHES = 20  # at most, per split: enough for a smooth loss curve
 MAX_PARAMETERS_PER_TOKEN = 4  # parameters of the blocks per token of the corpus: more would memorize it
 # {minimum number of epochs: dropout}. Validation losses measured with dropout 0.1 and without dropout:
-# worse at 2 epochs (shakespeare in GPT-2's BPE, 4.955 and 4.903) and at 4.6 (machado_char, 1.393 and 1.341),
-# better at 7 (shakespeare_char, 1.483 and 1.488) and at 8 (machado_char, 1.319 and 1.350). Beyond 8 epochs
-# the values are extrapolated.
+#   2 epochs (shakespeare in GPT-2's BPE): 4.955 and 4.903
+#   4.6 epochs (machado_char): 1.393 and 1.341
+#   7 epochs (shakespeare_char): 1.483 and 1.488
+#   8 epochs (machado_char): 1.319 and 1.350
+# Beyond 8 epochs the values are extrapolated.
 DROPOUT_BY_EPOCHS = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
 # {minimum number of epochs: weight decay}. Validation losses measured at 22 epochs (shakespeare in GPT-2's
 # BPE, 6,405 steps): 4.480 with weight decay 0.1, 4.568 without.

@@ -82,7 +82,7 @@ def test_malicious_pickles_are_refused_and_not_run(tmp_path, hf, attack, kind):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("attack", ATTACKS.keys() - {"torch.load"})
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "torch.load"])
 def test_pickle_loads_runs_the_attacks(tmp_path, attack, protocol):
     data = pickle.dumps(ATTACKS[attack](tmp_path / "canary"), protocol=protocol)
     with contextlib.suppress(AttributeError):  # eval returns None, from which no tensor can be rebuilt
