@@ -233,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--readme", action="store_true", help="write the table to docs/ARCHITECTURES.md")
     args, train_flags = parser.parse_known_args(argv)  # train_flags: settings of train.py
+    if args.readme and len(args.names) < len(ARCHITECTURES):
+        parser.error("--readme replaces the whole table: use it without --names")
     names = sorted({BASELINE, *args.names})
     flags = [
         f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--max_iters={args.steps}",

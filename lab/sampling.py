@@ -153,7 +153,7 @@ def marked_text(labels: list[str], repeated: np.ndarray) -> str:
     """A text as HTML, with its repeated tokens marked."""
     spans = []
     for label, is_repeated in zip(labels, repeated, strict=True):
-        line_break = "<br>" if label == common.NEWLINE_SYMBOL else ""
+        line_break = "<br>" if label.endswith(common.NEWLINE_SYMBOL) else ""
         text = escape(label.replace(common.WHITESPACE_SYMBOLS[" "], " "))
         spans.append((f"<mark>{text}</mark>" if is_repeated else text) + line_break)
     return html_page.token_text(spans)

@@ -100,7 +100,7 @@ def _pretrained(settings: TrainSettings, corpus: Corpus) -> ModelSource:
     weights = loader.load_weights(settings.init_from)
     config = replace(weights.config, dropout=settings.dropout, flash=settings.flash)
     loader.check_tokenizer_matches(weights, corpus.tokenizer, corpus.folder)
-    if weights.tokenizer is None:
+    if weights.tokenizer is None and process_group.rank_info().rank == 0:
         _print_warning(
             f"{weights.source} has no tokenizer that this program can read. Check that the model was trained "
             f"with the same tokenizer as the corpus {corpus.folder}"
