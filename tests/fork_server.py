@@ -1,7 +1,7 @@
 """Run scripts of the repository in forks of a process that has already imported torch and the project.
 
 A new process would import them for seconds. The server reads one request per line from its standard input, as
-JSON, and answers each with the exit status of the script: see `run_in_fork`.
+JSON, and answers each with exit statuses: see `run_in_forks`.
 """
 
 import atexit
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,28 +32,48 @@ def start_server() -> subprocess.Popen:
     )
 
 
-def run_in_fork(
-    program: str, arguments: Sequence[str], cwd: Path, stdin: str = "", timeout: int = 120
-) -> subprocess.CompletedProcess:
-    """Run train.py, sample.py or a module such as lab.curves: status and output, as subprocess.run returns.
+def run_in_forks(
+    program: str,
+    arguments: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    cwd: Path = ROOT,
+    stdin: str = "",
+    timeout: int = 120,
+) -> list[subprocess.CompletedProcess]:
+    """Run train.py, sample.py, another file, or a module such as lab.curves: status and output.
 
-    Warnings are errors. After `timeout` seconds SIGALRM ends the script: its status is then -14.
+    It runs in one process for each of `environments`, all at the same time. Warnings are errors. After
+    `timeout` seconds SIGALRM ends the processes: their status is then -14.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
-        paths[0].write_text(stdin, encoding="utf-8")
-        request = {"program": program, "arguments": list(arguments), "cwd": str(cwd), "timeout": timeout}
-        request |= {"streams": [str(path) for path in paths]}
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / str(i) for i in range(len(environments))]
+        for folder in folders:
+            folder.mkdir()
+            (folder / "stdin").write_text(stdin, encoding="utf-8")
+        request = {
+            "program": program,
+            "arguments": list(arguments),
+            "environments": [dict(environment) for environment in environments],
+            "folders": [str(folder) for folder in folders],
+            "cwd": str(cwd),
+            "timeout": timeout,
+        }
         server = start_server()
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        status = int(server.stdout.readline())
-        output, errors = (path.read_text(encoding="utf-8") for path in paths[1:])
-    return subprocess.CompletedProcess([program, *arguments], status, output, errors)
+        statuses = json.loads(server.stdout.readline())
+        return [
+            subprocess.CompletedProcess(
+                [program, *arguments],
+                status,
+                *((folder / stream).read_text(encoding="utf-8") for stream in ("stdout", "stderr")),
+            )
+            for status, folder in zip(statuses, folders, strict=True)
+        ]
 
 
 def serve() -> None:
-    """Answer requests until standard input is closed."""
+    """Answer each request with the exit statuses of its processes, until standard input is closed."""
     import matplotlib.figure  # noqa: F401  # what the scripts import
     import torch  # noqa: F401
 
@@ -61,19 +81,27 @@ def serve() -> None:
     import train  # noqa: F401
 
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            run_request(**json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        request = json.loads(line)
+        children = []
+        for environment, folder in zip(request.pop("environments"), request.pop("folders"), strict=True):
+            child = os.fork()
+            if child == 0:
+                run_program(environment=environment, folder=Path(folder), **request)
+            children.append(child)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(statuses), flush=True)
 
 
-def run_request(program: str, arguments: list[str], cwd: str, timeout: int, streams: list[str]) -> NoReturn:
-    """Run a script as `__main__` in this process, and exit."""
+def run_program(
+    program: str, arguments: list[str], environment: dict[str, str], folder: Path, cwd: str, timeout: int
+) -> NoReturn:
+    """Run a program as `__main__` in this process, and exit."""
     signal.alarm(timeout)
     os.chdir(cwd)
-    for descriptor, path in enumerate(streams):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, stream in enumerate(("stdin", "stdout", "stderr")):
+        os.dup2(os.open(folder / stream, os.O_RDWR | os.O_CREAT), descriptor)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Collection
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fork_server import run_in_fork
+from fork_server import run_in_forks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -88,10 +89,12 @@ def flags(settings: TrainSettings) -> list[str]:
 def run_script(name: str, *arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
     """A script of the repository, or a module (lab.curves), in a process of its own: status and output.
 
-    Without `options` of subprocess.run other than `input` it is a fork of a process that has imported torch.
+    The process is a fork of one that has imported torch, if there are no other `options` of subprocess.run.
     """
-    if hasattr(os, "fork") and options.keys() <= {"input"}:
-        return run_in_fork(name, [*map(str, arguments)], cwd, options.get("input", ""))
+    if hasattr(os, "fork") and options.keys() <= {"input", "env"}:
+        environment = options.get("env", os.environ)
+        stdin = options.get("input", "")
+        return run_in_forks(name, [*map(str, arguments)], [environment], cwd, stdin)[0]
     program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
     command = [sys.executable, "-W", "error", *program, *map(str, arguments)]
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options
@@ -126,16 +129,26 @@ def assert_same_with_gradients(actual, expected, inputs, tolerance):
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=3 * tolerance)
 
 
-def torchrun(
+def run_ranks(
     processes: int, *arguments: object, program: Path = ROOT / "train.py"
 ) -> subprocess.CompletedProcess:
-    """train.py, or another program, in several processes: status and output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*command, str(program), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    """train.py, or another program, as torchrun starts it on one machine: status and output of all ranks."""
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
+    environments = [
+        os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
+    ]
+    ranks = run_in_forks(str(program), [*map(str, arguments)], environments, timeout=240)
+    status = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    output, errors = ("".join(getattr(rank, stream) for rank in ranks) for stream in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([program, *arguments], status, output, errors)
+
+
+def unused_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def same_folder(a: Path, b: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import flags, losses, run_training, torchrun
+from support import flags, losses, run_ranks, run_training
 
 from fradique.checkpointing import checkpoint
 from fradique.pretrained.__main__ import main
@@ -59,7 +59,7 @@ process_group.exit_process(0)  # as train.py ends: torch's threads may abort a p
 def test_three_ranks_write_the_file_of_one_process(tmp_path):
     script = tmp_path / "write.py"
     script.write_text(WRITE_SCRIPT)
-    result = torchrun(3, tmp_path, program=script)
+    result = run_ranks(3, tmp_path, program=script)
     assert result.returncode == 0, result.stderr[-3000:]
     assert filecmp.cmp(tmp_path / "model.safetensors", tmp_path / "plain", shallow=False)
     assert filecmp.cmp(tmp_path / "optimizer.safetensors", tmp_path / "none", shallow=False)
@@ -72,10 +72,10 @@ def test_four_ranks_then_two_then_one_train_as_one_rank(settings, tmp_path):
     single = replace(settings, out_dir=str(tmp_path / "one"))
     run_training(single)
     sharded = replace(settings, parallel="fsdp", gradient_checkpointing=True)
-    result = torchrun(4, *flags(replace(sharded, max_iters=5)))
+    result = run_ranks(4, *flags(replace(sharded, max_iters=5)))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "4 processes, each with a shard of the model" in result.stdout
-    result = torchrun(2, "--init_from=resume", f"--out_dir={sharded.out_dir}", "--max_iters=10")
+    result = run_ranks(2, "--init_from=resume", f"--out_dir={sharded.out_dir}", "--max_iters=10")
     assert result.returncode == 0, result.stderr[-3000:]
     run_training(replace(sharded, init_from="resume"))
     sharded_losses, single_losses = losses(sharded.out_dir), losses(single.out_dir)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch.distributed as dist
-from support import ROOT, torchrun
+from support import ROOT, run_ranks
 
 from fradique.distributed import lost_ranks
 
@@ -97,7 +97,7 @@ process_group.exit_process(0)
 def test_the_roll_call_uses_the_store_of_the_process_group(tmp_path):
     script = tmp_path / "roll_call.py"
     script.write_text(ROLL_CALL_SCRIPT)
-    result = torchrun(3, program=script)
+    result = run_ranks(3, program=script)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

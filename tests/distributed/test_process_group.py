@@ -1,7 +1,6 @@
 """The process group: ranks, torchrun restarts, exit, tensors that may be sharded."""
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, flags, run_training
+from support import ROOT, flags, run_training, unused_port
 
 from fradique.checkpointing import checkpoint, run_folder
 from fradique.distributed import lost_ranks, process_group
@@ -118,13 +117,6 @@ def test_all_ranks_exit_with_status_2_after_an_error_on_rank_0(settings, tmp_pat
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert "already holds a run" in errors[0] and errors[1] == ""
-
-
-def unused_port() -> int:
-    """A port of this machine on which nothing listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_a_tensor_that_is_not_sharded_is_its_own_full_and_local_tensor():

@@ -20,11 +20,11 @@ from support import (
     flags,
     losses,
     needs_compiler,
+    run_ranks,
     run_script,
     run_training,
     same_folder,
     stop_at,
-    torchrun,
 )
 
 import train
@@ -288,10 +288,10 @@ def test_resuming_is_exact_on_two_processes(settings, tmp_path):
         settings, out_dir=str(tmp_path / "uninterrupted"), gradient_accumulation_steps=2, max_iters=10
     )
     resumed = replace(uninterrupted, out_dir=str(tmp_path / "resumed"))
-    assert torchrun(2, *flags(uninterrupted)).returncode == 0
+    assert run_ranks(2, *flags(uninterrupted)).returncode == 0
     # the shorter run needs the schedule of the full one: hence lr_decay_iters
-    assert torchrun(2, *flags(replace(resumed, max_iters=5, lr_decay_iters=10))).returncode == 0
-    result = torchrun(2, "--init_from=resume", f"--out_dir={resumed.out_dir}", "--max_iters=10")
+    assert run_ranks(2, *flags(replace(resumed, max_iters=5, lr_decay_iters=10))).returncode == 0
+    result = run_ranks(2, "--init_from=resume", f"--out_dir={resumed.out_dir}", "--max_iters=10")
     assert result.returncode == 0, result.stderr
     assert losses(resumed.out_dir) == losses(uninterrupted.out_dir)
     assert same_folder(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, flags, losses, run_script, run_training, same_folder, stop_at, torchrun
+from support import ROOT, flags, losses, run_ranks, run_script, run_training, same_folder, stop_at
 from transformers import AutoModelForCausalLM
 
 import sample
@@ -209,5 +209,5 @@ def test_two_processes_with_lora_or_muon_give_the_losses_of_one(settings, base, 
     settings = replace(settings, gradient_accumulation_steps=2)
     run_training(settings)
     two_processes = replace(settings, out_dir=str(tmp_path / "two"))
-    assert torchrun(2, *flags(two_processes)).returncode == 0
+    assert run_ranks(2, *flags(two_processes)).returncode == 0
     assert losses(two_processes.out_dir) == pytest.approx(losses(settings.out_dir), abs=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import flags, losses, needs_compiler, run_script, run_training, torchrun
+from support import flags, losses, needs_compiler, run_ranks, run_script, run_training
 
 import train
 from fradique.checkpointing import checkpoint, metrics_file
@@ -179,7 +179,7 @@ def test_two_processes_give_the_losses_of_one(settings, tmp_path, batch_size, ac
     )
     run_training(settings)
     two_processes = replace(settings, out_dir=str(tmp_path / "two"))
-    result = torchrun(2, *flags(two_processes))
+    result = run_ranks(2, *flags(two_processes))
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout
     assert result.stdout.count("tokens per step") == 1  # only rank 0 prints
@@ -194,5 +194,5 @@ def test_two_processes_give_the_losses_of_one(settings, tmp_path, batch_size, ac
 def test_a_rank_may_have_no_evaluation_windows(settings):
     """One window per split, and two processes."""
     settings = replace(settings, batch_size=1, gradient_accumulation_steps=2, eval_iters=1, max_iters=2)
-    result = torchrun(2, *flags(settings))
+    result = run_ranks(2, *flags(settings))
     assert result.returncode == 0, result.stderr

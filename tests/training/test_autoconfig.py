@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import run_script, torchrun
+from support import run_ranks, run_script
 
 from fradique.training import autoconfig
 from fradique.training.autoconfig import PRESETS, Throughput
@@ -198,7 +198,7 @@ def test_processes_agree_on_the_choice(data_dir, tmp_path):
         "--dataset=tiny",
     ]
     arguments += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
-    result = torchrun(2, *arguments)
+    result = run_ranks(2, *arguments)
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout and result.stdout.count("\nauto: ") == 1
 
