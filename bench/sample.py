@@ -1,13 +1,14 @@
 """Speed of generation: prefill (reading the prompt) and decode (one token at a time).
 
     python -m bench.sample                                   GPT-2 124M with random weights
-    python -m bench.sample --shape char --nanogpt FOLDER --huggingface
+    python -m bench.sample --shape char --tokens 200 --nanogpt FOLDER --huggingface
     python -m bench.sample --out_dir out/eca-char --dtype bfloat16
 
 To decode a token, all weights must be read from memory. The limit that this sets is measured and printed too.
 `--nanogpt FOLDER` also measures `generate` of the nanoGPT in FOLDER, and `--huggingface` that of
-transformers, both with random weights of the same shape. The programs take turns; ratios are medians over the
-rounds. The last line is JSON.
+transformers: both as a plain GPT-2 of the same size with random weights. nanoGPT runs in bfloat16 on CUDA and
+in float32 elsewhere, transformers in float32, and our model in --dtype. The programs take turns; ratios are
+medians over the rounds. The last line is JSON.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sample
+import sample  # sample.py of the project, not this file
 from bench import machine
 from fradique.runtime.device import configure_process, setup_runtime
 from model import GPT, GPTConfig
@@ -43,15 +44,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config, device = model.config, runtime.device
 
     def ours(idx: Tensor, count: int) -> None:
-        with loaded.autocast():
-            list(model.stream(idx, count))
+        stream = model.stream(idx, count)
+        more = True
+        while more:
+            with loaded.autocast():  # for each token, as in sample.py
+                more = next(stream, None) is not None
 
     others: dict[str, Generate] = {}
     if args.nanogpt:
         others["nanogpt_ratio"] = nanogpt(config, args.nanogpt, device)
     if args.huggingface:
+        if args.tokens >= config.block_size:
+            raise SystemExit(
+                f"transformers' GPT-2 has block_size = {config.block_size} positions, for the start token and "
+                "--tokens: use fewer --tokens"
+            )
         others["huggingface_ratio"] = huggingface(config, device)
     parameters = count_parameters(config)
+    # with the embedding tables, of which a token reads one row: the limit is a little too low
     weight_bytes = parameters * runtime.dtype.itemsize
     result: dict[str, Any] = {
         "machine": machine.describe(device),
@@ -61,6 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "limit_tokens_per_second": machine.read_bandwidth(device) / weight_bytes,
     }
     prompt = torch.randint(config.vocab_size, (1, min(512, config.block_size // 2)), device=device)
+    # the one new token is sampled from the logits of the prompt: there is no decode step
     seconds = statistics.median(machine.times(lambda: ours(prompt, 1), device, args.rounds))
     result["prefill_tokens_per_second"] = prompt.size(1) / seconds
     for batch in map(int, args.rows.split(",")):
@@ -73,6 +84,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def count_parameters(config: GPTConfig) -> int:
+    """Number of parameters of a model. The model itself is not asked: packed weights are not parameters."""
     with torch.device("meta"):  # allocates no memory
         return GPT(config).num_params(non_embedding=False)
 
@@ -130,7 +142,7 @@ def nanogpt(config: GPTConfig, folder: Path, device: torch.device) -> Generate:
 
 
 def huggingface(config: GPTConfig, device: torch.device) -> Generate:
-    """`generate` of transformers' GPT-2 with the same shape. It uses a KV cache."""
+    """`generate` of transformers' GPT-2 of the same size, in float32 with biases. It uses a KV cache."""
     import transformers
 
     gpt2_config = transformers.GPT2Config(
@@ -140,10 +152,11 @@ def huggingface(config: GPTConfig, device: torch.device) -> Generate:
         n_layer=config.n_layer,
         n_head=config.n_head,
         bos_token_id=0,
-        eos_token_id=None,
+        eos_token_id=None,  # no row ends early
         pad_token_id=0,
     )
     gpt = transformers.GPT2LMHeadModel(gpt2_config).to(device).eval()
+    # top_k=0: sample from all tokens, as ours (the default of transformers is 50)
     return lambda idx, count: gpt.generate(
         idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=0, max_new_tokens=count
     )
@@ -200,8 +213,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--huggingface", action="store_true", help="also measure transformers' generate")
     args = parser.parse_args(argv)
-    if args.huggingface and not args.out_dir and args.tokens >= SHAPES[args.shape].block_size:
-        parser.error("transformers cannot generate more than block_size tokens: use fewer --tokens")
     result = measure(args)
     print(report(result))
     print(json.dumps({"bench": "sample", **result}))

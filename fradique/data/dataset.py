@@ -43,11 +43,12 @@ class Split:
 
     def count_windows(self, block_size: int) -> int:
         """The number of windows of `block_size` tokens, each with its targets in the same file."""
-        return int(self.window_index(block_size).ends[-1])
+        return int(self.window_index(block_size).ends[-1])  # ends: windows up to the end of each file
 
     def read_locations(self, locations: Locations, length: int) -> tuple[Tensor, Tensor]:
         """Read the inputs and targets of B windows of `length` T: int64, (B, T) each.
 
+        locations: for each window the index of its token file, and its position in the file, (B,) each.
         Raises ValueError naming the file and the position if a token id is not in the vocabulary.
         """
         return inputs_and_targets(self.read_rows(locations, length))
@@ -93,7 +94,10 @@ class Split:
         return list_windows(self.window_index(block_size).locate(numbers), block_size)
 
     def all_windows(self, block_size: int) -> Tiling:
-        """Adjacent windows whose targets are all tokens of the split, except the first of each file, once."""
+        """Adjacent windows in which each token is a target exactly once, except the first of each file.
+
+        The last window of a file may be shorter than `block_size`.
+        """
         return Tiling(self.token_files.lengths, block_size)
 
     def batches(
@@ -145,8 +149,10 @@ class Corpus:
 def open_corpus(folder: Path, block_size: int) -> Corpus:
     """Open the corpus in `folder`: one of Fradique, which has a meta.json, or one of nanoGPT.
 
-    A corpus of nanoGPT either has a meta.pkl with its characters, or consists of GPT-2's tokens. Raises
-    ValueError, with the fix, if the corpus is missing, unfinished, damaged, or too small for one block.
+    Token files without a meta.json are uint16, as nanoGPT writes them. The tokenizer is then that of
+    tokenizer.json (left by a preparation that was killed before it wrote meta.json), else that of meta.pkl
+    (nanoGPT's characters), else GPT-2's. Raises ValueError, with the fix, if the corpus is missing,
+    unfinished, damaged, or too small for one block.
     """
     check_no_unfinished_shards(folder)
     if not _token_paths(folder, "train") or not _token_paths(folder, "val"):
@@ -172,22 +178,31 @@ def _check_size(folder: Path, train: Split, val: Split, block_size: int) -> None
     name = min(longest_files, key=longest_files.get)
     max_block_size = longest_files[name] - 1  # a window and its last target are in one file
     if block_size > max_block_size:
+        advice = f", or --block_size={max_block_size} at most" if max_block_size > 0 else ""
+        file = "split" if len(splits[name].paths) == 1 else "split's longest file"
         raise ValueError(
-            f"{folder}: the {name} split has {splits[name].tokens} tokens, too few for one block of "
-            f"{block_size} and its target: use a longer text, or --block_size={max(1, max_block_size)} at "
-            "most"
+            f"{folder}: the {name} {file} has {longest_files[name]} tokens, too few for one block of "
+            f"{block_size} and its target: use a longer text{advice}"
         )
 
 
 def _token_paths(folder: Path, split: str) -> list[Path]:
-    """The token files of a split of any corpus, without its meta.json; [] if there are none."""
+    """The token files of a split, found by their names and not in meta.json; [] if there are none."""
     single = folder / f"{split}.bin"
     return [single] if single.exists() else sorted(folder.glob(f"{split}_[0-9]*.bin"))
 
 
 def _open_split(folder: Path, name: str, meta: dict | None, vocab_size: int) -> Split:
-    """Open the split `name`, "train" or "val". Raises ValueError if a file is missing or has another size."""
+    """Open the split `name`, "train" or "val".
+
+    Raises ValueError if a file that meta.json lists is missing, or has another size than meta.json says.
+    """
     if meta is None:
+        if vocab_size > 1 << 16:
+            raise ValueError(
+                f"{folder} has no meta.json, and its vocabulary is too large for the tokens of uint16 that "
+                "nanoGPT writes; prepare the corpus again"
+            )
         return Split(_token_paths(folder, name), "uint16", vocab_size, None)
     entries = meta["splits"][name]["shards"]
     for entry in entries:
@@ -224,7 +239,7 @@ def _read_meta(path: Path) -> dict:
 
 
 def _load_tokenizer(folder: Path, meta: dict | None) -> Tokenizer:
-    """The tokenizer of a corpus with the content `meta` of its meta.json, or of nanoGPT's if it is None."""
+    """The tokenizer of a corpus. `meta`: the content of its meta.json; None if it has none."""
     if meta is not None or (folder / "tokenizer.json").exists():
         return load_tokenizer(folder / "tokenizer.json")
     if (folder / "meta.pkl").exists():

@@ -1,6 +1,7 @@
-"""Cross-entropy computed from the last hidden states, without storing all logits in float32.
+"""Cross-entropy computed from the last hidden states.
 
-The result equals F.cross_entropy(F.linear(x, weight), targets); the tests compare the two.
+For a large vocabulary not all logits are stored in float32. Without a softcap the result equals
+F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1); the tests compare the two.
 
 Shapes: N tokens, C width, V vocabulary.
 """
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from fradique.nn.linear import weight_gradient
 
-LARGE_VOCAB = 1 << 10  # the smallest V for which the gradient is always computed together with the loss
-# By device type: the most logits that one matrix product computes if no gradient is needed
+# _LinearCrossEntropy is used from this V on, and for more than MAX_LOGITS logits; F.cross_entropy otherwise.
+LARGE_VOCAB = 1 << 10
+# By device type: the most logits for which F.cross_entropy is used, and that one matrix product of
+# _LinearCrossEntropy computes if no gradient is needed
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
 # By device type: the most logits that are in float32 at a time; on a CPU they fit its cache
 MAX_FP32_LOGITS = MAX_LOGITS | {"cpu": 1 << 19}
@@ -35,13 +38,17 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: fl
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     if not torch.is_grad_enabled():
-        weight = weight.detach()  # or the forward pass would compute a gradient for it
+        # ctx.needs_input_grad is True for a parameter even under no_grad
+        weight = weight.detach()
     return _LinearCrossEntropy.apply(x.to(dtype), weight, targets, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy whose forward pass also computes the gradients: it overwrites each logit by the logit's
-    gradient, softmax(logits) - onehot(target), in x's dtype."""
+    """Cross-entropy whose forward pass also computes the gradients.
+
+    It overwrites each logit by the logit's gradient in x's dtype: softmax(logits) - onehot(target), times the
+    derivative of the softcap if there is one.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:  # noqa: ANN001
@@ -58,7 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count, d_x, d_weight = ctx.saved_tensors
         scale = grad / count
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        return d_x * scale if needs_x else None, d_weight * scale if needs_weight else None, None, None
+        d_x = d_x * scale if needs_x else None
+        d_weight = d_weight * scale if needs_weight else None
+        return d_x, d_weight, None, None
 
 
 def _loss_and_gradients(
@@ -69,18 +78,23 @@ def _loss_and_gradients(
     x (N, C), weight (V, C), targets (N,). A gradient that is not needed is an empty tensor.
     """
     with torch.autocast(x.device.type, enabled=False):
-        cast_weight, needs_grad = weight.to(x.dtype), needs_x or needs_weight
+        cast_weight = weight.to(x.dtype)
+        needs_grad = needs_x or needs_weight
         valid = (targets >= 0)[:, None]  # (N, 1)
         count, total = valid.sum(), torch.zeros((), device=x.device)
-        # the gradients need the logits of all rows at once: then the loop over x has one iteration
+        # The gradients need the logits of all N rows at once: the loop over x then has one iteration. Without
+        # gradients at most MAX_LOGITS logits are computed at a time.
         rows = x.size(0) if needs_grad else max(1, MAX_LOGITS[x.device.type] // weight.size(0))
+        # at most half of the rows: the float32 copy is then no larger than the logits in 16 bits
         fp32_rows = max(1, min((x.size(0) + 1) // 2, MAX_FP32_LOGITS[x.device.type] // weight.size(0)))
         for x_rows, target_rows in zip(x.split(rows), targets[:, None].split(rows), strict=True):
             logits = x_rows @ cast_weight.t()  # (rows, V)
             for chunk, target in zip(logits.split(fp32_rows), target_rows.split(fp32_rows), strict=True):
                 total += _cross_entropy_(chunk, target, softcap, needs_grad)
         d_x, d_weight = x.new_empty(0), weight.new_empty(0)
-        if needs_x:  # logits (N, V) now holds the gradient of the logits
+        # Logits (N, V) now holds their gradient. Its rows for ignored targets are not 0: they are masked in
+        # d_x and x, which are smaller.
+        if needs_x:
             d_x = (logits @ cast_weight).mul_(valid)
         if needs_weight:
             d_weight = weight_gradient(logits, x * valid, weight.dtype)
@@ -112,5 +126,7 @@ def _cross_entropy_(logits: Tensor, target: Tensor, softcap: float, needs_grad: 
     loss = -(log_probs.gather(1, index) * (target >= 0)).sum()
     if needs_grad:
         d_logits = log_probs.exp_().scatter_add_(1, index, log_probs.new_full(index.shape, -1.0))
-        logits.copy_(d_logits * (1 - (capped / softcap).square()) if softcap else d_logits)
+        if softcap:  # the derivative of c tanh(z / c) is 1 - tanh²(z / c)
+            d_logits = d_logits * (1 - (capped / softcap).square())
+        logits.copy_(d_logits)
     return loss

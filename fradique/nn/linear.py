@@ -1,8 +1,9 @@
 """Linear layers with a faster weight gradient for bfloat16 on a CPU.
 
 The gradient of a weight is the matrix product gradᵀ x. In bfloat16 a CPU takes twice as long for this product
-as for one whose first operand is contiguous. `weight_gradient` therefore first copies the narrower operand
-into a contiguous transposed matrix. Everything else is torch's own linear layer.
+as for one whose first operand is contiguous. `weight_gradient` therefore first copies the transpose of the
+narrower operand into a contiguous matrix. If that is x, it computes xᵀ grad and transposes the result.
+Everything else is torch's own linear layer.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 MIN_ROWS, MIN_WIDTH = 1 << 10, 1 << 10  # smallest N, and smallest max(I, O), for which the copy saves time
 # The copy is made in square tiles of TILE rows, which fit the CPU's cache.
 TILE = 768
-# Unused elements after each row of a tile: rows at a distance of a power of 2 would share few cache sets.
+# Unused elements after each row of a tile. Without them the rows would be 1536 = 3 x 512 bytes apart and
+# share few sets of the cache; at 1600 = 25 x 64 bytes they use all of them.
 ROW_PADDING = 32
 
 
@@ -46,6 +48,7 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
     needs_grad = torch.is_grad_enabled() and weight.requires_grad
+    # not while compiling: the loops over the tiles would be unrolled into the graph
     if x.device.type == "cpu" and needs_grad and not torch.compiler.is_compiling():
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         rows = x.numel() // weight.size(1)
@@ -61,7 +64,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN001
         cast_weight = weight.to(x.dtype)
         ctx.save_for_backward(x, cast_weight)
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        ctx.weight_dtype = weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x, cast_weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -89,13 +93,19 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def contiguous_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy a transposed view x (rows, columns) into a contiguous matrix of `dtype` (default: x's dtype)."""
+    """Copy a transposed view x (rows, columns) into a contiguous matrix of `dtype` (default: x's dtype).
+
+    Each tile is first copied as it lies in memory into a buffer that stays in the cache. Its transposition
+    then reads only the cache.
+    """
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     buffer = x.new_empty(TILE, TILE + ROW_PADDING)
     for left in range(0, x.size(1), TILE):
         for top in range(0, x.size(0), TILE):
             source = x[top : top + TILE, left : left + TILE]
-            tile = buffer[: source.size(1), : source.size(0)].t()  # memory layout of the source
+            tile = buffer[
+                : source.size(1), : source.size(0)
+            ].t()  # transposed like the source, so that this copy runs along its memory
             tile.copy_(source)
             out[top : top + TILE, left : left + TILE].copy_(tile)
     return out

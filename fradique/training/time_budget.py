@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fradique.runtime.device import Runtime
 
-SAFETY_FACTOR = 1.1  # the finish of a run is expected to take this many times as long as measured
+SAFETY_FACTOR = (
+    1.1  # the estimate for the finish of a run (see TimeBudget) is this many times the measured time
+)
 # Hours, minutes and seconds, each an optional group: 1h30m, 90s, 90.
 DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
@@ -31,16 +33,17 @@ class TimeBudget:
 
     def __init__(self, started: float, limit: float | None = None, *, finish_windows: float = 0.0) -> None:
         """started: time.monotonic() at the start of the process. limit: seconds; None: no limit.
-        finish_windows: how many windows each process evaluates in the finish.
+        finish_windows: windows of both evaluations in the finish, divided by the number of processes.
         """
         self.started, self.limit, self.finish_windows = started, limit, finish_windows
         self.earlier = 0.0  # seconds that earlier processes of this run took
         self.now = 0.0  # elapsed seconds at the last synchronize()
-        self.training_began = 0.0  # elapsed seconds at the end of the evaluation at step 0
+        # elapsed seconds at the end of the evaluation at step 0; stays 0 in a run that was resumed after it
+        self.training_began = 0.0
         self.step_seconds = 0.0  # of the last step
         self.sample_seconds = 0.0  # of the last sample
         self.finish_seconds = 0.0  # estimate for the finish
-        self.mark(0)
+        self.mark(0)  # sets _mark_time, _mark_step and _paused_seconds
 
     def resume(self, elapsed: float, finish_seconds: float, sample_seconds: float) -> None:
         """Continue from the values that an earlier process saved with `state`."""
@@ -48,7 +51,7 @@ class TimeBudget:
         self.finish_seconds, self.sample_seconds = finish_seconds, sample_seconds
 
     def state(self) -> dict[str, float]:
-        """The clock's entries of state.json."""
+        """The clock's entries of state.json, whose names are those of TrainState's fields."""
         return {
             "seconds": self.elapsed(),
             "closing_seconds": self.finish_seconds,
@@ -72,7 +75,7 @@ class TimeBudget:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Context manager for a training step, which is expected to predict the time of the next one."""
+        """Context manager that times a training step. The next one is expected to take as long."""
         start = time.monotonic()
         yield
         self.step_seconds = time.monotonic() - start
@@ -111,7 +114,8 @@ class TimeBudget:
 
     @property
     def too_short(self) -> bool:
-        """Whether the finish would take more than half of the time that is left for training."""
+        """Whether the limit is too short: the finish would take more than half of the time between the
+        evaluation at step 0 and the limit."""
         return self.limit is not None and self.finish_seconds > (self.limit - self.training_began) / 2
 
     @property

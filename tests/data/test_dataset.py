@@ -1,12 +1,14 @@
 """Splits and corpora: evaluation batches, opening a corpus, and damaged or missing files."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from corpus_helpers import make_split, read_windows
 from support import make_text, write_corpus
 
+from fradique.data import dataset
 from fradique.data.dataset import open_corpus
 from fradique.data.windows import Window
 
@@ -128,3 +130,25 @@ def test_half_a_token_is_detected_without_metadata(corpus):
         ValueError, match=r"train.bin has \d+ bytes, which is not a whole number of uint16 tokens"
     ):
         open_corpus(corpus, block_size=8)
+
+
+def test_too_short_files_are_reported_by_their_longest(tmp_path):
+    """A window lies in one file, so the tokens of all files together do not help."""
+    for split in ("train", "val"):
+        for i in range(10):
+            np.zeros(50, "<u2").tofile(tmp_path / f"{split}_{i:05d}.bin")
+    with pytest.raises(ValueError, match=r"longest file has 50 tokens, .*--block_size=49 at most"):
+        open_corpus(tmp_path, 50)
+    for path in tmp_path.glob("*.bin"):
+        np.zeros(1, "<u2").tofile(path)
+    with pytest.raises(ValueError, match=r"use a longer text$"):
+        open_corpus(tmp_path, 1)
+
+
+def test_large_vocabularies_without_meta_json_are_refused(tmp_path, monkeypatch):
+    """Their tokens are uint32: read as uint16 they would be other tokens of the vocabulary."""
+    for split in ("train", "val"):
+        np.zeros(50, "<u4").tofile(tmp_path / f"{split}.bin")
+    monkeypatch.setattr(dataset, "GPT2Tokenizer", lambda: SimpleNamespace(vocab_size=100_000))
+    with pytest.raises(ValueError, match=r"has no meta\.json, and its vocabulary is too large"):
+        open_corpus(tmp_path, 8)
