@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from configurator import Resolved, command, setting
-from fradique.checkpointing.run_folder import LOSS_PLOT_FILE
+from fradique.checkpointing.run_files import LOSS_PLOT_FILE
 from fradique.data.sampler import derive_seed
 from fradique.distributed import lost_ranks, process_group
 from fradique.nn.functional import ACTIVATIONS

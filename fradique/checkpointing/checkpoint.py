@@ -25,6 +25,7 @@ from fradique.io.files import format_json, read_json_object, replace_folder
 T = TypeVar("T")
 FORMAT = 1  # version of the checkpoint format, in manifest.json
 MAX_WARNINGS = 5  # about damaged checkpoints
+FILES = ("model.safetensors", "optimizer.safetensors", "model.json", "state.json", "manifest.json")
 STEP_NAME = re.compile(r"step-[0-9]{1,18}")
 # What a crash can leave behind: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp
 LEFTOVER_NAME = re.compile(r"\.(step-\d+|best|\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
@@ -119,7 +120,7 @@ def _write_json_and_rename(temporary: Path, folder: Path, checkpoint: Checkpoint
     checksums = {path.name: files.checksum(path) for path in sorted(temporary.iterdir())}
     manifest = format_json({"format": FORMAT, "run": checkpoint.run_id, "sha256": checksums})
     (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
-    replace_folder(temporary, folder)
+    replace_folder(temporary, folder, FILES)
 
 
 def save_and_prune(
@@ -152,12 +153,12 @@ def recover_run_folder(run: Path) -> None:
     for old in [path for path in run.glob(".*.old") if LEFTOVER_NAME.fullmatch(path.name)]:
         original = run / old.name.removeprefix(".").removesuffix(".old")
         if original.exists():  # the crash came after the new folder was renamed
-            shutil.rmtree(old, ignore_errors=True)
+            files.merge_old_folder(old, original, FILES)
         else:
             old.rename(original)
     for temporary in [path for path in run.glob(".*.tmp") if LEFTOVER_NAME.fullmatch(path.name)]:
         if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
+            delete_checkpoint(temporary)
         else:
             temporary.unlink(missing_ok=True)
 
@@ -170,8 +171,9 @@ def set_aside_later_checkpoints(run: Path, step: int) -> None:
     for folder in step_folders(run):
         if step_of(folder) > step:
             renamed = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(renamed, ignore_errors=True)
-            folder.rename(renamed)
+            delete_checkpoint(renamed)
+            if not renamed.exists():
+                folder.rename(renamed)
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
@@ -181,7 +183,23 @@ def prune_checkpoints(run: Path, keep: int) -> None:
         temporary = folder.with_name(f".{folder.name}.tmp")
         with suppress(OSError):
             folder.rename(temporary)
-            shutil.rmtree(temporary, ignore_errors=True)
+            delete_checkpoint(temporary)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete the files of a checkpoint, and its folder. Best effort: errors are ignored.
+
+    If somebody has put other files into the folder, they stay, in a folder with the prefix "files-of-".
+    """
+    with suppress(OSError):
+        for name in FILES:
+            if not (folder / name).is_dir():
+                (folder / name).unlink(missing_ok=True)
+        if any(folder.iterdir()):
+            name = folder.name.removeprefix(".").removesuffix(".tmp")
+            folder.rename(folder.with_name(f"files-of-{name}"))
+        else:
+            folder.rmdir()
 
 
 def verify_checkpoint(folder: Path, run_id: str | None = None) -> None:

@@ -7,30 +7,18 @@ settings.json contains the metadata of the run: its id, its settings, what was c
 import contextlib
 import importlib.metadata
 import platform
-import shutil
 import subprocess
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file
+from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file, run_files
+from fradique.checkpointing.run_files import SETTINGS_FILE, TOKENIZER_FILE
 from fradique.io import files, folder_lock
 from fradique.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
-SETTINGS_FILE, TOKENIZER_FILE, LOSS_PLOT_FILE = "settings.json", "tokenizer.json", "loss.png"
-RUN_FILES = (  # files and folders of a run, besides its step checkpoints
-    SETTINGS_FILE,
-    TOKENIZER_FILE,
-    LOSS_PLOT_FILE,
-    metrics_file.METRICS_FILE,
-    metrics_file.SAMPLES_FILE,
-    metrics_file.WANDB_ID_FILE,
-    embedding_snapshots.SNAPSHOT_FOLDER,
-    "wandb",
-    "best",
-)
-MAX_LISTED_RUNS = 10  # in an error message
+MAX_LISTED_RUNS = MAX_LISTED_FILES = 10  # in an error message
 
 
 @dataclass
@@ -60,26 +48,38 @@ class RunLock:
             self.lock.folder = current
             return current, f"{previous} was moved to {current}: the run continues there"
         self.lock.release()
-        previous.mkdir(parents=True, exist_ok=True)
-        self.lock = folder_lock.FolderLock(previous)
+        folder = previous
+        while run_files.foreign_files(folder) or run_files.is_run(folder):  # made by somebody since then
+            folder = folder.with_name(f"{folder.name}-continued")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = folder_lock.FolderLock(folder)
+        run_files.mark_run(folder, self.run_id)
         self.write_metadata()
-        warning = f"{previous} was deleted: the run continues in a new folder, without its earlier files"
-        return previous, warning
+        where = "a new folder" if folder == previous else folder
+        return folder, f"{previous} was deleted: the run continues in {where}, without its earlier files"
 
 
 def check_available(run: Path, overwrite: bool) -> None:
     """Raise ValueError if a new run cannot be written to `run`.
 
-    That is, if `run` is a file, is locked by another process, contains files of nanoGPT, or contains a run
-    and `overwrite` is not set.
+    That is, if `run` is a file, is locked by another process, belongs to something else than a run, contains
+    files that no run has written and that this run would replace, or contains a run and `overwrite` is not
+    set.
     """
     if run.exists() and not run.is_dir():
         raise ValueError(f"out_dir={run} is a file: choose another folder")
+    if content := run_files.other_content(run):
+        raise ValueError(
+            f"out_dir={run} is {content}: choose a folder for this run, such as "
+            f"--out_dir=out/{run.resolve().name or 'my'}-run"
+        )
     check_unlocked(run)
-    if (run / "train.bin").exists() or (run / "ckpt.pt").exists():
-        raise ValueError(f"out_dir={run} holds a corpus or a run of nanoGPT: choose another --out_dir")
-    holds_run = any((run / name).exists() for name in RUN_FILES) or bool(checkpoint.step_folders(run))
-    if holds_run and not overwrite:
+    if names := run_files.foreign_files(run):
+        raise ValueError(
+            f"out_dir={run} has files that no run has written and that this run would replace: "
+            f"{', '.join(names[:MAX_LISTED_FILES])}. Choose another --out_dir"
+        )
+    if run_files.is_run(run) and not overwrite:
         raise ValueError(
             f"out_dir={run} already holds a run: continue it with --init_from=resume, delete it and start "
             "again with --overwrite, or choose another --out_dir"
@@ -90,18 +90,6 @@ def check_unlocked(run: Path) -> None:
     """Raise ValueError if another process writes to `run`."""
     if holder := folder_lock.lock_holder(run):
         raise ValueError(folder_lock.in_use_message(run, holder))
-
-
-def delete_run(run: Path) -> None:
-    """Delete the files of a run. Other files in its folder stay."""
-    paths = [run / name for name in RUN_FILES]
-    paths += checkpoint.step_folders(run)
-    paths += run.glob("damaged-step-*")  # see checkpoint.set_aside_later_checkpoints
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def claim_run_folder(
@@ -137,7 +125,8 @@ def claim_run_folder(
                 metrics_file.rewind_metrics(run, resume_step)
                 embedding_snapshots.rewind_snapshots(run, resume_step)
             elif overwrite:
-                delete_run(run)
+                run_files.delete_run(run)
+            run_files.mark_run(run, run_id)
             metadata = {"run": run_id, "settings": settings, "decided": decided}
             metadata |= {"versions": versions(), "git_commit": git_commit()}
             run_lock = RunLock(run_id, lock, metadata, tokenizer)

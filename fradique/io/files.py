@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +80,36 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_folder(temporary: Path, folder: Path) -> None:
+def replace_folder(temporary: Path, folder: Path, owned: Collection[str]) -> None:
     """Sync the folder `temporary` (without subfolders) to the disk and rename it to `folder`.
 
-    An existing `folder` is renamed to `.<name>.old` before, and deleted at the end. After a crash between the
-    two renames, `checkpoint.recover_run_folder` restores it.
+    An existing `folder` is renamed to `.<name>.old` before. At the end its files with names in `owned` are
+    deleted, and all others moved to the new folder. After a crash between the two renames,
+    `checkpoint.recover_run_folder` restores it.
     """
     for path in [*temporary.iterdir(), temporary]:
         fsync(path)
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        merge_old_folder(old, folder, owned)  # left by a crash
         folder.rename(old)
     temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    merge_old_folder(old, folder, owned)
     fsync(folder.parent)
+
+
+def merge_old_folder(old: Path, folder: Path, owned: Collection[str]) -> None:
+    """Delete the files of `old` with names in `owned`, and `old` itself; move its other content to `folder`.
+
+    Best effort: what cannot be moved stays in `old`.
+    """
+    with suppress(OSError):
+        for path in old.iterdir():
+            if path.name in owned and not path.is_dir():
+                path.unlink()
+            elif not (folder / path.name).exists():
+                path.rename(folder / path.name)
+        old.rmdir()
 
 
 def read_small_file(path: Path, limit: int) -> bytes:

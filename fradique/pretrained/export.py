@@ -110,7 +110,7 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], json_files: dict[str
             (temporary / name).write_text(format_json(value), encoding="utf-8")
         # save_file lets only the owner read the file
         shutil.copymode(temporary / "config.json", weights)
-        replace_folder(temporary, folder)
+        replace_folder(temporary, folder, EXPORT_FILES)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} could not be written: {error}") from error
     finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fradique.checkpointing import checkpoint, embedding_snapshots, run_folder
+from fradique.checkpointing import checkpoint, embedding_snapshots, run_files
 from fradique.data.sampler import derive_seed
 from fradique.distributed import process_group
 from fradique.nn import lora
@@ -127,7 +127,7 @@ def draw_loss_plot(t: Trainer) -> None:
     try:
         from fradique.training import loss_plot  # here, because it imports matplotlib, which is optional
 
-        loss_plot.save_plot([loss_plot.read_curves(t.folder)], t.folder / run_folder.LOSS_PLOT_FILE)
+        loss_plot.save_plot([loss_plot.read_curves(t.folder)], t.folder / run_files.LOSS_PLOT_FILE)
     except ImportError:
         t.log.warn_once("matplotlib is not installed, so there is no loss.png: pip install matplotlib")
     except (OSError, ValueError) as error:

@@ -151,12 +151,13 @@ def test_read_small_file_raises_file_not_found(tmp_path):
         files.read_small_file(tmp_path / "a", 10)
 
 
-def test_replace_folder_removes_the_old_folder(tmp_path):
+def test_replace_folder_keeps_only_files_that_it_does_not_own(tmp_path):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    files.replace_folder(tmp_path / "new", tmp_path / "old")
-    assert file_names(tmp_path) == ["old"] and file_names(tmp_path / "old") == ["new"]
+    (tmp_path / "old" / "mine").touch()
+    files.replace_folder(tmp_path / "new", tmp_path / "old", owned=["old", "new"])
+    assert file_names(tmp_path) == ["old"] and file_names(tmp_path / "old") == ["mine", "new"]
 
 
 def test_checksum_is_sha256_or_the_given_digest(tmp_path):

@@ -96,13 +96,13 @@ def test_other_files_in_out_dir_are_not_deleted(settings):
     error_of(settings)
     assert (folder / "samples.txt").read_text() == "mine"
     (folder / "ckpt.pt").touch()
-    assert "holds a corpus or a run of nanoGPT" in error_of(settings, "--overwrite")
+    assert "is a run of nanoGPT: choose a folder for this run" in error_of(settings, "--overwrite")
 
 
 def test_a_corpus_folder_is_rejected_as_out_dir(settings):
     corpus = Path(settings.data_dir) / settings.dataset
     message = error_of(replace(settings, out_dir=str(corpus)), "--overwrite")
-    assert "holds a corpus" in message and (corpus / "tokenizer.json").exists()
+    assert "is a corpus: choose a folder for this run" in message and (corpus / "tokenizer.json").exists()
 
 
 def test_a_constant_learning_rate_may_be_below_min_lr(settings):
