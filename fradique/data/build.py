@@ -31,10 +31,11 @@ from fradique.data.encode import (
 from fradique.data.text import Text, cut_pieces
 from fradique.data.text_index import index_text
 from fradique.io import folder_lock
-from fradique.io.files import fsync, write_json
+from fradique.io.files import fsync, read_json, write_json
 from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, parse_spec, save_tokenizer
 
 FORMAT = 1  # version of the format of meta.json
+INSTALLING = ".installing"  # in the folder of a corpus while its files are moved to it
 STALE_SECONDS = 3600  # a temporary folder without a lock file that is older than this is removed
 
 
@@ -49,6 +50,7 @@ def prepare_text(
     """
     spec = parse_spec(tokenizer)
     check_val_fraction(val_fraction)
+    check_replaceable(out_dir)
     with _temporary_folder(out_dir) as temp_dir:
         index = index_text(text)
         n_train = int(index.chars * (1 - val_fraction))
@@ -78,6 +80,7 @@ def prepare_documents(
     """
     check_document_tokenizer(tokenizer)
     check_val_fraction(val_fraction)
+    check_replaceable(out_dir)
     with _temporary_folder(out_dir) as temp_dir:
         encoder = GPT2Tokenizer()
         with progress_bar(max_documents, "encoding", "document") as bar:
@@ -148,16 +151,43 @@ def make_metadata(tokenizer: Tokenizer, source: str, splits: dict[str, dict[str,
     }
 
 
+def check_replaceable(out_dir: Path) -> None:
+    """Raise ValueError if a corpus would replace files in `out_dir` that prepare.py has not made."""
+    if _is_corpus(out_dir) or (out_dir / INSTALLING).exists():  # INSTALLING: a process was killed in _install
+        return
+    names = [name for name in ("meta.json", "tokenizer.json") if (out_dir / name).exists()]
+    names += sorted(path.name for path in _token_files(out_dir))
+    if names:
+        raise ValueError(
+            f"{out_dir} contains {names[0]}, which prepare.py has not made: delete it, or choose another "
+            "folder with --out_dir"
+        )
+
+
+def _is_corpus(folder: Path) -> bool:
+    try:
+        meta = read_json(folder / "meta.json")
+        return meta["format"] == FORMAT and meta["splits"].keys() == {"train", "val"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _token_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.bin") if re.fullmatch(r"(train|val)(_[0-9]+)?\.bin", path.name)]
+
+
 def _install(temp_dir: Path, out_dir: Path, names: list[str]) -> None:
     """Delete the corpus in `out_dir`, then move the files `names` from `temp_dir` to it, in this order.
 
     After an exception, `out_dir` has none of these files. If the process is killed, it may have the first of
     them; tokenizer.json is before the token files, so that they are never decoded with an older tokenizer.
     """
+    check_replaceable(out_dir)
+    (out_dir / INSTALLING).touch()
+    fsync(out_dir)
     (out_dir / "meta.json").unlink(missing_ok=True)
-    for path in out_dir.glob("*.bin"):
-        if re.fullmatch(r"(train|val)(_[0-9]+)?\.bin", path.name):
-            path.unlink()
+    for path in _token_files(out_dir):
+        path.unlink()
     fsync(out_dir)
     try:
         for name in names:
@@ -165,8 +195,10 @@ def _install(temp_dir: Path, out_dir: Path, names: list[str]) -> None:
     except BaseException:
         for name in names:
             (out_dir / name).unlink(missing_ok=True)
+        (out_dir / INSTALLING).unlink(missing_ok=True)
         raise
     fsync(out_dir)
+    (out_dir / INSTALLING).unlink()
 
 
 @contextlib.contextmanager

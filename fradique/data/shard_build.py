@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fradique.data.build import make_metadata
+from fradique.data.build import check_replaceable, make_metadata
 from fradique.data.console import progress_bar
 from fradique.data.encode import MIN_TOKENS, check_splits, encode_splits
 from fradique.data.shard_plan import Job, ShardPlan
@@ -104,12 +104,15 @@ def _finished_corpus(job: Job, out_dir: Path) -> dict[str, Any] | None:
 
 def _check_no_other_shards(out_dir: Path) -> None:
     """Raise ValueError if there are token files without the plan of a preparation in shards."""
+    if (out_dir / WORK_FOLDER / "plan.json").exists():
+        return
     names = sorted(path.name for path in out_dir.glob("*.bin") if re.match(r"(train|val)[_.]", path.name))
-    if names and not (out_dir / WORK_FOLDER / "plan.json").exists():
+    if names:
         raise ValueError(
             f"{out_dir} contains {names[0]}, which belongs to another corpus. Shards never replace a corpus: "
             "delete it first, or choose another folder with --out_dir"
         )
+    check_replaceable(out_dir)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from fradique.tokenizer import bpe
 from fradique.tokenizer.tokenizer import CharTokenizer, Tokenizer
 from model import GPTConfig
 
+CREATOR = "fradique"  # in the metadata of model.safetensors: marks an export that --overwrite may replace
 EXPORT_FILES = {
     "model.safetensors",
     "config.json",
@@ -80,12 +81,23 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     """Raise ValueError unless `folder` is new or empty, or is an earlier export that may be overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    is_export = folder.is_dir() and {path.name for path in folder.iterdir()} <= EXPORT_FILES
+    is_export = folder.is_dir() and _is_export(folder)
     if not (overwrite and is_export):
         raise ValueError(
             f"{folder} already exists and is not empty: choose another folder"
             + (", or use --overwrite to replace the model in it" if is_export else "")
         )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `export_model` has written all files in `folder`."""
+    if not {path.name for path in folder.iterdir()} <= EXPORT_FILES:
+        return False
+    try:
+        with safetensors.safe_open(folder / "model.safetensors", framework="pt") as weights:
+            return (weights.metadata() or {}).get("creator") == CREATOR
+    except (OSError, safetensors.SafetensorError):
+        return False
 
 
 def _add_zero_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +117,7 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], json_files: dict[str
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         weights = temporary / "model.safetensors"
-        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt", "creator": CREATOR})
         for name, value in json_files.items():
             (temporary / name).write_text(format_json(value), encoding="utf-8")
         # save_file lets only the owner read the file

@@ -159,11 +159,27 @@ def test_an_error_leaves_the_old_corpus_unchanged(tmp_path):
 
 
 def test_a_new_corpus_replaces_all_files_of_the_old_one(tmp_path):
-    names = ("train_00000.bin", "train_00001.bin", "val_00000.bin", "train.bin", "meta.json", "other.bin")
-    for name in names:
+    prepare_text(text_of(STORY), tmp_path)
+    for name in ("train_00000.bin", "train_00001.bin", "val_00000.bin", "train.bin", "other.bin"):
         (tmp_path / name).write_text("old")
     prepare_text(text_of(STORY), tmp_path)
     assert file_names(tmp_path) == ["meta.json", "other.bin", "tokenizer.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train.bin", "val.bin", "train_00003.bin"])
+def test_files_that_prepare_has_not_made_are_not_replaced(tmp_path, name):
+    """For example those of a model of Hugging Face, or of a corpus of nanoGPT."""
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"contains {name}, which prepare\.py has not made: delete it"):
+        prepare_text(text_of(STORY), tmp_path)
+    assert file_names(tmp_path) == [name] and (tmp_path / name).read_text() == "{}"
+
+
+def test_an_installation_that_was_killed_can_be_repeated(tmp_path):
+    for name in (build.INSTALLING, "tokenizer.json", "val.bin"):
+        (tmp_path / name).write_text("")
+    prepare_text(text_of(STORY), tmp_path)
+    assert file_names(tmp_path) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
 def test_an_interrupted_installation_leaves_no_corpus(tmp_path, monkeypatch):

@@ -148,3 +148,10 @@ def test_a_damaged_plan_is_reported_with_how_to_start_over(tmp_path):
     (tmp_path / "book" / ".shards" / "plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json is damaged. To start over, delete .*\.shards"):
         open_corpus(tmp_path / "book", 8)
+
+
+def test_shards_do_not_replace_a_tokenizer_of_something_else(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"contains tokenizer\.json, which prepare\.py has not made"):
+        prepare_shards(text_job(), tmp_path, Worker())
+    assert (tmp_path / "tokenizer.json").read_text() == "{}"

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
@@ -223,6 +224,15 @@ def test_a_model_folder_with_other_files_is_not_replaced():
     with pytest.raises(ValueError, match=r"is not empty: choose another folder$"):
         write(random_model(), overwrite=True)
     assert Path("out/thesis.txt").exists() and Path("out/model.safetensors").exists()
+
+
+def test_a_model_of_somebody_else_is_not_replaced():
+    """Its files have the names of an export, but not its metadata."""
+    write(random_model())
+    weights = safetensors.torch.load_file("out/model.safetensors")
+    safetensors.torch.save_file(weights, "out/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not empty: choose another folder$"):
+        write(random_model(), overwrite=True)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused():
