@@ -17,13 +17,10 @@ import ast
 import difflib
 import inspect
 import math
-import os
 import re
 import reprlib
-import shutil
 import sys
 import sysconfig
-import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +30,9 @@ from pathlib import Path
 from types import ModuleType, NoneType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
+from fradique.io.files import expand_home
+from fradique.io.terminal import discard_closed_stdout, help_width, wrap
+
 T = TypeVar("T")
 Values = Mapping[str, Any]
 Flag = tuple[str, str | None, str]  # key, text of the value (None after a bare --key), flag as typed
@@ -40,7 +40,6 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SHOWN_PROBLEMS, MAX_SHOWN_CHARS = 20, 200  # in a message; in a flag that it repeats
-MIN_HELP_WIDTH, MAX_HELP_WIDTH = 60, 100  # columns
 LIBRARY_FOLDERS = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
@@ -63,9 +62,10 @@ def setting(
     group: str | None = None,  # heading in --help; the next fields are under it too
     above: float = -math.inf,
     common: bool = False,  # whether --help without =all shows the field
+    path: bool = False,  # ~ is expanded; must not be empty, unless the default is
 ) -> Any:
     """A dataclass field with a help text and limits: lo <= value <= hi, and value > above."""
-    limits = {"lo": lo, "hi": hi, "above": above, "choices": choices}
+    limits = {"lo": lo, "hi": hi, "above": above, "choices": choices, "path": path}
     return field(default=default, metadata={"help": help, "group": group, "common": common, **limits})
 
 
@@ -82,6 +82,7 @@ class _Spec:
     choices: Sequence[Any] | None = None
     group: str | None = None
     common: bool = False
+    path: bool = False
 
     def describe_limits(self) -> str:
         if math.isfinite(self.lo) and math.isfinite(self.hi):
@@ -108,7 +109,13 @@ class _Spec:
             raise ValueError("must be text (it contains half a surrogate pair, or bytes that are not UTF-8)")
         if isinstance(result, int | float) and not (self.lo <= result <= self.hi and result > self.above):
             raise ValueError(f"must be {self.describe_limits()}")
-        return result
+        return self._expand_path(result) if self.path else result
+
+    def _expand_path(self, paths: str) -> str:
+        """Comma-separated paths with ~ expanded. Raises ValueError if they are empty, but not by default."""
+        if not paths.strip() and self.default:
+            raise ValueError("is empty: name a folder (is a variable of the shell unset?)")
+        return ",".join(expand_home(path) for path in paths.split(","))
 
     def parse(self, text: str) -> Any:
         """The None, boolean or number that `text` means for this setting, or else `text`. Not checked."""
@@ -356,8 +363,7 @@ def format_settings(resolved: Resolved[Any]) -> str:
 
 def format_help(cls: type, show_all: bool = False) -> str:
     """The docstring of a settings class, and its settings: the common ones, or all if none is common."""
-    width = max(MIN_HELP_WIDTH, min(MAX_HELP_WIDTH, shutil.get_terminal_size((MAX_HELP_WIDTH, 24)).columns))
-    specs = _specs(cls)
+    width, specs = help_width(), _specs(cls)
     shown = {key: spec for key, spec in specs.items() if spec.common and not show_all} or specs
     usage, *paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
     paragraphs.append("Set values by `--key=value`, or by `key = value` in a config file; flags win.")
@@ -365,7 +371,7 @@ def format_help(cls: type, show_all: bool = False) -> str:
         paragraphs.append(f"The {len(shown)} most used of {len(specs)} settings; `--help=all` shows all:")
     lines = [usage]
     for text in paragraphs:
-        lines += ["", text if re.search("^ ", text, re.M) else _wrap(text, width)]  # examples are indented
+        lines += ["", text if re.search("^ ", text, re.M) else wrap(text, width)]  # examples are indented
     flags = shown | {key: spec for key, spec in SWITCHES.items() if key not in shown}
     column, heading = len("  --") + max(map(len, flags)) + 2, None
     for key, spec in flags.items():
@@ -373,15 +379,8 @@ def format_help(cls: type, show_all: bool = False) -> str:
             heading = spec.group
             lines += ["", f"{heading}:"]
         text = f"{spec.help} ({spec.describe_values()}; default `{spec.default!r}`)"
-        lines.append(f"  --{key}".ljust(column) + _wrap(text, width, column).lstrip())
+        lines.append(f"  --{key}".ljust(column) + wrap(text, width, column).lstrip())
     return "\n".join(lines)
-
-
-def _wrap(text: str, width: int, indent: int = 0) -> str:
-    """`text` as indented lines of at most `width` columns; words and `quoted commands` are not broken."""
-    text = re.sub("`([^`]*)`", lambda match: match[1].replace(" ", "\u00a0"), text)  # no-break spaces
-    text = textwrap.fill(text, width - indent, break_long_words=False, break_on_hyphens=False)
-    return textwrap.indent(text.replace("\u00a0", " "), " " * indent)
 
 
 def command(
@@ -420,7 +419,7 @@ def command(
     except KeyboardInterrupt:
         return 130  # the exit status of a program that Ctrl-C ended
     except (ValueError, OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        if isinstance(error, BrokenPipeError) and discard_closed_stdout():
             return 141  # the exit status of a program that SIGPIPE ended
         print(traceback.format_exc().rstrip() if debug else _format_error(error), file=sys.stderr)
         return 2
@@ -438,13 +437,3 @@ def _format_error(error: ValueError | OSError | MemoryError) -> str:
     raised_here = (frame.line or "").startswith("raise") and not frame.filename.startswith(LIBRARY_FOLDERS)
     is_clear = str(error) and (raised_here or getattr(error, "filename", None))
     return f"error: {''.join(text)}" + ("" if is_clear else "\n(--debug=True shows where it was raised)")
-
-
-def _stdout_is_closed() -> bool:
-    """Whether stdout is a closed pipe (python train.py | head); if so, later output to it is discarded."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports an error at exit
-        return True
-    return False

@@ -17,6 +17,7 @@ from configurator import Resolved, command, setting
 from fradique.checkpointing import run_folder
 from fradique.checkpointing.checkpoint import assign_parameters
 from fradique.generation import packed_weights
+from fradique.io.files import expand_home
 from fradique.pretrained import loader
 from fradique.runtime.device import DTYPES, Runtime, configure_process, setup_runtime
 from fradique.runtime.memory_limits import OomReport
@@ -34,8 +35,8 @@ class SampleSettings:
     Continues a prompt with a trained model and prints the text as it is generated.
     """
 
-    out_dir: str = setting("out", "run folder to load the model from", common=True, group="model")
-    init_from: str = setting("resume", "resume: the run in out_dir; otherwise gpt2, gpt2-medium, ..., or a path: run folder, ckpt.pt, Hugging Face folder", common=True)
+    out_dir: str = setting("out", "run folder to load the model from", common=True, group="model", path=True)
+    init_from: str = setting("resume", "resume: the run in out_dir; otherwise gpt2, gpt2-medium, ..., or a path: run folder, ckpt.pt, Hugging Face folder", common=True, path=True)
     checkpoint: str = setting("best", "checkpoint of the run: best, newest, or a step number", common=True)
 
     start: str = setting("\n", "prompt: text, FILE:path, or - for standard input", common=True, group="text")
@@ -117,7 +118,7 @@ def read_prompt(start: str) -> str:
     if start != "-" and not start.startswith("FILE:"):
         return start
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
-    with nullcontext(sys.stdin.buffer) if start == "-" else Path(name).open("rb") as file:
+    with nullcontext(sys.stdin.buffer) if start == "-" else Path(expand_home(name)).open("rb") as file:
         data = file.read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise ValueError(f"{name} is longer than {MAX_PROMPT_BYTES >> 20} MB: use its end as the prompt")

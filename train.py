@@ -43,8 +43,8 @@ class TrainSettings:
     Trains a GPT on a prepared corpus. nanoGPT's names and defaults are kept, so its config files run unchanged.
     """
 
-    out_dir: str = setting("out", "folder of this run: settings, metrics, samples, checkpoints", common=True, group="run")
-    init_from: str = setting("scratch", "scratch; resume (continue the run in out_dir); gpt2, gpt2-medium, ...; or a path: run folder, ckpt.pt, Hugging Face folder", common=True)
+    out_dir: str = setting("out", "folder of this run: settings, metrics, samples, checkpoints", common=True, group="run", path=True)
+    init_from: str = setting("scratch", "scratch; resume (continue the run in out_dir); gpt2, gpt2-medium, ...; or a path: run folder, ckpt.pt, Hugging Face folder", common=True, path=True)
     overwrite: bool = setting(False, "delete the run in out_dir and start again", common=True)
     max_iters: int = setting(600000, "number of training steps", common=True, lo=0)
     auto: bool = setting(False, "choose model size, batch size and schedule for this machine, corpus and time_budget; settings that you give are kept", common=True)
@@ -52,8 +52,8 @@ class TrainSettings:
     seed: int = setting(1337, "random seed for weights, batches and dropout; the same seed repeats the run exactly", lo=0, hi=2**62)
     debug: bool = setting(False, "show the traceback of an error")
 
-    dataset: str = setting("openwebtext", "name of the corpus: a folder in data_dir", common=True, group="data")
-    data_dir: str = setting("data", "folder that contains the corpora")
+    dataset: str = setting("openwebtext", "name of the corpus: a folder in data_dir", common=True, group="data", path=True)
+    data_dir: str = setting("data", "folder that contains the corpora", path=True)
     batch_size: int = setting(12, "sequences per micro-batch", common=True, lo=1, hi=2**20)
     block_size: int = setting(1024, "context length in tokens", common=True, lo=1, hi=2**30)
     gradient_accumulation_steps: int = setting(40, "micro-batches per step, summed over all processes", common=True, lo=1, hi=2**20)

@@ -28,6 +28,7 @@ from fradique.data import dataset
 from fradique.data.sampler import Sampler
 from fradique.data.sources import python_library
 from fradique.data.text import Text, cut_pieces, files_text, find_files
+from fradique.io.terminal import path_argument
 from fradique.tokenizer import bpe
 from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
 
@@ -164,7 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", nargs="+", type=Path, help="text files or folders (default: Python's standard library)"
+        "--input",
+        nargs="+",
+        type=path_argument,
+        help="text files or folders (default: Python's standard library)",
     )
     parser.add_argument(
         "--threads", type=int, default=2, help="threads of the BPE tokenizers (default: %(default)s)"

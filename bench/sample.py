@@ -24,6 +24,7 @@ from torch import Tensor
 
 import sample  # sample.py of the project, not this file
 from bench import machine
+from fradique.io.terminal import path_argument
 from fradique.runtime.device import configure_process, setup_runtime
 from model import GPT, GPTConfig
 
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="number of rounds; results are medians over them (default: %(default)s)",
     )
     parser.add_argument(
-        "--nanogpt", type=Path, metavar="FOLDER", help="also measure the nanoGPT in this folder"
+        "--nanogpt", type=path_argument, metavar="FOLDER", help="also measure the nanoGPT in this folder"
     )
     parser.add_argument("--huggingface", action="store_true", help="also measure transformers' generate")
     args = parser.parse_args(argv)

@@ -30,6 +30,7 @@ import torch
 import train
 from bench import machine, textbook
 from configurator import resolve
+from fradique.io.terminal import path_argument
 from fradique.runtime.device import configure_process
 from fradique.training import setup
 from fradique.training.logger import format_count
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--baseline", action="store_true", help="also measure the textbook step of bench.textbook"
     )
     parser.add_argument(
-        "--nanogpt", type=Path, metavar="FOLDER", help="also measure the nanoGPT in this folder"
+        "--nanogpt", type=path_argument, metavar="FOLDER", help="also measure the nanoGPT in this folder"
     )
     parser.add_argument("--profile", action="store_true", help="write a profile of two steps to out/")
     parser.add_argument(

@@ -33,14 +33,18 @@ OUTPUT_SUFFIXES = (".png", ".html", ".svg", ".gif", ".mp4", ".txt")
 class ModelSettings:
     """The settings of every command that loads a model."""
 
-    out_dir: str = setting("out", "run folder to load the model from", group="model")
+    out_dir: str = setting("out", "run folder to load the model from", group="model", path=True)
     init_from: str = setting(
-        "", "load this instead of out_dir: gpt2, ..., another run folder, ckpt.pt, or a Hugging Face folder"
+        "",
+        "load this instead of out_dir: gpt2, ..., another run folder, ckpt.pt, or a Hugging Face folder",
+        path=True,
     )
     checkpoint: str = setting("best", "checkpoint of the run: best, newest, or a step number")
     device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N")
-    to: str = setting("", "output path without extension; empty: in the run folder", group="output")
-    save_arrays: str = setting("", "also write the plotted arrays to this .npz file")
+    to: str = setting(
+        "", "output path without extension; empty: in the run folder", group="output", path=True
+    )
+    save_arrays: str = setting("", "also write the plotted arrays to this .npz file", path=True)
     debug: bool = setting(False, "show the traceback of an error")
 
 

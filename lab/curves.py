@@ -35,12 +35,12 @@ IMAGE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 class CurveSettings:
     """python -m lab.curves --out_dir=out/a[,out/b ...] [--x=step|tokens|seconds] [--to=picture.png]"""
 
-    out_dir: str = setting("out", "run folder, or several, comma-separated")
+    out_dir: str = setting("out", "run folder, or several, comma-separated", path=True)
     x: str = setting("step", "x axis", choices=X_AXES)
     to: str = setting(
-        "", "output file; empty: loss.png in the run folder, or losses.png in the first of several"
+        "", "output file; empty: loss.png in the run folder, or losses.png in the first of several", path=True
     )
-    save_arrays: str = setting("", "also write the plotted arrays to this .npz file")
+    save_arrays: str = setting("", "also write the plotted arrays to this .npz file", path=True)
     debug: bool = setting(False, "show the traceback of an error")
 
 

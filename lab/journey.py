@@ -41,8 +41,8 @@ TABLE_HEADER = ("run", "parameters", "best val loss", "bits per byte", "best ste
 class JourneySettings:
     """python -m lab.journey config/<a>.py config/<b>.py … [--key=value for all of them]"""
 
-    to: str = setting("out/journey", "output path without extension", group="output")
-    save_arrays: str = setting("", "also write the plotted arrays to this .npz file")
+    to: str = setting("out/journey", "output path without extension", group="output", path=True)
+    save_arrays: str = setting("", "also write the plotted arrays to this .npz file", path=True)
 
 
 # Compute

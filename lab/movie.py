@@ -41,7 +41,7 @@ PAUSE_SECONDS = 2.0  # at the end of the GIF
 class MovieSettings:
     """python -m lab.movie --out_dir=out/<run> [--how=tsne] [--groups="vowels=aeiou;digits=0123456789"]"""
 
-    out_dir: str = setting("out", "run folder", group="run")
+    out_dir: str = setting("out", "run folder", group="run", path=True)
     how: str = setting("pca", "projection method", choices=tuple(METHOD_NAMES), group="picture")
     groups: str = setting(
         "", 'groups with a color: "name=characters;name=characters"; empty: kinds of letters'
@@ -51,8 +51,10 @@ class MovieSettings:
     seed: int = setting(0, "random seed of t-SNE", lo=0, hi=2**31)
     seconds: float = setting(12.0, "length of the animation", above=0.0, hi=600.0)
     fps: int = setting(10, "frames per second", lo=1, hi=60)
-    to: str = setting("", "output path without extension; empty: in the run folder", group="output")
-    save_arrays: str = setting("", "also write the plotted arrays to this .npz file")
+    to: str = setting(
+        "", "output path without extension; empty: in the run folder", group="output", path=True
+    )
+    save_arrays: str = setting("", "also write the plotted arrays to this .npz file", path=True)
     debug: bool = setting(False, "show the traceback of an error")
 
 

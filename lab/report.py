@@ -55,7 +55,7 @@ MOVIE_SECONDS, MOVIE_FPS = 6.0, 8
 class ReportSettings(common.ModelSettings):  # the docstring is the first line of --help
     """python -m lab.report --out_dir=out/<run> [--start="A figura é poética"]"""
 
-    save_arrays: str = setting("", "also write the ids of the analyzed tokens to this .npz file")
+    save_arrays: str = setting("", "also write the ids of the analyzed tokens to this .npz file", path=True)
     start: str = setting("", "text to analyze; empty: the run's last sample", group="text")
 
 

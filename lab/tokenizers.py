@@ -40,7 +40,7 @@ GLYPH_STYLE = {"fontsize": 9, "family": "monospace", "ha": "center", "va": "cent
 class TokenizersSettings:
     """python -m lab.tokenizers --input=book.txt [--bpe=4096] [--n_embd=384] [--n_layer=6]"""
 
-    input: str = setting("", "the text: a UTF-8 file, or a folder of them", group="text")
+    input: str = setting("", "the text: a UTF-8 file, or a folder of them", group="text", path=True)
     bpe: int = setting(
         4096, "vocabulary size of the BPE trained on the text", lo=bpe.MIN_VOCAB, hi=bpe.MAX_VOCAB
     )
@@ -48,9 +48,9 @@ class TokenizersSettings:
         384, "model width, for the embedding's share of the parameters", lo=1, group="model"
     )
     n_layer: int = setting(6, "number of layers of that model", lo=1)
-    out_dir: str = setting("", "runs to compare in bits per byte, comma-separated", group="runs")
-    to: str = setting("tokenizers", "output path without extension", group="output")
-    save_arrays: str = setting("", "also write the tokens to this .npz file")
+    out_dir: str = setting("", "runs to compare in bits per byte, comma-separated", group="runs", path=True)
+    to: str = setting("tokenizers", "output path without extension", group="output", path=True)
+    save_arrays: str = setting("", "also write the tokens to this .npz file", path=True)
     debug: bool = setting(False, "show the traceback of an error")
 
     def problems(self) -> list[str]:

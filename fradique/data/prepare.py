@@ -23,6 +23,7 @@ from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.shard_plan import DocumentJob, Job, TextJob
 from fradique.data.shard_progress import ShardCount, check_no_unfinished_shards
 from fradique.data.text import Text, files_text, find_files
+from fradique.io.terminal import path_argument
 
 HUB_SOURCE = "the Hugging Face hub"  # "source" in the meta.json of a corpus from the hub
 MAX_LISTED_FILES = 30  # of more files, "source" names the first and the last
@@ -133,7 +134,7 @@ def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None
         "--input",
         nargs="+",
         action="extend",
-        type=Path,
+        type=path_argument,
         metavar="PATH",
         required=spec.is_custom,
         help=f"files, or folders to search for {extensions} files at any depth, sorted by name{note}",
@@ -152,7 +153,7 @@ def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None
         add("--max_documents", type=int, metavar="N", help="use only the first N documents, for a trial")
     add(
         "--out_dir",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="folder of the corpus (default: the folder of prepare.py)",
     )

@@ -179,3 +179,15 @@ def checksum(path: Path, digest: Any = None) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def expand_home(text: str) -> str:
+    """A path with its leading ~ or ~user replaced by the home folder, as a shell does.
+
+    A shell leaves --out_dir=~/runs as it is. Raises ValueError if there is no such user.
+    """
+    expanded = os.path.expanduser(text)  # noqa: PTH111 (a name on the hub is no path)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ValueError(f"no home folder {user!r}; a folder of this name in the current one is ./{user}")
+    return expanded

@@ -5,8 +5,8 @@ python -m fradique.pretrained export --out_dir=out/<run> --to=<folder>
 
 import argparse
 import sys
-from pathlib import Path
 
+from fradique.io.terminal import path_argument
 from fradique.pretrained.export import export_model
 from fradique.pretrained.loader import load_weights
 
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     `arguments` are those of the command line by default. Exits with status 2 if they cannot be parsed.
     """
     args = _make_parser().parse_args(arguments)
-    folder = Path(args.to)
+    folder = args.to
     try:
         weights = load_weights(args.out_dir, args.checkpoint, warn=_print_warning)
         layout = export_model(weights.config, weights.tensors, weights.tokenizer, folder, args.overwrite)
@@ -48,8 +48,13 @@ def _make_parser() -> argparse.ArgumentParser:
         description="Write the model of a run, as GPT-2 or LLaMA, to a folder that transformers can open.",
         allow_abbrev=False,
     )
-    command.add_argument("--out_dir", required=True, help="run folder, or any weights that --init_from takes")
-    command.add_argument("--to", required=True, help="folder to create")
+    command.add_argument(
+        "--out_dir",
+        required=True,
+        type=lambda text: str(path_argument(text)),
+        help="run folder, or any weights that --init_from takes",
+    )
+    command.add_argument("--to", required=True, type=path_argument, help="folder to create")
     command.add_argument(
         "--checkpoint",
         default="best",
