@@ -161,7 +161,7 @@ def main(resolved: Resolved[AnatomySettings]) -> int:
     print(format_table(stats))
     path = common.add_extension(common.output_path(settings, "anatomy"), ".svg")
     svg = architecture_diagram.draw_svg(stats, config, settings.batch, tokens)
-    common.write_output(path, lambda temporary: temporary.write_text(svg, encoding="utf-8"))
+    common.write_output(path, lambda temporary: temporary.write_text(svg, encoding="utf-8", newline="\n"))
     columns = ("path", "parameters", "flops")
     arrays = {column: np.array([getattr(module, column) for module in stats]) for column in columns}
     common.save_arrays(settings.save_arrays, arrays)

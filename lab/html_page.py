@@ -66,7 +66,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write `page(title, parts)` to a file, atomically, and report it on the terminal."""
     text = page(title, parts)
-    common.write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    common.write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def note(text: str) -> str:

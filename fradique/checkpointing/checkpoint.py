@@ -113,13 +113,13 @@ def _make_empty_folder(folder: Path) -> None:
 
 def _write_json_and_rename(temporary: Path, folder: Path, checkpoint: Checkpoint) -> None:
     """Add the JSON files to the safetensors files in `temporary`, and rename it to `folder`."""
-    (temporary / "model.json").write_text(format_json(checkpoint.config), encoding="utf-8")
-    (temporary / "state.json").write_text(format_json(checkpoint.state), encoding="utf-8")
+    (temporary / "model.json").write_text(format_json(checkpoint.config), encoding="utf-8", newline="\n")
+    (temporary / "state.json").write_text(format_json(checkpoint.state), encoding="utf-8", newline="\n")
     for path in temporary.glob("*.safetensors"):
         shutil.copymode(temporary / "model.json", path)  # safetensors lets only the owner read its files
     checksums = {path.name: files.checksum(path) for path in sorted(temporary.iterdir())}
     manifest = format_json({"format": FORMAT, "run": checkpoint.run_id, "sha256": checksums})
-    (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
+    (temporary / "manifest.json").write_text(manifest, encoding="utf-8", newline="\n")
     replace_folder(temporary, folder, FILES)
 
 

@@ -13,7 +13,7 @@ from fradique.io import files
 
 METRICS_FILE, SAMPLES_FILE, WANDB_ID_FILE = "metrics.jsonl", "samples.txt", "wandb_id.txt"
 SAMPLE_HEADER = "=== step {step} ===\n"
-SAMPLE_HEADER_LINE = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
+SAMPLE_HEADER_LINE = re.compile(r"^=== step ([0-9]{1,18}) ===(\r?)\n", re.MULTILINE)
 # Fields of a record that must be numbers if they are present.
 NUMERIC_FIELDS = ("tokens", "seconds", "loss", "eval_train_loss", "eval_val_loss", "final_loss")
 
@@ -70,16 +70,27 @@ def rewind_metrics(folder: Path, step: int) -> None:
     kept_records = [record for record in records if record["step"] <= step and "final_loss" not in record]
     files.write_text(folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept_records))
     if (folder / SAMPLES_FILE).exists():
-        kept_samples = [(n, text) for n, text in read_samples(folder) if n <= step]
+        preface, samples = _split_samples(folder)
+        kept_samples = [(n, text) for n, text in samples if n <= step]
         if finished_at_step and kept_samples and kept_samples[-1][0] == step:
             kept_samples.pop()  # the final sample
         kept_text = "".join(SAMPLE_HEADER.format(step=n) + text for n, text in kept_samples)
-        files.write_text(folder / SAMPLES_FILE, kept_text)
+        files.write_text(folder / SAMPLES_FILE, preface + kept_text)
 
 
 def read_samples(folder: Path) -> list[tuple[int, str]]:
     """The samples of a run as (step, text), oldest first."""
+    return _split_samples(folder)[1]
+
+
+def _split_samples(folder: Path) -> tuple[str, list[tuple[int, str]]]:
+    """The text before the first sample, and the samples.
+
+    Lines may end in CRLF, because older versions wrote them so on Windows.
+    """
     text = "".join(_read_lines(folder / SAMPLES_FILE))
-    _, *fields = SAMPLE_HEADER_LINE.split(text)  # [before the first header, step, sample, step, sample, ...]
-    steps, samples = fields[::2], fields[1::2]
-    return [(int(step), sample) for step, sample in zip(steps, samples, strict=True)]
+    preface, *parts = SAMPLE_HEADER_LINE.split(text)  # parts: step, "" or CR, sample, step, ...
+    samples = []
+    for step, carriage_return, sample in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        samples.append((int(step), sample.replace("\r\n", "\n") if carriage_return else sample))
+    return preface, samples

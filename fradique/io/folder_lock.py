@@ -32,7 +32,7 @@ class FolderLock:
         """Lock an existing folder. Raises ValueError naming the process that has locked it already."""
         self.folder = folder
         self.file: IO[str] | None = None
-        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        file = (folder / LOCK_FILE).open("a+", encoding="utf-8", newline="\n")
         try:
             tries = 1
             while not _try_lock(file):
@@ -79,7 +79,7 @@ def lock_holder(folder: Path) -> str | None:
     Also None if that cannot be determined: the folder is not writable, or its file system has no locks.
     """
     try:
-        with (folder / LOCK_FILE).open("r+", encoding="utf-8") as file:
+        with (folder / LOCK_FILE).open("r+", encoding="utf-8", newline="\n") as file:
             return None if _try_lock(file) else _read_holder(file)
     except OSError:  # no lock file: never locked
         return None

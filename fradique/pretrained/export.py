@@ -119,7 +119,7 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], json_files: dict[str
         weights = temporary / "model.safetensors"
         safetensors.torch.save_file(tensors, weights, metadata={"format": "pt", "creator": CREATOR})
         for name, value in json_files.items():
-            (temporary / name).write_text(format_json(value), encoding="utf-8")
+            (temporary / name).write_text(format_json(value), encoding="utf-8", newline="\n")
         # save_file lets only the owner read the file
         shutil.copymode(temporary / "config.json", weights)
         replace_folder(temporary, folder, EXPORT_FILES)

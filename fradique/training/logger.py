@@ -47,7 +47,7 @@ class RunLogger:
         self._bar_update_time = time.monotonic()
         writes = enabled and folder is not None
         self.wandb = start_wandb(folder, **wandb) if wandb and writes else None
-        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8") if writes else None
+        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8", newline="\n") if writes else None
         self.bar = None
         if enabled and sys.stderr.isatty():
             self.bar = tqdm(
@@ -94,7 +94,7 @@ class RunLogger:
             self.folder = folder
         if self.file is not None:
             self.file.close()
-            self.file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+            self.file = (folder / METRICS_FILE).open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and log it to wandb."""
@@ -142,7 +142,7 @@ class RunLogger:
         if not self.enabled or self.folder is None:
             return
         try:
-            with (self.folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+            with (self.folder / SAMPLES_FILE).open("a", encoding="utf-8", newline="\n") as file:
                 file.write(f"{SAMPLE_HEADER.format(step=step)}{text}\n\n")
         except OSError as error:
             self.warn_once(f"{SAMPLES_FILE} cannot be written: {error}")
