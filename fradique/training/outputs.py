@@ -14,7 +14,7 @@ from fradique.checkpointing import checkpoint, embedding_snapshots, run_files
 from fradique.data.sampler import derive_seed
 from fradique.distributed import process_group
 from fradique.nn import lora
-from fradique.optim import optimizer
+from fradique.optim import lr_schedule, optimizer
 from fradique.tokenizer.tokenizer import encode_prompt
 from fradique.training import skip_step
 from fradique.training.logger import format_count
@@ -22,6 +22,7 @@ from fradique.training.logger import format_count
 if TYPE_CHECKING:
     from fradique.training.evaluation import SplitLoss
     from fradique.training.trainer import Trainer
+    from train import TrainSettings
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -151,6 +152,43 @@ def log_startup(t: Trainer) -> None:
         t.log.info(note)
     if t.settings.init_from == "resume":
         t.log.info(f"resuming at step {t.state.step}")
+    if t.budget.limit is None and not t.settings.eval_only:
+        warn_about_schedule(t, t.settings.max_iters)
+
+
+def warn_about_schedule(t: Trainer, total_steps: int) -> None:
+    """Warn once about settings that do not fit into a run of `total_steps` steps, unless auto chose them."""
+    if t.schedule_checked or t.settings.auto:
+        return
+    t.schedule_checked = True
+    for warning in schedule_warnings(t.settings, total_steps):
+        t.log.warn(warning)
+
+
+def schedule_warnings(settings: TrainSettings, total_steps: int) -> list[str]:
+    """Warnings about warm-up, decay and evaluations that do not fit into a run of `total_steps` steps."""
+    warnings = []
+    warmup, decay_end, fraction = settings.warmup_iters, settings.lr_decay_iters, max(1, total_steps // 20)
+    if settings.decay_lr and 1 < total_steps <= warmup:
+        reached = settings.learning_rate * total_steps / (warmup + 1)
+        warnings.append(
+            f"warmup_iters = {warmup} is not shorter than the run of {total_steps} steps: the learning rate "
+            f"rises only to {reached:.1e} of {settings.learning_rate:.1e}. Use --warmup_iters={fraction}"
+        )
+    if settings.decay_lr and 0 < decay_end <= warmup:
+        warnings.append(
+            f"lr_decay_iters = {decay_end} is not above warmup_iters = {warmup}: after the warm-up the "
+            "learning rate falls to min_lr at once. Use --lr_decay_iters=0, which decays it until the end"
+        )
+    if settings.eval_interval > total_steps > 1:
+        warnings.append(
+            f"eval_interval = {settings.eval_interval} is above the {total_steps} steps of the run: it is "
+            f"evaluated only at its start and end. Use --eval_interval={max(1, total_steps // 5)}"
+        )
+    return warnings
+
+
+MIN_TIMED_STEPS = 10  # after which the number of steps in a time budget is estimated
 
 
 def log_step(t: Trainer, loss: Tensor, norm: Tensor) -> None:
@@ -178,6 +216,9 @@ def log_step(t: Trainer, loss: Tensor, norm: Tensor) -> None:
         del record["loss"]
     t.log.write(record)
     t.log.show_record(bar_position(t), record)
+    if t.budget.limit is not None and t.state.step >= MIN_TIMED_STEPS:
+        total_steps = lr_schedule.estimate_total_steps(t.state.step, t.budget.now, t.budget.training_ends)
+        warn_about_schedule(t, int(total_steps))
 
 
 def bar_position(t: Trainer) -> float:

@@ -137,6 +137,7 @@ class Trainer:
     folder: Path  # the run folder; changes if somebody moves the folder
     lock: run_folder.RunLock | None = None  # None on ranks other than 0, and with eval_only
     saved_step: int = -1  # step of the last checkpoint, written or resumed from; -1: none
+    schedule_checked: bool = False  # whether outputs.warn_about_schedule was called
 
     @property
     def tokens_per_step(self) -> int:

@@ -116,7 +116,7 @@ def test_all_ranks_exit_with_status_2_after_an_error_on_rank_0(settings, tmp_pat
         ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
-    assert "already holds a run" in errors[0] and errors[1] == ""
+    assert "files that no run has written" in errors[0] and errors[1] == ""
 
 
 def test_a_tensor_that_is_not_sharded_is_its_own_full_and_local_tensor():

@@ -51,6 +51,13 @@ def test_a_time_budget_ends_the_run_and_its_schedule_in_time(settings, clock):
     assert list(rates.values()) == sorted(rates.values(), reverse=True)
 
 
+def test_a_warm_up_longer_than_the_time_budget_gives_a_warning(settings, clock, capsys):
+    """The number of steps is estimated after some steps: about 200 of 0.1 s."""
+    settings = replace(settings, time_budget="20s", warmup_iters=2000, eval_interval=50, log_interval=10)
+    run_training(settings)
+    assert capsys.readouterr().err.count("warning: warmup_iters = 2000 is not shorter than the run of 2") == 1
+
+
 def test_a_time_budget_includes_evaluations_during_training(settings, clock):
     for name, interval in (("a", 7), ("b", 10), ("c", 33)):
         clock.seconds = 1000.0

@@ -13,7 +13,8 @@ from support import before_steps, flags, run_script, run_training
 import train
 from fradique.checkpointing import checkpoint, metrics_file
 from fradique.io import files
-from fradique.training import evaluation, setup
+from fradique.training import evaluation, outputs, setup
+from train import TrainSettings
 
 
 def test_final_metrics_cover_the_whole_validation_split(settings):
@@ -175,3 +176,37 @@ def test_the_loss_plot_is_redrawn_at_each_evaluation(settings, tmp_path, monkeyp
     run_training(replace(settings, max_iters=10))
     compare()
     assert len(set(pictures)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "total_steps", "message"),
+    [
+        (
+            {"warmup_iters": 2000},
+            30,
+            r"warmup_iters = 2000 .* run of 30 steps.* only to 9\.0e-06 of 6\.0e-04\. Use --warmup_iters=1$",
+        ),
+        ({"warmup_iters": 500}, 500, "Use --warmup_iters=25$"),
+        (
+            {"warmup_iters": 100, "lr_decay_iters": 100, "eval_interval": 5},
+            1000,
+            "lr_decay_iters = 100 is not above warmup_iters = 100",
+        ),
+        ({"warmup_iters": 1}, 1999, r"eval_interval = 2000 is above the 1999 .* Use --eval_interval=399$"),
+    ],
+)
+def test_a_schedule_that_the_run_does_not_reach_gives_a_warning(changes, total_steps, message):
+    settings = replace(TrainSettings(), **changes)
+    assert any(re.search(message, text) for text in outputs.schedule_warnings(settings, total_steps))
+
+
+def test_a_schedule_within_the_run_gives_no_warning():
+    settings = replace(TrainSettings(), warmup_iters=99, eval_interval=100)
+    assert outputs.schedule_warnings(settings, 100) == []
+    constant = replace(TrainSettings(), decay_lr=False, eval_interval=1)
+    assert outputs.schedule_warnings(constant, 30) == []
+
+
+def test_a_run_warns_once_about_its_schedule(settings, capsys):
+    run_training(replace(settings, warmup_iters=2000))
+    assert capsys.readouterr().err.count("warning: warmup_iters = 2000") == 1
