@@ -13,8 +13,6 @@ flags in any position. All problems are found before `main` starts, and raised a
 file is Python code: it assigns settings, can read the current ones, and can reset("a group") to the defaults.
 """
 
-import ast
-import difflib
 import inspect
 import math
 import re
@@ -26,10 +24,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
-from pathlib import Path
-from types import ModuleType, NoneType
+from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
+from fradique.io.config_file import ConfigFile, describe_failure, did_you_mean, shorten
 from fradique.io.files import expand_home
 from fradique.io.terminal import discard_closed_stdout, help_width, wrap
 
@@ -38,8 +36,7 @@ Values = Mapping[str, Any]
 Flag = tuple[str, str | None, str]  # key, text of the value (None after a bare --key), flag as typed
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
-MAX_CONFIG_BYTES = 1 << 20
-MAX_SHOWN_PROBLEMS, MAX_SHOWN_CHARS = 20, 200  # in a message; in a flag that it repeats
+MAX_SHOWN_PROBLEMS = 20  # in a message
 LIBRARY_FOLDERS = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
@@ -70,7 +67,7 @@ def setting(
 
 
 @dataclass(frozen=True)
-class _Spec:
+class SettingSpec:
     """The types, limits and help of one setting: its annotation and the arguments of `setting`."""
 
     types: tuple[type, ...]  # keys of TYPE_NAMES: (int,), (bool, str), (int, NoneType), ...
@@ -102,7 +99,7 @@ class _Spec:
             raise ValueError("must be finite")
         results = [result for kind in self.types for result in _try_convert(kind, value)]
         if not results or (self.choices and results[0] not in self.choices):
-            hint = _did_you_mean(str(value), {str(choice): repr(choice) for choice in self.choices or ()})
+            hint = did_you_mean(str(value), {str(choice): repr(choice) for choice in self.choices or ()})
             raise ValueError(f"must be {self.describe_values()}{hint}")
         result = results[0]
         if isinstance(result, str) and re.search("[\ud800-\udfff]", result):
@@ -137,19 +134,21 @@ class _Spec:
 
 
 SWITCHES = {  # flags that every command has, and that are not settings
-    "help": _Spec((bool, str), False, "show help and exit", choices=("all", True, False), group="general"),
-    "print_settings": _Spec((bool,), False, "show the value and the source of each setting and exit"),
-    "debug": _Spec((bool,), False, "show the traceback of an error"),
+    "help": SettingSpec(
+        (bool, str), False, "show help and exit", choices=("all", True, False), group="general"
+    ),
+    "print_settings": SettingSpec((bool,), False, "show the value and the source of each setting and exit"),
+    "debug": SettingSpec((bool,), False, "show the traceback of an error"),
 }
 
 
-def _specs(cls: type) -> dict[str, _Spec]:
+def _specs(cls: type) -> dict[str, SettingSpec]:
     hints, group, specs = get_type_hints(cls), None, {}
     for field_ in fields(cls):
         types = get_args(hints[field_.name]) or (hints[field_.name],)
         assert {*types} <= {*TYPE_NAMES}, f"{cls.__name__}.{field_.name}: a setting cannot be of type {types}"
         group = field_.metadata.get("group") or group
-        spec = _Spec(types, field_.default, **{**field_.metadata, "group": group})
+        spec = SettingSpec(types, field_.default, **{**field_.metadata, "group": group})
         specs[field_.name] = replace(spec, default=spec.convert(field_.default))
     return specs
 
@@ -165,95 +164,7 @@ def _try_convert(kind: type, value: Any) -> list[Any]:
     return []
 
 
-def _did_you_mean(name: str, candidates: Mapping[str, str]) -> str:
-    """A hint for a misspelt name: the value of the most similar key of `candidates`, or "" if none is."""
-    by_lower_name = {candidate.lower(): shown for candidate, shown in candidates.items()}
-    matches = difflib.get_close_matches(name.lower(), by_lower_name, n=1)
-    return f" (did you mean {by_lower_name[matches[0]]}?)" if matches else ""
-
-
-class _Namespace(dict[str, Any]):
-    """Runs a config file with itself as the globals, and records the line that last assigned each name."""
-
-    def __init__(self, values: Values, path: str, specs: Mapping[str, _Spec]) -> None:
-        super().__init__({"reset": self.reset, **values}, __file__=path, __name__="__config__")
-        self.initial, self.path, self.specs = dict(self), path, specs
-        self.line_numbers: dict[str, int] = {}  # name -> line that last assigned it
-        self.imported: set[str] = set()
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.line_numbers[name] = sys._getframe(1).f_lineno  # frame 1 runs the config file
-        super().__setitem__(name, value)
-
-    def reset(self, group: str) -> None:
-        """Set every setting of a group to its default. The config file calls this."""
-        keys = [key for key, spec in self.specs.items() if group is not None and spec.group == group]
-        if not keys:
-            groups = {spec.group: repr(spec.group) for spec in self.specs.values() if spec.group}
-            hint = _did_you_mean(str(group), groups) or f" (the groups are {', '.join(groups.values())})"
-            raise ValueError(f"reset({_shorten(repr(group))}): unknown group of settings{hint}")
-        for key in keys:
-            super().__setitem__(key, self.specs[key].default)
-            self.line_numbers[key] = sys._getframe(1).f_lineno
-
-    def run(self) -> None:
-        with Path(self.path).open("rb") as file:
-            source = file.read(MAX_CONFIG_BYTES + 1)
-        if len(source) > MAX_CONFIG_BYTES:
-            raise ValueError("not a config file: it is larger than 1 MB")
-        tree = ast.parse(source, self.path)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                self.imported |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
-        # exec is deliberate: a config file is code, and the README says so. It may compute one setting from
-        # another (lr_decay_iters = max_iters) and import what it needs. Run it as you would run a script.
-        exec(compile(tree, self.path, "exec", dont_inherit=True), self)
-
-    def assigned(self) -> list[str]:
-        """Names that the file assigned, even to the same value; not names that it only read or deleted."""
-        # Python does not call __setitem__ for an assignment to a `global` name in a function
-        changed = [name for name in self if name not in self.initial or self[name] is not self.initial[name]]
-        return [name for name in dict.fromkeys([*self.line_numbers, *changed]) if name in self]
-
-    def is_helper(self, name: str) -> bool:
-        """Whether a name is not meant as a setting: a _name, an import, a function or a class."""
-        is_code = isinstance(self[name], ModuleType) or callable(self[name])
-        return is_code or name.startswith("_") or name in self.imported
-
-
-def _describe_failure(path: str, error: BaseException, specs: Mapping[str, _Spec]) -> str:
-    """The message for an error that a config file raised, or for a config file that cannot be read."""
-    frames = traceback.extract_tb(error.__traceback__)
-    line_numbers = [frame.lineno for frame in frames if frame.filename == path]  # [] if no line was run
-    message = f"{type(error).__name__}: {error}"
-    if isinstance(error, SyntaxError) and error.filename == path:
-        line_numbers, message = [error.lineno], f"SyntaxError: {error.msg}"
-    elif isinstance(error, FileNotFoundError) and not line_numbers:
-        message = f"no such config file{_suggest_argument(path, specs)}"
-    elif isinstance(error, OSError) and not line_numbers:
-        message = error.strerror or message
-    line = f" line {line_numbers[-1]}" if line_numbers and line_numbers[-1] else ""
-    return f"{path or repr('')}{line}: {message}"
-
-
-def _suggest_argument(path: str, specs: Mapping[str, _Spec]) -> str:
-    """A hint for an argument that is neither a flag nor an existing file: the flag or file probably meant."""
-    flag = path.lstrip("-")
-    name = flag.partition("=")[0].replace("-", "_")
-    if name in specs or ("=" in flag and name.isidentifier()):
-        return f" (did you mean --{flag}?)"
-    files: dict[str, str] = {}
-    for folder in (Path("config"), Path(path).parent):
-        with suppress(OSError):
-            files |= {file.name: file.as_posix() for file in folder.iterdir() if file.suffix == ".py"}
-    return _did_you_mean(Path(path).name, files)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
-
-
-def _parse_argv(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[str], list[Flag]]:
+def _parse_argv(argv: Sequence[str], specs: Mapping[str, SettingSpec]) -> tuple[list[str], list[Flag]]:
     """The config files and the flags of a command line. A flag is --key=value, --key value or --key."""
     files, flags = [], []
     words = ["--help" if word == "-h" else word for word in reversed(argv)]  # the next word is the last
@@ -264,10 +175,10 @@ def _parse_argv(argv: Sequence[str], specs: Mapping[str, _Spec]) -> tuple[list[s
             continue
         name, equals, value = word.partition("=")
         key = name[2:].replace("-", "_")
-        spec = specs.get(key, _Spec((bool, str)))  # an unknown flag may be with or without a value
+        spec = specs.get(key, SettingSpec((bool, str)))  # an unknown flag may be with or without a value
         if not equals and words and spec.takes_word(words[-1]):
             equals, value = "=", words.pop()
-        flags.append((key, value if equals else None, _shorten(name + equals + value)))
+        flags.append((key, value if equals else None, shorten(name + equals + value)))
     return files, flags
 
 
@@ -298,12 +209,13 @@ class _Resolver:
             self.invalid[key] = f"{location}: {error}"
 
     def read_file(self, path: str) -> None:
-        namespace = _Namespace(self.values, path, self.specs)
+        namespace = ConfigFile(self.values, path, self.specs)
         try:
             namespace.run()
         except (Exception, SystemExit) as error:
             self.config_error = self.config_error or error
-            self.other_problems.append(_describe_failure(path, error, self.specs))
+            self.other_problems.append(describe_failure(path, error, self.specs))
+        self.other_problems += [f"{path} {problem}" for problem in namespace.ineffective]
         for key in namespace.assigned():
             location = f"{path} line {namespace.line_numbers[key]}" if key in namespace.line_numbers else path
             if key in self.specs:
@@ -321,8 +233,8 @@ class _Resolver:
             self.report_unknown(typed, key, SWITCHES | self.specs, "--help=all shows all settings")
 
     def report_unknown(self, location: str, key: str, candidates: Iterable[str], advice: str) -> None:
-        hint = _did_you_mean(key, {name: repr(name) for name in candidates}) or f" ({advice})"
-        self.other_problems.append(f"{location}: unknown setting {_shorten(key)!r}{hint}")
+        hint = did_you_mean(key, {name: repr(name) for name in candidates}) or f" ({advice})"
+        self.other_problems.append(f"{location}: unknown setting {shorten(key)!r}{hint}")
 
     def make_settings(self) -> Any:
         """The settings, or None if a value is invalid or a config file failed. Contradictions are allowed."""

@@ -1,0 +1,173 @@
+"""Config files: Python that assigns settings, and the settings.json of a run.
+
+A config file runs in a namespace that contains the settings so far. Statements that look like settings but
+set nothing are reported.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from configurator import SettingSpec
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_SHOWN_CHARS = 200  # of a flag or statement that a message repeats
+NOT_PYTHON = {".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".toml": "TOML", ".ini": "INI"}
+# Settings in a run's settings.json that a config file does not repeat: they belong to one command.
+NOT_REPEATED = ("overwrite", "eval_only", "debug")
+
+
+def did_you_mean(name: str, candidates: Mapping[str, str]) -> str:
+    """A hint for a misspelt name: the value of the most similar key of `candidates`, or "" if none is."""
+    by_lower_name = {candidate.lower(): shown for candidate, shown in candidates.items()}
+    matches = difflib.get_close_matches(name.lower(), by_lower_name, n=1)
+    return f" (did you mean {by_lower_name[matches[0]]}?)" if matches else ""
+
+
+class NotAConfigFileError(ValueError):
+    """The file is no Python; the message says what to do."""
+
+
+class ConfigFile(dict[str, Any]):
+    """Runs a config file with itself as the globals, and records the line that last assigned each name."""
+
+    def __init__(self, values: Mapping[str, Any], path: str, specs: Mapping[str, SettingSpec]) -> None:
+        super().__init__({"reset": self.reset, **values}, __file__=path, __name__="__config__")
+        self.initial, self.path, self.specs = dict(self), path, specs
+        self.line_numbers: dict[str, int] = {}  # name -> line that last assigned it
+        self.imported: set[str] = set()
+        self.ineffective: list[str] = []  # problems: statements that look like settings but set nothing
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.line_numbers[name] = sys._getframe(1).f_lineno  # frame 1 runs the config file
+        super().__setitem__(name, value)
+
+    def reset(self, group: str) -> None:
+        """Set every setting of a group to its default. The config file calls this."""
+        keys = [key for key, spec in self.specs.items() if group is not None and spec.group == group]
+        if not keys:
+            groups = {spec.group: repr(spec.group) for spec in self.specs.values() if spec.group}
+            hint = did_you_mean(str(group), groups) or f" (the groups are {', '.join(groups.values())})"
+            raise ValueError(f"reset({shorten(repr(group))}): unknown group of settings{hint}")
+        for key in keys:
+            super().__setitem__(key, self.specs[key].default)
+            self.line_numbers[key] = sys._getframe(1).f_lineno
+
+    def run(self) -> None:
+        """Run the file, or read it if it is the settings.json of a run."""
+        with Path(self.path).open("rb") as file:
+            source = file.read(MAX_CONFIG_BYTES + 1)
+        if len(source) > MAX_CONFIG_BYTES:
+            raise NotAConfigFileError("not a config file: it is larger than 1 MB")
+        kind = NOT_PYTHON.get(Path(self.path).suffix.lower())
+        if kind == "JSON":
+            self._read_settings_json(source)
+            return
+        if kind:
+            raise NotAConfigFileError(
+                f"{kind}, but a config file is Python: write n_layer = 12, in a file x.py"
+            )
+        tree = ast.parse(source, self.path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                self.imported |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        self.ineffective = list(ineffective_statements(tree, self.specs))
+        # exec is deliberate: a config file is code, and the README says so. It may compute one setting from
+        # another (lr_decay_iters = max_iters) and import what it needs. Run it as you would run a script.
+        exec(compile(tree, self.path, "exec", dont_inherit=True), self)
+
+    def _read_settings_json(self, source: bytes) -> None:
+        try:
+            saved = json.loads(source)["settings"].items()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise NotAConfigFileError(
+                "JSON that is not the settings.json of a run, but a config file is Python: write n_layer = "
+                "12, in a file x.py"
+            ) from None
+        self.update({key: value for key, value in saved if key in self.specs and key not in NOT_REPEATED})
+
+    def assigned(self) -> list[str]:
+        """Names that the file assigned, even to the same value; not names that it only read or deleted."""
+        # Python does not call __setitem__ for an assignment to a `global` name in a function
+        changed = [name for name in self if name not in self.initial or self[name] is not self.initial[name]]
+        return [name for name in dict.fromkeys([*self.line_numbers, *changed]) if name in self]
+
+    def is_helper(self, name: str) -> bool:
+        """Whether a name is not meant as a setting: a _name, an import, a function or a class."""
+        is_code = isinstance(self[name], ModuleType) or callable(self[name])
+        return is_code or name.startswith("_") or name in self.imported
+
+
+def ineffective_statements(tree: ast.Module, specs: Mapping[str, SettingSpec]) -> Iterator[str]:
+    """Problems with statements that look like settings but set nothing, such as `n_layer: 2`."""
+    statements: list[ast.AST] = list(tree.body)
+    while statements:
+        node = statements.pop(0)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        advice = None
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            name = ast.unparse(node.target)
+            if name in specs or isinstance(node.annotation, ast.Constant):
+                advice = f"{name} = {ast.unparse(node.annotation)}"
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Compare | ast.Tuple | ast.Name):
+            names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in specs]
+            if names:
+                values = getattr(node.value, "comparators", getattr(node.value, "elts", [])[1:])
+                advice = f"{names[0]} = {ast.unparse(values[0]) if values else '...'}"
+        elif isinstance(node, ast.ClassDef):
+            assigned = [
+                n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            ]
+            names = [name for name in assigned if name in specs]
+            advice = f"{names[0]} = ... outside of the class" if names else None
+        else:
+            for field in ("body", "orelse", "handlers", "finalbody"):
+                statements += getattr(node, field, [])
+        if advice:
+            line = shorten(ast.unparse(node).splitlines()[0])
+            yield f"line {node.lineno}: {line!r} sets nothing: write {shorten(advice)}"
+
+
+def describe_failure(path: str, error: BaseException, specs: Mapping[str, SettingSpec]) -> str:
+    """The message for an error that a config file raised, or for a config file that cannot be read."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line_numbers = [frame.lineno for frame in frames if frame.filename == path]  # [] if no line was run
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError) and error.filename == path:
+        line_numbers, message = [error.lineno], f"SyntaxError: {error.msg}"
+    elif isinstance(error, NotAConfigFileError):
+        return f"{path}: {error}"
+    elif isinstance(error, FileNotFoundError) and not line_numbers:
+        message = f"no such config file{suggest_argument(path, specs)}"
+    elif isinstance(error, OSError) and not line_numbers:
+        message = error.strerror or message
+    line = f" line {line_numbers[-1]}" if line_numbers and line_numbers[-1] else ""
+    return f"{path or repr('')}{line}: {message}"
+
+
+def suggest_argument(path: str, specs: Mapping[str, SettingSpec]) -> str:
+    """A hint for an argument that is neither a flag nor an existing file: the flag or file probably meant."""
+    flag = path.lstrip("-")
+    name = flag.partition("=")[0].replace("-", "_")
+    if name in specs or ("=" in flag and name.isidentifier()):
+        return f" (did you mean --{flag}?)"
+    files: dict[str, str] = {}
+    for folder in (Path("config"), Path(path).parent):
+        with suppress(OSError):
+            files |= {file.name: file.as_posix() for file in folder.iterdir() if file.suffix == ".py"}
+    return did_you_mean(Path(path).name, files)
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
