@@ -5,6 +5,7 @@ python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
 printf "Era uma vez" | python sample.py --out_dir=out/eca-char --start=-
 """
 
+import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -123,7 +124,7 @@ def read_prompt(start: str) -> str:
     if len(data) > MAX_PROMPT_BYTES:
         raise ValueError(f"{name} is longer than {MAX_PROMPT_BYTES >> 20} MB: use its end as the prompt")
     try:
-        return data.decode("utf-8")
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
 

@@ -6,6 +6,7 @@ file has several.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import itertools
@@ -188,9 +189,11 @@ def _read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 line_number += 1
+                if line_number == 1 and line.startswith(codecs.BOM_UTF8):  # written by some Windows programs
+                    offset, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"{path}, line {line_number} is longer than {MAX_LINE_BYTES >> 20} MB")
-                if not line.isspace():
+                if line.strip():
                     yield line_number, offset, line
                 offset += len(line)
     except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:

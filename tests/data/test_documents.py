@@ -1,5 +1,6 @@
 """Documents from files of all kinds and from a fake Hugging Face hub."""
 
+import codecs
 import gzip
 import json
 import shutil
@@ -151,3 +152,17 @@ def test_shards_of_files_on_the_hub_equal_those_of_local_files(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "datasets", FakeHub([]))
     with pytest.raises(ValueError, match=r"ConnectionError: no route\).*--input"):
         documents.hub_files(sources.OPENWEBTEXT)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_skipped(tmp_path, name):
+    data = codecs.BOM_UTF8 + '{"text": "é"}\n{"text": "b"}\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    texts = ["".join(pieces) for pieces in documents.local_documents([tmp_path / name])]
+    assert texts == ["é", "b"]
+
+
+def test_positions_after_a_byte_order_mark_are_exact(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match="byte 13"):
+        list(documents.local_documents([tmp_path / "a.jsonl"]))

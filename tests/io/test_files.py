@@ -1,5 +1,6 @@
 """Atomic writes, size limits, JSON, checksums."""
 
+import codecs
 import errno
 import hashlib
 import os
@@ -177,3 +178,8 @@ def test_paths_and_special_names_are_not_plain_names(name):
 def test_only_non_negative_64_bit_integers_are_counts(value):
     assert not files.is_count(value)
     assert files.is_count(0) and files.is_count((1 << 63) - 1)
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_bytes(codecs.BOM_UTF8 + b'{"a": 1}')
+    assert files.read_json_object(tmp_path / "a.json") == {"a": 1}

@@ -1,5 +1,7 @@
 """Sampling: prompts, the text, stop strings, invalid input, and what sample.py imports."""
 
+import codecs
+import io
 import json
 import shutil
 import subprocess
@@ -200,3 +202,11 @@ def test_sampling_imports_no_optimizer_export_or_training():
     assert "fradique.pretrained.loader" in modules
     assert not [m for m in modules if m.startswith(("fradique.optim", "fradique.training"))]
     assert "fradique.pretrained.export" not in modules
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, monkeypatch):
+    """Some Windows programs write it at the beginning of a text file."""
+    (tmp_path / "prompt.txt").write_bytes(codecs.BOM_UTF8 + "poética".encode())
+    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "poética"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + b"amor")))
+    assert sample.read_prompt("-") == "amor"
