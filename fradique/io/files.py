@@ -6,6 +6,7 @@ name, synced to the disk, and then renamed, so under its final name it is always
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -134,7 +135,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """
     data = read_small_file(path, limit)
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from error
     except ValueError as error:  # includes json.JSONDecodeError and UnicodeDecodeError
