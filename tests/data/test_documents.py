@@ -164,5 +164,5 @@ def test_a_byte_order_mark_is_skipped(tmp_path, name):
 
 def test_positions_after_a_byte_order_mark_are_exact(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"text": "\xff"}\n')
-    with pytest.raises(ValueError, match="byte 13"):
+    with pytest.raises(ValueError, match="at offset 13"):
         list(documents.local_documents([tmp_path / "a.jsonl"]))
