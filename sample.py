@@ -18,6 +18,7 @@ from configurator import Resolved, command, setting
 from fradique.checkpointing import run_folder
 from fradique.checkpointing.checkpoint import assign_parameters
 from fradique.generation import packed_weights
+from fradique.generation.sampling import GREEDY_TEMPERATURE
 from fradique.io.files import expand_home
 from fradique.pretrained import loader
 from fradique.runtime.device import DTYPES, Runtime, configure_process, setup_runtime
@@ -45,7 +46,7 @@ class SampleSettings:
     max_new_tokens: int = setting(500, "number of tokens to generate for each sample", common=True, lo=0, hi=2**40)
     stop: str = setting("", "end a sample before this text; empty: only at max_new_tokens")
 
-    temperature: float = setting(0.8, "0: always the most probable token; 1: the model's own probabilities; above 1: more random", common=True, lo=0.0, group="sampling")
+    temperature: float = setting(0.8, "0 (or below 1e-4): always the most probable token; 1: the model's own probabilities; above 1: more random", common=True, lo=0.0, group="sampling")
     top_k: int = setting(0, "sample only from the k most probable tokens; 0: from all", common=True, lo=0)
     top_p: float = setting(1.0, "sample only from the most probable tokens whose probabilities add up to p (nucleus sampling)", common=True, above=0.0, hi=1.0)
     min_p: float = setting(0.0, "sample only from tokens at least p times as probable as the most probable one", lo=0.0, hi=1.0)
@@ -209,8 +210,8 @@ def print_samples(settings: SampleSettings, device: torch.device) -> None:
     prompt = read_prompt(settings.start)
     loaded = load_model(source, checkpoint_name=settings.checkpoint, device=device, dtype=settings.dtype)
     loaded = prepare_for_inference(loaded, settings.dtype)
-    if settings.temperature == 0 and settings.num_samples > 1:
-        message = f"temperature 0 always gives the same text: 1 sample instead of {settings.num_samples}"
+    if settings.temperature < GREEDY_TEMPERATURE and settings.num_samples > 1:
+        message = f"temperature {settings.temperature:g} always gives the same text: 1 sample instead of {settings.num_samples}"
         print(message, file=sys.stderr)
         settings = replace(settings, num_samples=1)
     print(prompt, end="", flush=True)

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Below it sampling is greedy: no other token has a chance, and float32 cannot divide by much smaller numbers.
+GREEDY_TEMPERATURE = 1e-4
+
 
 def penalize_repetition(logits: Tensor, idx: Tensor, penalty: float) -> Tensor:
     """Lower the logits (B, V) of the tokens in idx (B, T): divide positive logits by the penalty, multiply
@@ -31,12 +34,12 @@ def sample_token(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Logits (B, V) -> one token id for each row, (B,). Temperature 0: the most probable token.
+    """Logits (B, V) -> one token id for each row, (B,). Temperature below 1e-4: the most probable token.
 
     Raises ValueError if the probabilities are not finite. That is checked only on a CPU: on other devices the
     check would have to wait for the device.
     """
-    if temperature == 0:
+    if temperature < GREEDY_TEMPERATURE:
         return logits.argmax(dim=-1)
     if temperature != 1:
         # subtract the maximum first: dividing by a small temperature cannot overflow then

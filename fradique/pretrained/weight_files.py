@@ -28,6 +28,7 @@ FRADIQUE_TOKENIZER_FILE = "fradique_tokenizer.json"  # in folders that export.py
 
 # The classes and functions, as "module name", that pickles of torch.save import. torch.load allows more. Some
 # of these can take much memory.
+WRAPPER_PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")  # of torch.compile, DDP and DataParallel
 ALLOWED_GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.storage \w+Storage"
     r"|torch (\w+Storage|Size|device|[a-z]+[0-9]+\w*)|torch\.nn\.parameter Parameter"
@@ -137,7 +138,7 @@ def load_plain_pickle(path: Path) -> Any:
 
 
 def strip_prefixes(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
-    """A state dict from a pickle, by names without `prefix` and without the prefix of torch.compile.
+    """A state dict from a pickle, by names without `prefix` and the prefixes of torch.compile and DDP.
 
     path: the file, for messages. Raises ValueError if `state` is not a dict of complete tensors.
     """
@@ -151,7 +152,7 @@ def strip_prefixes(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
                 f"{path}: the tensor {reprlib.repr(name)} has more elements than the file stores; the file "
                 "is damaged, or not a model: copy it again"
             )
-    return {str(name).removeprefix("_orig_mod.").removeprefix(prefix): t for name, t in state.items()}
+    return {WRAPPER_PREFIXES.sub("", str(name)).removeprefix(prefix): t for name, t in state.items()}
 
 
 def _check_pickles(path: Path, is_zip: bool) -> None:

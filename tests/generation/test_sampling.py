@@ -28,9 +28,10 @@ def test_temperature_0_is_argmax_without_random_numbers():
         assert torch.equal(out[:, t], model(out[:, :t])[0][:, -1].argmax(-1))
 
 
-def test_a_tiny_temperature_is_greedy_without_overflow():
+@pytest.mark.parametrize("temperature", [9e-5, 1e-40, 1e-300])
+def test_a_tiny_temperature_is_greedy_without_overflow(temperature):
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert sample_token(logits, temperature=1e-40).tolist() == [1]
+    assert sample_token(logits, temperature=temperature).tolist() == [1]
 
 
 def test_samples_follow_the_distribution():

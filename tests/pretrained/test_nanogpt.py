@@ -61,11 +61,13 @@ def test_a_ckpt_of_nanogpt_gives_its_logits(bias, zipped):
     assert (logits - nanogpt_logits(state, NANOGPT_ARGS, idx)).abs().max() < 1e-4
 
 
-def test_compiled_names_and_masks_give_the_same_weights():
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
+def test_names_with_wrapper_prefixes_and_masks_give_the_same_weights(prefix):
+    """Of torch.compile and DDP, in either order."""
     state = save_nanogpt()
     expected = loader.load_weights("ckpt.pt").tensors
     masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
-    compiled = {f"_orig_mod.{name}": tensor for name, tensor in (state | masks).items()}
+    compiled = {f"{prefix}{name}": tensor for name, tensor in (state | masks).items()}
     Path("nano").mkdir()
     save_nanogpt("nano/ckpt.pt", compiled, {"bias": True})
     assert equal_tensors(loader.load_weights("nano").tensors, expected)
