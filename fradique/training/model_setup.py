@@ -148,7 +148,7 @@ def _resumed_model(settings: TrainSettings, source: ModelSource, runtime: Runtim
     _check_memory(settings, source.config, runtime, oom, lora.count_trainable(model))
     if not runtime.sharded:
         assign_parameters(model, source.checkpoint.model, str(source.checkpoint.folder))
-    _check_same_model(source, Path(settings.out_dir))
+    _check_same_model(source, settings)
     return model
 
 
@@ -213,7 +213,7 @@ def _will_be_sharded(settings: TrainSettings) -> bool:
     return settings.parallel == "fsdp" and process_group.rank_info().world > 1
 
 
-def _check_same_model(source: ModelSource, folder: Path) -> None:
+def _check_same_model(source: ModelSource, settings: TrainSettings) -> None:
     """Raise ValueError if a setting that defines the model differs from that of the checkpoint.
 
     Comparing the shapes of the tensors is not enough: many of these settings do not change any shape.
@@ -224,7 +224,11 @@ def _check_same_model(source: ModelSource, folder: Path) -> None:
         before, now = saved.get(f.name, f.default), getattr(config, f.name)
         if f.name not in CHANGEABLE_ON_RESUME and now != before:
             changed.append(f"{f.name} was {before!r} and is {now!r} now")
+    alpha = saved.get(lora.LORA_ALPHA)
+    if settings.lora_rank and alpha is not None and not math.isclose(alpha, settings.lora_alpha):
+        changed.append(f"lora_alpha was {alpha:g} and is {settings.lora_alpha:g} now")
     if changed:
+        folder = settings.out_dir
         raise ValueError(
             f"the run in {folder} cannot continue as another model: {'; '.join(changed)}. Leave these as "
             f"they were, or start a new run with --init_from={folder}"

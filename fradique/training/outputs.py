@@ -152,6 +152,11 @@ def log_startup(t: Trainer) -> None:
         t.log.info(note)
     if t.settings.init_from == "resume":
         t.log.info(f"resuming at step {t.state.step}")
+        if t.budget.limit is None and t.state.step >= t.settings.max_iters and not t.settings.eval_only:
+            t.log.info(
+                f"the run is finished: it has all of its max_iters = {t.settings.max_iters} steps. To train "
+                f"longer, use --max_iters={2 * t.settings.max_iters}"
+            )
     if t.budget.limit is None and not t.settings.eval_only:
         warn_about_schedule(t, t.settings.max_iters)
 

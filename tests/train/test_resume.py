@@ -267,13 +267,15 @@ def test_pruning_does_not_count_a_damaged_newer_checkpoint(settings):
     run_training(replace(settings, init_from="resume"))
 
 
-def test_resuming_a_finished_run_adds_no_second_ending(settings):
+def test_resuming_a_finished_run_adds_no_second_ending(settings, capsys):
     run_training(settings)
     before = [
         {k: v for k, v in r.items() if "seconds" not in k}
         for r in metrics_file.read_metrics(Path(settings.out_dir))
     ]
+    capsys.readouterr()
     run_training(replace(settings, init_from="resume"))
+    assert "the run is finished: it has all of its max_iters = 20 steps" in capsys.readouterr().out
     records = metrics_file.read_metrics(Path(settings.out_dir))
     assert [r["step"] for r in records] == [r["step"] for r in before]
     assert records[-1]["final_loss"] == before[-1]["final_loss"]

@@ -169,6 +169,15 @@ def test_resuming_with_another_architecture_is_rejected(settings, changes):
     assert run_training(replace(settings, init_from="resume", max_iters=6, dropout=0.3))[0] == 0
 
 
+def test_resuming_with_another_lora_alpha_is_rejected(settings, base):
+    """It changes no tensor, but the function of the model."""
+    settings = replace(settings, init_from=base, lora_rank=3, lora_alpha=7.0, max_iters=4)
+    run_training(settings)
+    with pytest.raises(ValueError, match=r"another model: lora_alpha was 7 and is 14 now"):
+        setup.setup_training(replace(settings, init_from="resume", lora_alpha=14.0))
+    assert run_training(replace(settings, init_from="resume", max_iters=6))[0] == 0
+
+
 @pytest.mark.parametrize("before", ["adamw", "muon"])
 def test_resuming_with_another_optimizer_is_rejected(settings, base, before):
     """With LoRA the names of the trained tensors do not show which optimizer was used."""
