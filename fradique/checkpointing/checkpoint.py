@@ -26,6 +26,7 @@ T = TypeVar("T")
 FORMAT = 1  # version of the checkpoint format, in manifest.json
 MAX_WARNINGS = 5  # about damaged checkpoints
 FILES = ("model.safetensors", "optimizer.safetensors", "model.json", "state.json", "manifest.json")
+SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w+")  # left if the process was killed while it wrote weights
 STEP_NAME = re.compile(r"step-[0-9]{1,18}")
 # What a crash can leave behind: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp
 LEFTOVER_NAME = re.compile(r"\.(step-\d+|best|\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
@@ -192,9 +193,9 @@ def delete_checkpoint(folder: Path) -> None:
     If somebody has put other files into the folder, they stay, in a folder with the prefix "files-of-".
     """
     with suppress(OSError):
-        for name in FILES:
-            if not (folder / name).is_dir():
-                (folder / name).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if (path.name in FILES or SAFETENSORS_TEMPORARY.fullmatch(path.name)) and not path.is_dir():
+                path.unlink(missing_ok=True)
         if any(folder.iterdir()):
             name = folder.name.removeprefix(".").removesuffix(".tmp")
             folder.rename(folder.with_name(f"files-of-{name}"))

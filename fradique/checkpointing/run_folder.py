@@ -16,7 +16,7 @@ from typing import Any
 from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file, run_files
 from fradique.checkpointing.run_files import SETTINGS_FILE, TOKENIZER_FILE
 from fradique.io import files, folder_lock
-from fradique.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from fradique.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, tokenizer_checksum
 
 MAX_LISTED_RUNS = MAX_LISTED_FILES = 10  # in an error message
 
@@ -128,6 +128,7 @@ def claim_run_folder(
                 run_files.delete_run(run)
             run_files.mark_run(run, run_id)
             metadata = {"run": run_id, "settings": settings, "decided": decided}
+            metadata |= {"tokenizer_sha256": tokenizer_checksum(tokenizer)}
             metadata |= {"versions": versions(), "git_commit": git_commit()}
             run_lock = RunLock(run_id, lock, metadata, tokenizer)
             run_lock.write_metadata()
@@ -187,6 +188,25 @@ def was_started_by(run: Path, launch: str | None) -> bool:
         return False
     decided = files.read_json_object(run / SETTINGS_FILE).get("decided")
     return isinstance(decided, dict) and decided.get("launch") == launch
+
+
+def load_run_tokenizer(run: Path) -> Tokenizer | None:
+    """The tokenizer of a run; None if its tokenizer.json is missing.
+
+    Raises ValueError if the file is damaged, or is not the one that the run wrote.
+    """
+    if not (run / TOKENIZER_FILE).exists():
+        return None
+    tokenizer = load_tokenizer(run / TOKENIZER_FILE)
+    saved = None  # older versions wrote no checksum, and weights can be loaded without settings.json
+    with contextlib.suppress(ValueError):
+        saved = files.read_json_object(run / SETTINGS_FILE).get("tokenizer_sha256")
+    if saved is not None and saved != tokenizer_checksum(tokenizer):
+        raise ValueError(
+            f"{run / TOKENIZER_FILE} is not the tokenizer of this run: its tokens would mean other text. Put "
+            "the run's own file back"
+        )
+    return tokenizer
 
 
 def check_tokenizer(run: Path, tokenizer: Tokenizer, corpus: Path) -> None:

@@ -32,7 +32,13 @@ from fradique.data.text import Text, cut_pieces
 from fradique.data.text_index import index_text
 from fradique.io import folder_lock
 from fradique.io.files import fsync, read_json, write_json
-from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, parse_spec, save_tokenizer
+from fradique.tokenizer.tokenizer import (
+    GPT2Tokenizer,
+    Tokenizer,
+    parse_spec,
+    save_tokenizer,
+    tokenizer_checksum,
+)
 
 FORMAT = 1  # version of the format of meta.json
 INSTALLING = ".installing"  # in the folder of a corpus while its files are moved to it
@@ -146,6 +152,7 @@ def make_metadata(tokenizer: Tokenizer, source: str, splits: dict[str, dict[str,
         "dtype": tokenizer.dtype.name,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": tokenizer.kind,
+        "tokenizer_sha256": tokenizer_checksum(tokenizer),
         "source": source,
         "splits": splits,
     }

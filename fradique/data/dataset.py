@@ -18,7 +18,13 @@ from fradique.data.shard_progress import check_no_unfinished_shards, is_unfinish
 from fradique.data.token_files import TokenFiles
 from fradique.data.windows import Locations, Tiling, Window, WindowIndex, group_by_length, list_windows
 from fradique.io.files import is_count, is_plain_name, read_json
-from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer, read_meta_pkl
+from fradique.tokenizer.tokenizer import (
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+    read_meta_pkl,
+    tokenizer_checksum,
+)
 
 SCAN_LIMIT = 1 << 29  # bytes: all ids of a split up to this size are checked when the corpus is opened
 
@@ -241,10 +247,27 @@ def _read_meta(path: Path) -> dict:
 def _load_tokenizer(folder: Path, meta: dict | None) -> Tokenizer:
     """The tokenizer of a corpus. `meta`: the content of its meta.json; None if it has none."""
     if meta is not None or (folder / "tokenizer.json").exists():
-        return load_tokenizer(folder / "tokenizer.json")
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        if meta is not None:
+            _check_tokenizer(folder, tokenizer, meta)
+        return tokenizer
     if (folder / "meta.pkl").exists():
         return read_meta_pkl(folder / "meta.pkl")
     return GPT2Tokenizer()
+
+
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, meta: dict) -> None:
+    """Raise ValueError if tokenizer.json is not the one with which the corpus was made.
+
+    Older versions wrote only the kind and the size of the vocabulary to meta.json, and no checksum.
+    """
+    facts = {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    facts["tokenizer_sha256"] = tokenizer_checksum(tokenizer)
+    if any(name in meta and meta[name] != value for name, value in facts.items()):
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} is not the tokenizer with which the corpus was made: its tokens "
+            "would mean other text. Put that file back, or prepare the corpus again"
+        )
 
 
 def _missing_corpus_message(folder: Path) -> str:

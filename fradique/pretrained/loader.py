@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fradique.checkpointing.checkpoint import newest_checkpoint, read_checkpoint, step_folders, step_of
-from fradique.checkpointing.run_folder import SETTINGS_FILE, TOKENIZER_FILE
+from fradique.checkpointing.run_folder import SETTINGS_FILE, TOKENIZER_FILE, load_run_tokenizer
 from fradique.io.files import is_plain_name, read_json_object
 from fradique.nn.lora import merge_lora
 from fradique.pretrained import hf_weights, hub, model_config, weight_files
@@ -113,7 +113,7 @@ def load_run(run: Path, source: str, checkpoint: str, warn: Callable[[str], None
 def load_checkpoint(folder: Path, run: Path, source: str) -> PretrainedWeights:
     """Load a checkpoint folder and the tokenizer of its run folder. LoRA is merged into the weights."""
     saved = read_checkpoint(folder, with_optimizer=False)
-    tokenizer = load_tokenizer(run / TOKENIZER_FILE) if (run / TOKENIZER_FILE).exists() else None
+    tokenizer = load_run_tokenizer(run)
     values, tensors = merge_lora(saved.config, saved.model, str(folder))
     config = model_config.parse_model_config(values, tensors, str(folder / "model.json"))
     return PretrainedWeights(config, tensors, tokenizer, source)

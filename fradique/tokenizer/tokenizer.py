@@ -7,6 +7,7 @@ Every tokenizer has `kind`, `vocab_size`, `dtype`, `end_of_text`, `encode`, `enc
 from __future__ import annotations
 
 import codecs
+import hashlib
 import itertools
 import json
 import os
@@ -280,6 +281,12 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
     files.write_text(Path(path), text + "\n")
 
 
+def tokenizer_checksum(tokenizer: Tokenizer) -> str:
+    """A SHA-256 that is equal for equal tokenizers, for meta.json and settings.json."""
+    text = json.dumps(tokenizer.to_json(), ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a tokenizer.json that `save_tokenizer` wrote.
 
@@ -287,7 +294,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     data = files.read_small_file(Path(path), MAX_FILE_BYTES)
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
         return tokenizer_from_json(value)
     except RecursionError as error:
         raise ValueError(f"{path} cannot be used as a tokenizer: it is nested too deeply") from error

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from corpus_helpers import make_split, read_windows
+from corpus_helpers import make_split, read_windows, text_of
 from support import make_text, write_corpus
 
 from fradique.data import dataset
+from fradique.data.build import prepare_text
 from fradique.data.dataset import open_corpus
 from fradique.data.windows import Window
+from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, save_tokenizer
 
 
 def test_ranks_divide_the_windows_without_gap_or_overlap(tmp_path):
@@ -151,4 +153,27 @@ def test_large_vocabularies_without_meta_json_are_refused(tmp_path, monkeypatch)
         np.zeros(50, "<u4").tofile(tmp_path / f"{split}.bin")
     monkeypatch.setattr(dataset, "GPT2Tokenizer", lambda: SimpleNamespace(vocab_size=100_000))
     with pytest.raises(ValueError, match=r"has no meta\.json, and its vocabulary is too large"):
+        open_corpus(tmp_path, 8)
+
+
+@pytest.mark.parametrize("chars", ["fedcba", "abcdefg"], ids=["order", "size"])
+@pytest.mark.parametrize("old_version", [False, True])
+def test_another_tokenizer_beside_a_corpus_is_refused(tmp_path, chars, old_version):
+    prepare_text(text_of("abcdef" * 100), tmp_path)
+    save_tokenizer(CharTokenizer(chars), tmp_path / "tokenizer.json")
+    if old_version:  # which wrote no checksum: only the kind and the size are known
+        meta = json.loads((tmp_path / "meta.json").read_text())
+        del meta["tokenizer_sha256"]
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+    if old_version and len(chars) == 6:
+        assert open_corpus(tmp_path, 8).tokenizer.vocab_size == 6
+        return
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not the tokenizer with which the corpus"):
+        open_corpus(tmp_path, 8)
+
+
+def test_ids_of_characters_are_not_read_as_gpt2_tokens(tmp_path):
+    prepare_text(text_of("abcdef" * 100), tmp_path)
+    save_tokenizer(GPT2Tokenizer(), tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"is not the tokenizer with which the corpus was made"):
         open_corpus(tmp_path, 8)

@@ -189,6 +189,7 @@ def test_a_tokenizer_larger_than_the_model_is_rejected(run_folder, tmp_path):
     n = len(value["chars"])
     value["chars"] += "ÀÁÂ"
     (folder / "tokenizer.json").write_text(json.dumps(value))
+    (folder / "settings.json").unlink()  # it has the checksum; older versions wrote none
     with pytest.raises(ValueError, match=rf"the tokenizer of .*copy has {n + 3} tokens and the model {n}: "):
         sample.load_model(str(folder), device="cpu")
 
@@ -210,3 +211,13 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, monkeypatch):
     assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "poética"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + b"amor")))
     assert sample.read_prompt("-") == "amor"
+
+
+def test_another_tokenizer_in_a_run_folder_is_refused(run_folder, tmp_path):
+    """Swapped characters would give other text without any error."""
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    path = folder / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(value | {"chars": value["chars"][::-1]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not the tokenizer of this run"):
+        sample.load_model(str(folder), device="cpu")
