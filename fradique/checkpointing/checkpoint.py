@@ -29,7 +29,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "model.json", "state.json
 SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w+")  # left if the process was killed while it wrote weights
 STEP_NAME = re.compile(r"step-[0-9]{1,18}")
 # What a crash can leave behind: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp
-LEFTOVER_NAME = re.compile(r"\.(step-\d+|best|\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
+LEFTOVER_NAME = re.compile(r"\.(step-\d+|best|\.?\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
 
 
 @dataclass

@@ -247,6 +247,7 @@ def test_recovery_restores_a_folder_that_was_being_replaced(tmp_path):
     (tmp_path / "best").rename(tmp_path / ".best.old")
     (tmp_path / ".best.123.tmp").mkdir()
     (tmp_path / ".best.123.tmp" / ".tmpTjOVeG").touch()  # of safetensors
+    (tmp_path / "..run.json.123.tmp").touch()
     checkpoint.recover_run_folder(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
     assert checkpoint.read_checkpoint(tmp_path / "best").state["step"] == 1

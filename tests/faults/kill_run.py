@@ -121,7 +121,7 @@ def phase(out: Path) -> str:
 
 def leftover_files(out: Path) -> list[str]:
     """Temporary files that a finished run must not leave behind."""
-    return [p.name for p in out.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+    return [p.name for p in out.iterdir() if p.name.startswith(".") and p.name not in (".lock", ".run.json")]
 
 
 if __name__ == "__main__":
