@@ -78,11 +78,13 @@ def other_content(folder: Path) -> str | None:
     names = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     if any((folder / name).exists() for name in names) or any(folder.glob("*.gguf")):
         return "a pretrained model"
-    if folder.resolve() == Path.home().resolve():
-        return "your home folder"
-    if folder.resolve() in (Path.cwd(), Path(folder.anchor or "/")):
-        return "the current folder" if folder.resolve() == Path.cwd() else "the root folder"
-    return None
+    path = folder.resolve()
+    with suppress(RuntimeError):  # the user has no home folder
+        if path == Path.home().resolve():
+            return "your home folder"
+    if path == Path.cwd():
+        return "the current folder"
+    return "the root folder" if path == Path(path.anchor) else None
 
 
 def _token_files(folder: Path) -> Iterator[Path]:

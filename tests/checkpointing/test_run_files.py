@@ -148,6 +148,16 @@ def test_the_home_and_the_current_folder_are_refused(settings, tmp_path, monkeyp
         run_training(replace(settings, out_dir="/"))
 
 
+def test_a_user_without_a_home_folder_can_train(settings, monkeypatch):
+    """Some containers run as a user id without an account."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert run_training(replace(settings, max_iters=1))[0] == 0
+
+
 def test_a_run_can_be_resumed_from_within_its_folder(settings, monkeypatch):
     run_training(replace(settings, max_iters=5))
     monkeypatch.chdir(settings.out_dir)
