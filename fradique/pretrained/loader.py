@@ -26,7 +26,14 @@ from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenize
 from model import POSITIVE_SIZES, GPTConfig
 
 GPT2_VOCAB_SIZE = 50257
-GPT2_HEAD_DIM = 64  # of every GPT-2
+GPT2_HEAD_DIM = 64  # of every published GPT-2
+# (n_layer, n_embd, block_size, vocab_size) of gpt2, gpt2-medium, gpt2-large and gpt2-xl.
+PUBLISHED_GPT2_SIZES = {
+    (12, 768, 1024, 50257),
+    (24, 1024, 1024, 50257),
+    (36, 1280, 1024, 50257),
+    (48, 1600, 1024, 50257),
+}
 NANOGPT_FIELDS = (*POSITIVE_SIZES, "dropout", "bias")  # the fields of nanoGPT's GPTConfig
 
 
@@ -171,19 +178,24 @@ def _convert_hf(
 
 
 def _gpt2_config_from_shapes(tensors: Mapping[str, Tensor], source: str) -> GPTConfig:
-    """The GPTConfig of a GPT-2 without a config.json. Every GPT-2 has heads of width 64 and tanh GELU."""
+    """The GPTConfig of a published GPT-2 without a config.json.
+
+    The shapes of the tensors do not show the number of heads and the activation: of another model they could
+    only be guessed. Raises ValueError for other sizes.
+    """
     layers = [int(match[0]) for name in tensors if (match := hf_weights.LAYER.search(name))]
     vocab_size, n_embd = _matrix_shape(tensors.get("wte.weight"))
     block_size, _ = _matrix_shape(tensors.get("wpe.weight"))
-    if not layers or not vocab_size or not n_embd or not block_size or n_embd % GPT2_HEAD_DIM:
+    n_layer = 1 + max(layers, default=-1)
+    if (n_layer, n_embd, block_size, vocab_size) not in PUBLISHED_GPT2_SIZES:
         raise ValueError(
-            f"{source}: its folder has no config.json, and the shapes of its tensors are not those of a "
-            "GPT-2; put its config.json there"
+            f"{source}: its folder has no config.json, and the shapes of its tensors are not those of gpt2, "
+            "gpt2-medium, gpt2-large or gpt2-xl; put its config.json beside it"
         )
     return GPTConfig(
         block_size=block_size,
         vocab_size=vocab_size,
-        n_layer=1 + max(layers),
+        n_layer=n_layer,
         n_head=n_embd // GPT2_HEAD_DIM,
         n_embd=n_embd,
         activation="gelu_tanh",

@@ -103,7 +103,8 @@ def test_unprefixed_names_buffers_and_tied_heads_are_accepted():
     assert equal_tensors(weights.tensors, expected.tensors) and weights.config == expected.config
 
 
-def test_without_config_json_the_config_follows_from_the_shapes():
+def test_without_config_json_a_published_gpt2_is_recognized(monkeypatch):
+    monkeypatch.setattr(loader, "PUBLISHED_GPT2_SIZES", {(2, 128, 80, 61)})
     folder, hf_model = save_gpt2(n_embd=128, n_head=2)
     (folder / "config.json").unlink()
     weights = loader.load_weights(str(folder / "model.safetensors"))
@@ -115,10 +116,29 @@ def test_without_config_json_the_config_follows_from_the_shapes():
     assert (build_model(weights)(idx, idx)[0] - hf_model(idx).logits).abs().max() < 1e-4
 
 
-def test_a_width_that_is_not_a_multiple_of_64_needs_config_json():
-    folder, _ = save_gpt2()
+@pytest.mark.parametrize("changes", [{}, {"n_embd": 128, "n_head": 2}, {"n_embd": 128, "n_head": 8}])
+def test_other_models_without_config_json_are_refused(changes):
+    """The shapes do not show their number of heads, and a wrong one gives wrong text without an error."""
+    folder, _ = save_gpt2(**changes)
     (folder / "config.json").unlink()
-    assert "put its config.json there" in load_error(folder)
+    assert "put its config.json beside it" in load_error(folder)
+    assert "put its config.json beside it" in load_error(folder / "model.safetensors")
+
+
+def test_the_published_sizes_are_those_of_the_known_names():
+    parameters = {
+        name: count_gpt2_parameters(*size)
+        for name, size in zip(GPT2_MILLIONS, sorted(loader.PUBLISHED_GPT2_SIZES), strict=True)
+    }
+    assert {name: round(count / 1e6) for name, count in parameters.items()} == GPT2_MILLIONS
+
+
+# from the paper's repository and the model cards; the paper itself counts 117M, 345M, 762M and 1542M
+GPT2_MILLIONS = {"gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558}
+
+
+def count_gpt2_parameters(n_layer, n_embd, block_size, vocab_size):
+    return (vocab_size + block_size) * n_embd + n_layer * (12 * n_embd**2 + 13 * n_embd) + 2 * n_embd
 
 
 # Sources that do not exist
