@@ -209,7 +209,7 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
                 break
         outputs.save_snapshot(t)
         with t.budget.step():
-            loss, norm = train_step(t, learning_rate(t))
+            loss, norm = train_step(t, next_learning_rate(t))
         state.step += 1
         t.log.advance(outputs.bar_position(t))
         if state.step % settings.log_interval == 0:
@@ -227,7 +227,7 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
     return False
 
 
-def learning_rate(t: Trainer) -> float:
+def next_learning_rate(t: Trainer) -> float:
     """The learning rate of the next step.
 
     With a time budget the length of the schedule is the number of steps that fit into it at the speed so far.
@@ -290,7 +290,7 @@ def train_step(t: Trainer, lr: float) -> tuple[Tensor, Tensor]:
 def time_step(t: Trainer) -> float:
     """Run one training step and return its seconds."""
     start = time.monotonic()
-    loss, _ = train_step(t, learning_rate(t))
+    loss, _ = train_step(t, next_learning_rate(t))
     loss.item()  # waits for the device
     return time.monotonic() - start
 

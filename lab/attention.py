@@ -311,18 +311,18 @@ def add_edges(
 def main(resolved: Resolved[AttentionSettings]) -> int:
     settings = resolved.settings
     loaded = common.open_model(settings)
-    ids = common.encode_prompt(loaded, settings.start)
+    ids = common.encode_start(loaded, settings.start)
     weights = attention_weights(loaded.model, common.to_batch(loaded, ids))
     labels = common.token_labels(loaded.tokenizer, ids)
     heads = select_heads(weights, settings.layer, settings.head)
     path = common.output_path(settings, "attention")
-    common.save_figure(draw_heatmaps(weights, labels, heads), common.add_extension(path, ".png"))
+    common.write_figure(draw_heatmaps(weights, labels, heads), common.add_extension(path, ".png"))
     parts = [heatmap_html(weights, labels, heads)]
     html_page.write_page(common.add_extension(path, ".html"), "Attention weights", parts)
 
     path_3d: Path = path.with_name(path.name + "-3d")
     edges = attention_edges(weights)
-    common.save_figure(draw_3d(edges, labels, weights.shape), common.add_extension(path_3d, ".png"))
+    common.write_figure(draw_3d(edges, labels, weights.shape), common.add_extension(path_3d, ".png"))
     parts = [html_page.note(VIEW_3D_HELP), view_3d_html(edges, labels, weights.shape)]
     html_page.write_page(common.add_extension(path_3d, ".html"), "Attention through the layers", parts)
     common.save_arrays(settings.save_arrays, {"weights": weights, "ids": ids, "tokens": np.array(labels)})

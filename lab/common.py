@@ -20,7 +20,7 @@ from configurator import Resolved, setting
 from fradique.checkpointing import run_folder
 from fradique.io import files
 from fradique.runtime.memory_limits import OomReport
-from fradique.tokenizer import tokenizer as tokenizers
+from fradique.tokenizer.tokenizer import Tokenizer, encode_prompt
 from fradique.training import loss_plot
 from sample import LoadedModel, load_model, read_prompt
 
@@ -67,9 +67,9 @@ def open_model(settings: ModelSettings) -> LoadedModel:
     return load_model(source, checkpoint_name=settings.checkpoint, device=settings.device, dtype="float32")
 
 
-def encode_prompt(loaded: LoadedModel, start: str) -> np.ndarray:
+def encode_start(loaded: LoadedModel, start: str) -> np.ndarray:
     """The tokens (T,) of a prompt, int64. Raises ValueError if it is longer than the model's context."""
-    ids = tokenizers.encode_prompt(loaded.tokenizer, read_prompt(start))
+    ids = encode_prompt(loaded.tokenizer, read_prompt(start))
     block_size = loaded.model.config.block_size
     if len(ids) > block_size:
         raise ValueError(f"prompt too long: {len(ids)} tokens, maximum {block_size}. Shorten --start")
@@ -86,7 +86,7 @@ def show_whitespace(text: str) -> str:
     return "".join(WHITESPACE_SYMBOLS.get(c) or (c if c.isprintable() else f"‹{ord(c):x}›") for c in text)
 
 
-def token_labels(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> list[str]:
+def token_labels(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     """A visible label for each token (T,); bytes that are not valid UTF-8 are shown as ‹hex›."""
     labels = []
     for token in np.asarray(ids).tolist():
@@ -126,7 +126,7 @@ def write_output(path: Path, write: Callable[[Path], None]) -> None:
     print(f"wrote {path}")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
     """Write a matplotlib figure and report it on the terminal."""
     loss_plot.save_figure(figure, path)
     print(f"wrote {path}")

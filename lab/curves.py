@@ -91,7 +91,7 @@ def main(resolved: Resolved[CurveSettings]) -> int:
         path = common.add_extension(path.with_suffix("") if path.suffix == ".html" else path, ".png")
     runs = [read_curves(folder) for folder in folders]
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.save_figure(plot_losses(runs, settings.x), path)
+    common.write_figure(plot_losses(runs, settings.x), path)
     title = "loss of " + ", ".join(run.name for run in runs)
     html_page.write_page(path.with_suffix(".html"), title, [curves_html(runs, settings.x)])
     arrays = {

@@ -243,7 +243,7 @@ def main(resolved: Resolved[EmbeddingSettings]) -> int:
     labels = common.token_labels(loaded.tokenizer, np.arange(n_tokens))
     projections = project_all(embeddings_by_time(loaded, settings), settings)
     path = common.output_path(settings, "embeddings")
-    common.save_figure(draw_projections(projections, labels, groups), common.add_extension(path, ".png"))
+    common.write_figure(draw_projections(projections, labels, groups), common.add_extension(path, ".png"))
     parts = projections_html(projections, labels, groups)
     html_page.write_page(common.add_extension(path, ".html"), "Embeddings", parts)
     arrays = {" ".join(key): points for key, points in projections.items()}

@@ -233,7 +233,7 @@ def main(resolved: Resolved[JourneySettings], configs: Sequence[str], flags: Seq
     results = [read_result(folder) for folder in folders]
     print(f"\n{common.markdown_table(TABLE_HEADER, table_rows(results))}\n")
     path = common.output_path_in("out", settings.to, "journey")
-    common.save_figure(draw_comparison(results), common.add_extension(path, ".png"))
+    common.write_figure(draw_comparison(results), common.add_extension(path, ".png"))
     page_path = common.add_extension(path, ".html")
     html_page.write_page(page_path, "Comparison of runs", page_parts(results, folders))
     columns = [field.name for field in fields(RunResult)]

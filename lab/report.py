@@ -116,7 +116,7 @@ def text_to_analyze(loaded: LoadedModel, start: str, samples: list[tuple[int, st
     Raises ValueError if --start is longer than the model's context.
     """
     if start:
-        return common.encode_prompt(loaded, start)
+        return common.encode_start(loaded, start)
     text = samples[-1][1].strip() if samples else ""
     ids = encode_prompt(loaded.tokenizer, text).astype(np.int64)
     return ids[: min(loaded.model.config.block_size, MAX_SCORED_TOKENS)]

@@ -162,7 +162,7 @@ def marked_text(labels: list[str], repeated: np.ndarray) -> str:
 def main(resolved: Resolved[SamplingSettings]) -> int:
     settings = resolved.settings
     loaded = common.open_model(settings)
-    prompt = common.encode_prompt(loaded, settings.start)
+    prompt = common.encode_start(loaded, settings.start)
     samples = {
         temperature: generate_samples(loaded, prompt, temperature, settings)
         for temperature in common.parse_numbers(settings.temperatures)
@@ -173,7 +173,7 @@ def main(resolved: Resolved[SamplingSettings]) -> int:
     }
     print(summary_table(results))
     path = common.output_path(settings, "sampling")
-    common.save_figure(draw_bars(results), common.add_extension(path, ".png"))
+    common.write_figure(draw_bars(results), common.add_extension(path, ".png"))
     note = (
         f"A token is marked if it and the {REPEAT_LENGTH - 1} tokens before it occurred earlier in the text."
     )

@@ -224,7 +224,7 @@ def main(resolved: Resolved[TokenizersSettings]) -> int:
         print(result)
         parts.append(html_page.note(result))
     path = common.output_path_in(".", settings.to, "tokenizers")
-    common.save_figure(draw_tokenizations(tokenizations), common.add_extension(path, ".png"))
+    common.write_figure(draw_tokenizations(tokenizations), common.add_extension(path, ".png"))
     for t in tokenizations:
         parts.append(f"<h2>{escape(t.name)}: {t.bytes_per_token:.2f} bytes per token</h2>{colored_tokens(t)}")
     html_page.write_page(common.add_extension(path, ".html"), "One text in three vocabularies", parts)

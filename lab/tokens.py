@@ -234,7 +234,7 @@ def main(resolved: Resolved[TokenSettings]) -> int:
     settings = resolved.settings
     loaded = common.open_model(settings)
     tokenizer = loaded.tokenizer
-    ids = common.encode_prompt(loaded, settings.start)
+    ids = common.encode_start(loaded, settings.start)
     logits = all_logits(loaded.model, common.to_batch(loaded, ids), tokenizer.vocab_size)
     last = logits[-1]
     distributions = panel_distributions(last, settings)
@@ -244,7 +244,7 @@ def main(resolved: Resolved[TokenSettings]) -> int:
     prompt = common.show_whitespace(tokenizer.decode(ids))
 
     path = common.output_path(settings, "tokens")
-    common.save_figure(draw_panels(distributions, order, labels, prompt), common.add_extension(path, ".png"))
+    common.write_figure(draw_panels(distributions, order, labels, prompt), common.add_extension(path, ".png"))
     common.write_output(
         common.add_extension(path, ".gif"),
         lambda temporary: write_temperature_gif(last, order, labels, temporary),
