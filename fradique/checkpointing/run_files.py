@@ -8,11 +8,11 @@ recognized.
 
 import re
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file
+from fradique.data.token_files import find_token_files
 from fradique.io import files
 
 MARKER = ".run.json"
@@ -38,7 +38,7 @@ def is_run(folder: Path) -> bool:
 
 
 def mark_run(folder: Path, run_id: str) -> None:
-    """Write the marker. From then on the names in TOP_FILES are the run's."""
+    """Write the marker. From then on the names that it lists are the run's."""
     files.write_json(folder / MARKER, {"format": 1, "run": run_id, "files": list(TOP_FILES)})
 
 
@@ -56,14 +56,15 @@ def delete_run(folder: Path) -> None:
     """Delete the files that a run has written, the marker last. All other files stay."""
     id_file = folder / metrics_file.WANDB_ID_FILE
     wandb_id = id_file.read_text("utf-8") if id_file.is_file() else ""
-    for name in TOP_FILES:  # first: if the folder is not writable, an OSError is raised before any change
+    # first: if the folder is not writable, an OSError is raised before any change
+    for name in _listed_files(folder):
         if not (folder / name).is_dir():
             (folder / name).unlink(missing_ok=True)
     _delete_wandb_files(folder / WANDB_FOLDER, wandb_id)
     for path in embedding_snapshots.snapshot_paths(folder).values():
         path.unlink()
     _remove_if_empty(folder / embedding_snapshots.SNAPSHOT_FOLDER)
-    for path in folder.glob("*"):
+    for path in list(folder.glob("*")):
         if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             checkpoint.delete_checkpoint(path)
     (folder / MARKER).unlink(missing_ok=True)
@@ -71,7 +72,7 @@ def delete_run(folder: Path) -> None:
 
 def other_content(folder: Path) -> str | None:
     """What `folder` holds if it belongs to something else than a run: a corpus, a model, ...; None if not."""
-    if (folder / ".shards").exists() or any(_token_files(folder)):
+    if (folder / ".shards").exists() or find_token_files(folder):
         return "a corpus"
     if (folder / "ckpt.pt").exists():
         return "a run of nanoGPT"
@@ -87,10 +88,13 @@ def other_content(folder: Path) -> str | None:
     return "the root folder" if path == Path(path.anchor) else None
 
 
-def _token_files(folder: Path) -> Iterator[Path]:
-    for split in ("train", "val"):
-        yield from folder.glob(f"{split}.bin")
-        yield from folder.glob(f"{split}_[0-9]*.bin")
+def _listed_files(folder: Path) -> list[str]:
+    """The names in the marker; TOP_FILES for a run of an older version, and if the marker is damaged."""
+    try:
+        names = files.read_json_object(folder / MARKER)["files"]
+    except (ValueError, KeyError):
+        return list(TOP_FILES)
+    return [name for name in names if name in TOP_FILES] if isinstance(names, list) else list(TOP_FILES)
 
 
 def _exists(path: Path) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import re
 import shutil
 import time
 import uuid
@@ -30,6 +29,7 @@ from fradique.data.encode import (
 )
 from fradique.data.text import Text, cut_pieces
 from fradique.data.text_index import index_text
+from fradique.data.token_files import find_token_files
 from fradique.io import folder_lock
 from fradique.io.files import fsync, read_json, write_json
 from fradique.tokenizer.tokenizer import (
@@ -163,7 +163,7 @@ def check_replaceable(out_dir: Path) -> None:
     if _is_corpus(out_dir) or (out_dir / INSTALLING).exists():  # INSTALLING: a process was killed in _install
         return
     names = [name for name in ("meta.json", "tokenizer.json") if (out_dir / name).exists()]
-    names += sorted(path.name for path in _token_files(out_dir))
+    names += [path.name for path in find_token_files(out_dir)]
     if names:
         raise ValueError(
             f"{out_dir} contains {names[0]}, which prepare.py has not made: delete it, or choose another "
@@ -179,10 +179,6 @@ def _is_corpus(folder: Path) -> bool:
         return False
 
 
-def _token_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.bin") if re.fullmatch(r"(train|val)(_[0-9]+)?\.bin", path.name)]
-
-
 def _install(temp_dir: Path, out_dir: Path, names: list[str]) -> None:
     """Delete the corpus in `out_dir`, then move the files `names` from `temp_dir` to it, in this order.
 
@@ -193,7 +189,7 @@ def _install(temp_dir: Path, out_dir: Path, names: list[str]) -> None:
     (out_dir / INSTALLING).touch()
     fsync(out_dir)
     (out_dir / "meta.json").unlink(missing_ok=True)
-    for path in _token_files(out_dir):
+    for path in find_token_files(out_dir):
         path.unlink()
     fsync(out_dir)
     try:

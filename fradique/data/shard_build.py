@@ -31,6 +31,7 @@ from fradique.data.console import progress_bar
 from fradique.data.encode import MIN_TOKENS, check_splits, encode_splits
 from fradique.data.shard_plan import Job, ShardPlan
 from fradique.data.shard_progress import WORK_FOLDER, ShardCount, count_shards, restart_hint, sidecar_name
+from fradique.data.token_files import find_token_files
 from fradique.io.files import fsync, read_json, write_json
 from fradique.tokenizer.tokenizer import save_tokenizer, tokenizer_from_json
 
@@ -106,11 +107,10 @@ def _check_no_other_shards(out_dir: Path) -> None:
     """Raise ValueError if there are token files without the plan of a preparation in shards."""
     if (out_dir / WORK_FOLDER / "plan.json").exists():
         return
-    names = sorted(path.name for path in out_dir.glob("*.bin") if re.match(r"(train|val)[_.]", path.name))
-    if names:
+    if token_files := find_token_files(out_dir):
         raise ValueError(
-            f"{out_dir} contains {names[0]}, which belongs to another corpus. Shards never replace a corpus: "
-            "delete it first, or choose another folder with --out_dir"
+            f"{out_dir} contains {token_files[0].name}, which belongs to another corpus. Shards never "
+            "replace a corpus: delete it first, or choose another folder with --out_dir"
         )
     check_replaceable(out_dir)
 

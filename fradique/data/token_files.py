@@ -8,6 +8,7 @@ process grows with what it has read, and if a file is truncated during a run, SI
 from __future__ import annotations
 
 import os
+import re
 import sys
 import weakref
 from collections import OrderedDict
@@ -19,8 +20,14 @@ import numpy as np
 
 assert sys.byteorder == "little", "token files are little-endian and are used without conversion"
 
+TOKEN_FILE_NAME = re.compile(r"(train|val)(_[0-9]+)?\.bin")
 MAX_CACHED_BYTES = 64 << 20  # a split up to this size is kept in memory: its windows are read twice as fast
 CHUNK_TOKENS = 1 << 22  # tokens that `chunks` reads at a time
+
+
+def find_token_files(folder: Path) -> list[Path]:
+    """All token files of a corpus by their names: train.bin, val.bin, train_00000.bin, ..."""
+    return sorted(path for path in folder.glob("*.bin") if TOKEN_FILE_NAME.fullmatch(path.name))
 
 
 class TokenFiles(Sequence[np.ndarray]):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SHOWN_CHARS = 200  # of a flag or statement that a message repeats
 NOT_PYTHON = {".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".toml": "TOML", ".ini": "INI"}
-# Settings in a run's settings.json that a config file does not repeat: they belong to one command.
-NOT_REPEATED = ("overwrite", "eval_only", "debug")
+# Settings that apply to one command only: the settings.json of an earlier run does not set them.
+SETTINGS_OF_ONE_COMMAND = ("overwrite", "eval_only", "debug")
 
 
 def did_you_mean(name: str, candidates: Mapping[str, str]) -> str:
@@ -94,7 +94,8 @@ class ConfigFile(dict[str, Any]):
                 "JSON that is not the settings.json of a run, but a config file is Python: write n_layer = "
                 "12, in a file x.py"
             ) from None
-        self.update({key: value for key, value in saved if key in self.specs and key not in NOT_REPEATED})
+        keys = self.specs.keys() - SETTINGS_OF_ONE_COMMAND
+        self.update({key: value for key, value in saved if key in keys})
 
     def assigned(self) -> list[str]:
         """Names that the file assigned, even to the same value; not names that it only read or deleted."""

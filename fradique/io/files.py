@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def merge_old_folder(old: Path, folder: Path, owned: Collection[str]) -> None:
 
     Best effort: what cannot be moved stays in `old`.
     """
-    with suppress(OSError):
+    with contextlib.suppress(OSError):
         for path in old.iterdir():
             if path.name in owned and not path.is_dir():
                 path.unlink()

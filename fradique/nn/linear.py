@@ -95,8 +95,8 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def contiguous_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Copy a transposed view x (rows, columns) into a contiguous matrix of `dtype` (default: x's dtype).
 
-    Each tile is first copied as it lies in memory into a buffer that stays in the cache. Its transposition
-    then reads only the cache.
+    Each tile is first copied, in the memory layout of x, into a buffer that stays in the cache. The
+    transposition then reads only the cache.
     """
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     buffer = x.new_empty(TILE, TILE + ROW_PADDING)

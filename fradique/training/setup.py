@@ -19,6 +19,7 @@ from fradique.checkpointing.checkpoint import Checkpoint, step_folders
 from fradique.data import dataset
 from fradique.data.sampler import Sampler
 from fradique.distributed import process_group
+from fradique.io.config_file import SETTINGS_OF_ONE_COMMAND
 from fradique.optim import optimizer
 from fradique.runtime.device import Runtime, compile_with_fallback, setup_runtime
 from fradique.runtime.memory_limits import OomReport
@@ -32,8 +33,8 @@ from model import GPT
 if TYPE_CHECKING:
     from train import TrainSettings
 
-# Settings that apply to one command only: a resumed run does not read them from its settings.json.
-SETTINGS_OF_ONE_COMMAND = ("init_from", "overwrite", "eval_only", "debug")
+# A resumed run does not read these from its settings.json; init_from is "resume" now.
+NOT_RESUMED = ("init_from", *SETTINGS_OF_ONE_COMMAND)
 
 
 def setup_training(
@@ -300,5 +301,5 @@ def saved_run_settings(settings: TrainSettings) -> tuple[dict[str, Any], str] | 
     if settings.init_from != "resume" and not restarted:
         return None
     saved = run_folder.saved_settings(folder)
-    run_settings = {key: value for key, value in saved.items() if key not in SETTINGS_OF_ONE_COMMAND}
+    run_settings = {key: value for key, value in saved.items() if key not in NOT_RESUMED}
     return run_settings, str(folder / run_folder.SETTINGS_FILE)

@@ -181,3 +181,13 @@ def claim(folder, settings):
     return run_folder.claim_run_folder(
         folder, vars(settings), {}, CharTokenizer("ab"), resume_step=None, overwrite=False
     )
+
+
+def test_only_listed_names_are_deleted(tmp_path):
+    """A run of a version that wrote fewer files; a name that no run writes is never deleted."""
+    for name in ("settings.json", "samples.txt", "notes.txt"):
+        write(tmp_path / name)
+    listed = ["settings.json", "notes.txt", "../elsewhere", 3]
+    write(tmp_path / run_files.MARKER, json.dumps({"format": 1, "run": "id", "files": listed}))
+    run_files.delete_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "samples.txt"]
