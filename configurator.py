@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
+from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from fradique.io.config_file import ConfigFile, describe_failure, did_you_mean, shorten
-from fradique.io.files import expand_home
-from fradique.io.terminal import discard_closed_stdout, help_width, wrap
+from fradique.io.files import expand_home, find_beside_project
+from fradique.io.terminal import command_output, flush_stdout, help_width, wrap
 
 T = TypeVar("T")
 Values = Mapping[str, Any]
@@ -60,10 +61,11 @@ def setting(
     above: float = -math.inf,
     common: bool = False,  # whether --help without =all shows the field
     path: bool = False,  # ~ is expanded; must not be empty, unless the default is
+    escapes: bool = False,  # in a flag, \n, \t and \\ mean a newline, a tab and a backslash
 ) -> Any:
     """A dataclass field with a help text and limits: lo <= value <= hi, and value > above."""
-    limits = {"lo": lo, "hi": hi, "above": above, "choices": choices, "path": path}
-    return field(default=default, metadata={"help": help, "group": group, "common": common, **limits})
+    values = {"lo": lo, "hi": hi, "above": above, "choices": choices, "path": path, "escapes": escapes}
+    return field(default=default, metadata={"help": help, "group": group, "common": common, **values})
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class SettingSpec:
     group: str | None = None
     common: bool = False
     path: bool = False
+    escapes: bool = False
 
     def describe_limits(self) -> str:
         if math.isfinite(self.lo) and math.isfinite(self.hi):
@@ -124,7 +127,7 @@ class SettingSpec:
             for kind in (int, float):  # float also for an int setting, which accepts 1e5
                 with suppress(ValueError):
                     return kind(text)
-        return text
+        return _unescape(text) if self.escapes else text
 
     def takes_word(self, word: str) -> bool:
         """Whether the word after a bare --key of this setting is its value, and not a config file or flag."""
@@ -140,6 +143,17 @@ SWITCHES = {  # flags that every command has, and that are not settings
     "print_settings": SettingSpec((bool,), False, "show the value and the source of each setting and exit"),
     "debug": SettingSpec((bool,), False, "show the traceback of an error"),
 }
+
+
+def _unescape(text: str) -> str:
+    """`text` with its \\n, \\t and \\\\ replaced, which most shells pass on as they are typed.
+
+    FILE:path is not changed: the path may be one of Windows, such as FILE:C:\\new.txt.
+    """
+    characters = {"n": "\n", "t": "\t", "\\": "\\"}
+    if text.startswith("FILE:"):
+        return text
+    return re.sub(r"\\([nt\\])", lambda match: characters[match[1]], text)
 
 
 def _specs(cls: type) -> dict[str, SettingSpec]:
@@ -209,6 +223,8 @@ class _Resolver:
             self.invalid[key] = f"{location}: {error}"
 
     def read_file(self, path: str) -> None:
+        found = find_beside_project(Path(path))
+        path = path if found == Path(path) else str(found)
         namespace = ConfigFile(self.values, path, self.specs)
         try:
             namespace.run()
@@ -308,9 +324,17 @@ def command(
     base: a function of the settings. If they resume a run, it returns the saved settings of the run and the
     name of their file, and the command line is resolved again with the saved settings as defaults.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show a character
+    with command_output():
+        return _run(main, cls, sys.argv[1:] if argv is None else argv, base)
+
+
+def _run(
+    main: Callable[[Resolved[T]], int | None],
+    cls: type[T],
+    argv: Sequence[str],
+    base: Callable[[T], tuple[Values, str] | None] | None,
+) -> int:
+    """`command`, after the encoding of the output is set."""
     _, flags = _parse_argv(argv, SWITCHES | _specs(cls))
     switches = {key: SWITCHES[key].parse(text or "true") for key, text, _ in flags if key in SWITCHES}
     debug, status = switches.get("debug"), None
@@ -327,15 +351,16 @@ def command(
                 print(format_settings(resolved))
             else:
                 status = main(resolved)
-        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130  # the exit status of a program that Ctrl-C ended
     except (ValueError, OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and discard_closed_stdout():
-            return 141  # the exit status of a program that SIGPIPE ended
+        # a line more, because a closed pipe is noticed only when something is written to it
+        probe = "\n" if isinstance(error, BrokenPipeError) else ""
+        if isinstance(error, OSError) and (output_status := flush_stdout(probe)):
+            return output_status
         print(traceback.format_exc().rstrip() if debug else _format_error(error), file=sys.stderr)
         return 2
-    return status or 0
+    return flush_stdout() or status or 0
 
 
 def _format_error(error: ValueError | OSError | MemoryError) -> str:

@@ -41,10 +41,10 @@ class SampleSettings:
     init_from: str = setting("resume", "resume: the run in out_dir; otherwise gpt2, gpt2-medium, ..., or a path: run folder, ckpt.pt, Hugging Face folder", common=True, path=True)
     checkpoint: str = setting("best", "checkpoint of the run: best, newest, or a step number", common=True)
 
-    start: str = setting("\n", "prompt: text, FILE:path, or - for standard input", common=True, group="text")
+    start: str = setting("\n", "prompt: text (in a flag \\n is a newline, \\t a tab, \\\\ a backslash), FILE:path, or - for standard input", common=True, group="text", escapes=True)
     num_samples: int = setting(1, "number of samples, generated in one batch", common=True, lo=1, hi=2**20)
     max_new_tokens: int = setting(500, "number of tokens to generate for each sample", common=True, lo=0, hi=2**40)
-    stop: str = setting("", "end a sample before this text; empty: only at max_new_tokens")
+    stop: str = setting("", "end a sample before this text, for example \\n\\n; empty: only at max_new_tokens", escapes=True)
 
     temperature: float = setting(0.8, "0 (or below 1e-4): always the most probable token; 1: the model's own probabilities; above 1: more random", common=True, lo=0.0, group="sampling")
     top_k: int = setting(0, "sample only from the k most probable tokens; 0: from all", common=True, lo=0)
@@ -116,10 +116,12 @@ def prepare_for_inference(loaded: LoadedModel, requested_dtype: str) -> LoadedMo
 
 
 def read_prompt(start: str) -> str:
-    """The prompt for a value of --start. Raises ValueError for a file that is too long or not UTF-8."""
+    """The prompt for a value of --start. Raises ValueError for one that is too long or not UTF-8."""
     if start != "-" and not start.startswith("FILE:"):
         return start
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
+    if start == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: give the prompt as --start=TEXT or --start=FILE:path")
     with nullcontext(sys.stdin.buffer) if start == "-" else Path(expand_home(name)).open("rb") as file:
         data = file.read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
@@ -168,8 +170,16 @@ class StreamedSample:
 
 
 def generate_text(loaded: LoadedModel, prompt: str, settings: SampleSettings) -> Iterator[list[str]]:
-    """Continue `prompt`: yield, after each token, the new text of each sample (it may be empty)."""
+    """Continue `prompt`: yield, after each token, the new text of each sample (it may be empty).
+
+    Raises ValueError at once, and not in the first iteration, if the prompt cannot be encoded.
+    """
     ids = torch.from_numpy(encode_prompt(loaded.tokenizer, prompt).astype("int64"))  # (T,)
+    return _stream_texts(loaded, ids, settings)
+
+
+def _stream_texts(loaded: LoadedModel, ids: torch.Tensor, settings: SampleSettings) -> Iterator[list[str]]:
+    """`generate_text` for the tokens (T,) of a prompt."""
     samples = [StreamedSample(loaded.tokenizer, settings.stop) for _ in range(settings.num_samples)]
     generator = torch.Generator(loaded.runtime.device)
     generator.manual_seed(settings.seed)
@@ -210,13 +220,16 @@ def print_samples(settings: SampleSettings, device: torch.device) -> None:
     prompt = read_prompt(settings.start)
     loaded = load_model(source, checkpoint_name=settings.checkpoint, device=device, dtype=settings.dtype)
     loaded = prepare_for_inference(loaded, settings.dtype)
+    note = ""
     if settings.temperature < GREEDY_TEMPERATURE and settings.num_samples > 1:
-        message = f"temperature {settings.temperature:g} always gives the same text: 1 sample instead of {settings.num_samples}"
-        print(message, file=sys.stderr)
+        note = f"temperature {settings.temperature:g} always gives the same text: 1 sample instead of {settings.num_samples}"
         settings = replace(settings, num_samples=1)
+    stream = generate_text(loaded, prompt, settings)  # raises before anything is printed
+    if note:
+        print(note, file=sys.stderr)
     print(prompt, end="", flush=True)
     texts = [""] * settings.num_samples
-    for pieces in generate_text(loaded, prompt, settings):
+    for pieces in stream:
         print(pieces[0], end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     print()

@@ -110,7 +110,7 @@ class TrainSettings:
     keep_checkpoints: int = setting(2, "number of most recent step checkpoints to keep", lo=1)
     log_interval: int = setting(1, "steps between log lines", lo=1)
     sample_interval: int = setting(0, "steps between text samples (in samples.txt); 0: one sample at the end", lo=0)
-    sample_start: str = setting("", "prompt of those samples; empty: start of a line")
+    sample_start: str = setting("", "prompt of those samples; in a flag \\n is a newline; empty: start of a line", escapes=True)
     sample_tokens: int = setting(200, "length of those samples in tokens", lo=1)
     snapshot_interval: int = setting(0, "steps between saved embeddings for lab.movie (small files); 0: none", lo=0)
     wandb_log: bool = setting(False, "also log to Weights & Biases")
@@ -388,7 +388,7 @@ def finish(t: Trainer) -> None:
     plot = t.folder / LOSS_PLOT_FILE
     t.log.info(
         f"\n{sample}\n\nwhole validation split: {metrics} (best weights, of step {state.best_step})\n"
-        f"{state.step} steps in {format_duration(budget.elapsed())}; run folder: {t.folder}"
+        f"{state.step} steps in {format_duration(budget.elapsed())}; run folder: {t.folder.resolve()}"
         + (f"; loss curve: {plot}" if plot.exists() else "")
         + f"\nnext: python sample.py --out_dir={t.folder}"
     )

@@ -32,6 +32,7 @@ import torch
 import train
 from configurator import resolve
 from fradique.io import files
+from fradique.io.terminal import command_output
 from fradique.runtime.device import configure_process
 from fradique.training import evaluation, setup
 from fradique.training.trainer import Trainer
@@ -206,6 +207,7 @@ def write_table(path: Path, text: str) -> None:
     files.write_text(path, f"{before}{begin}\n{text}\n{end}{after}")
 
 
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure, print the table, and one line of JSON."""
     parser = argparse.ArgumentParser(

@@ -28,7 +28,7 @@ from fradique.data import dataset
 from fradique.data.sampler import Sampler
 from fradique.data.sources import python_library
 from fradique.data.text import Text, cut_pieces, files_text, find_files
-from fradique.io.terminal import path_argument
+from fradique.io.terminal import command_output, path_argument
 from fradique.tokenizer import bpe
 from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
 
@@ -159,6 +159,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and one line of JSON."""
     parser = argparse.ArgumentParser(

@@ -32,6 +32,7 @@ import train
 from bench import machine
 from bench.train import ROOT, config_name, one_step, settings_for, split_by_config
 from fradique.distributed import process_group
+from fradique.io.terminal import command_output
 from fradique.runtime import memory_estimate
 from fradique.runtime.device import configure_process
 from fradique.training import model_setup, outputs, setup
@@ -192,7 +193,7 @@ def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, *(torchrun if processes > 1 else [])]
         command += ["-m", "bench.memory", f"--once={scratch}", *argv]
-        completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        completed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     results = list(_results(completed.stdout))
     if completed.returncode or len(results) != processes:
         raise RuntimeError(f"{' '.join(command)} failed:\n{completed.stderr[-2000:]}")
@@ -228,6 +229,7 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table or the measurements, and one line of JSON."""
     parser = argparse.ArgumentParser(

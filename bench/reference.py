@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench import machine
+from fradique.io.terminal import command_output
 from model import GPT, GPTConfig
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
@@ -173,6 +174,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+@command_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the result, and one line of JSON. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.reference", description=__doc__.splitlines()[0])

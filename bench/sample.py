@@ -24,7 +24,7 @@ from torch import Tensor
 
 import sample  # sample.py of the project, not this file
 from bench import machine
-from fradique.io.terminal import path_argument
+from fradique.io.terminal import command_output, path_argument
 from fradique.runtime.device import configure_process, setup_runtime
 from model import GPT, GPTConfig
 
@@ -182,6 +182,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and one line of JSON."""
     parser = argparse.ArgumentParser(

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fradique.io.terminal import command_output
+
 
 class Attention(nn.Module):
     """Causal self-attention: (B, T, C) -> (B, T, C)."""
@@ -147,7 +149,7 @@ class BaselineProcess:
             command += ["--nanogpt", str(nanogpt)]
         root = Path(__file__).resolve().parent.parent
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", cwd=root
         )
 
     def __enter__(self) -> "BaselineProcess":
@@ -170,6 +172,7 @@ class BaselineProcess:
         raise RuntimeError("the baseline process has ended; see its error message above")
 
 
+@command_output()
 def main() -> None:
     """The process of `BaselineProcess`."""
     parser = argparse.ArgumentParser(

@@ -30,7 +30,8 @@ import torch
 import train
 from bench import machine, textbook
 from configurator import resolve
-from fradique.io.terminal import path_argument
+from fradique.io.files import find_beside_project
+from fradique.io.terminal import command_output, path_argument
 from fradique.runtime.device import configure_process
 from fradique.training import setup
 from fradique.training.logger import format_count
@@ -77,7 +78,7 @@ def settings_for(argv: Sequence[str], scratch: Path) -> train.TrainSettings:
     If its corpus is not prepared, a corpus of random tokens is written to `scratch` and used instead.
     """
     settings = resolve(train.TrainSettings, argv).settings
-    corpus = Path(settings.data_dir) / settings.dataset
+    corpus = find_beside_project(Path(settings.data_dir) / settings.dataset)
     characters = settings.dataset.endswith("_char")
     settings = replace(
         settings, out_dir=str(scratch / "run"), wandb_log=False, overwrite=False, eval_only=False
@@ -195,7 +196,7 @@ def first_step_seconds(argv: Sequence[str], scratch: Path) -> float:
     ]
     command = [sys.executable, "-u", "train.py", *argv, *flags]  # -u: its lines arrive at once
     start = time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as process:
         for line in process.stdout:
             if line.startswith("step 1:"):
                 seconds = time.perf_counter() - start
@@ -240,6 +241,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each config, print the results, and one line of JSON."""
     parser = argparse.ArgumentParser(

@@ -50,12 +50,9 @@ AttentionFunction = Callable[
 
 
 @dataclass(frozen=True)
-class AttentionSettings(common.ModelSettings):
-    """python -m lab.attention --out_dir=out/<run> --start="A figura é poética" [--layer=0] [--head=0]"""
+class AttentionSettings(common.PromptSettings):
+    """python -m lab.attention --out_dir=out/<run> [--start="A figura é poética"] [--layer=0] [--head=0]"""
 
-    start: str = setting(
-        "A figura é poética", "prompt: text, FILE:path, or - for standard input", group="text"
-    )
     layer: int = setting(-1, "draw only this layer, from 0; -1: all layers", lo=-1, group="picture")
     head: int = setting(-1, "draw only this head, from 0; -1: all heads", lo=-1)
 
@@ -289,8 +286,7 @@ def add_edges(
     A trace is one line: start, end and NaN of each edge, where NaN interrupts the line.
     """
     tooltips = [
-        f"layer {int(layer)}, head {int(head)}: "
-        f"<b>{labels[int(query)]}</b> reads <b>{labels[int(key)]}</b>: {weight:.2f}"
+        (int(layer), int(head), labels[int(query)], labels[int(key)], f"{weight:.2f}")
         for layer, head, query, key, weight in edges
     ]
     layers, heads, queries, keys, _ = edges.T
@@ -299,9 +295,10 @@ def add_edges(
         x=np.column_stack([keys, queries, gaps]).ravel(),
         y=np.column_stack([heads, heads, gaps]).ravel(),
         z=np.column_stack([layers, layers + 1, gaps]).ravel(),
-        text=[text for tooltip in tooltips for text in (tooltip, tooltip, "")],
+        customdata=[values for tooltip in tooltips for values in (tooltip, tooltip, ())],
         mode="lines",
-        hovertemplate="%{text}<extra></extra>",
+        hovertemplate="layer %{customdata[0]}, head %{customdata[1]}: <b>%{customdata[2]}</b> reads "
+        "<b>%{customdata[3]}</b>: %{customdata[4]}<extra></extra>",
         line={"color": EDGE_COLOR, "width": 1 + 6 * max_weight},
         opacity=min(1.0, 0.12 + 0.9 * min_weight),
         name=f"{min_weight:g} to {min(max_weight, 1):g}",
@@ -311,7 +308,7 @@ def add_edges(
 def main(resolved: Resolved[AttentionSettings]) -> int:
     settings = resolved.settings
     loaded = common.open_model(settings)
-    ids = common.encode_start(loaded, settings.start)
+    ids = common.prompt_tokens(loaded, settings, MAX_LABELED_IN_GRID, fallback="A figura é poética")
     weights = attention_weights(loaded.model, common.to_batch(loaded, ids))
     labels = common.token_labels(loaded.tokenizer, ids)
     heads = select_heads(weights, settings.layer, settings.head)

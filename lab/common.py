@@ -4,7 +4,10 @@ Shapes: T tokens.
 """
 
 import math
+import re
 import reprlib
+import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +21,18 @@ from matplotlib.figure import Figure
 import configurator
 from configurator import Resolved, setting
 from fradique.checkpointing import run_folder
+from fradique.data import dataset
 from fradique.io import files
 from fradique.runtime.memory_limits import OomReport
-from fradique.tokenizer.tokenizer import Tokenizer, encode_prompt
+from fradique.tokenizer.bpe import END_OF_TEXT
+from fradique.tokenizer.tokenizer import CharTokenizer, Tokenizer, encode_prompt
 from fradique.training import loss_plot
 from sample import LoadedModel, load_model, read_prompt
 
 WHITESPACE_SYMBOLS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "·"}
+DOTTED_CIRCLE = "◌"
 NEWLINE_SYMBOL = WHITESPACE_SYMBOLS["\n"]
+SEARCHED_TOKENS = 4096  # of the validation text: the default prompt is among these
 OUTPUT_SUFFIXES = (".png", ".html", ".svg", ".gif", ".mp4", ".txt")
 
 
@@ -46,6 +53,19 @@ class ModelSettings:
     )
     save_arrays: str = setting("", "also write the plotted arrays to this .npz file", path=True)
     debug: bool = setting(False, "show the traceback of an error")
+
+
+@dataclass(frozen=True)
+class PromptSettings(ModelSettings):
+    """The settings of every command that needs a prompt."""
+
+    start: str = setting(
+        "",
+        "prompt: text (in a flag \\n is a newline, \\t a tab, \\\\ a backslash), FILE:path, or - for "
+        "standard input; empty: the beginning of the run's validation text",
+        group="text",
+        escapes=True,
+    )
 
 
 def command(main: Callable[[Resolved[Any]], int], cls: type, argv: Sequence[str] | None = None) -> int:
@@ -76,6 +96,73 @@ def encode_start(loaded: LoadedModel, start: str) -> np.ndarray:
     return ids.astype(np.int64)
 
 
+def prompt_tokens(
+    loaded: LoadedModel, settings: PromptSettings, max_tokens: int, fallback: str
+) -> np.ndarray:
+    """The tokens (T,) of --start, int64; without --start, those of the default prompt, which is printed.
+
+    The default prompt is the beginning of the run's validation text, at most `max_tokens` tokens. If that
+    cannot be read, it is `fallback` without the characters that the model lacks, and a note says why.
+    Raises ValueError if --start is longer than the model's context.
+    """
+    if settings.start:
+        return encode_start(loaded, settings.start)
+    max_tokens, reason = min(max_tokens, loaded.model.config.block_size), ""
+    try:
+        prompt = beginning_of_text(loaded.tokenizer, validation_tokens(loaded, settings), max_tokens)
+    except (ValueError, OSError) as error:
+        prompt, reason = remove_unknown_characters(loaded.tokenizer, fallback), str(error)
+    ids = encode_prompt(loaded.tokenizer, prompt)[:max_tokens].astype(np.int64)
+    shown = repr(loaded.tokenizer.decode(ids))
+    if reason:
+        print(f"note: the prompt is {shown}, because no validation text was found: {reason}", file=sys.stderr)
+    else:
+        print(f"prompt, the beginning of the run's validation text: {shown}")
+    return ids
+
+
+def validation_tokens(loaded: LoadedModel, settings: ModelSettings) -> np.ndarray:
+    """The first tokens (T,) of the validation split with which the model was trained, T <= SEARCHED_TOKENS.
+
+    Raises ValueError or OSError if the model does not come from a run, or the corpus of the run is missing or
+    was prepared again with another tokenizer.
+    """
+    source = Path(settings.init_from or settings.out_dir)
+    run = source.parent if (source / "manifest.json").exists() else source  # a checkpoint of a run
+    if not (run / run_folder.SETTINGS_FILE).exists():
+        raise ValueError(f"{source} is not a run folder")
+    saved = run_folder.saved_settings(run)
+    folder = files.find_beside_project(Path(str(saved.get("data_dir")), str(saved.get("dataset"))))
+    corpus = dataset.open_corpus(folder, block_size=1)
+    if corpus.tokenizer != loaded.tokenizer:
+        raise ValueError(f"the corpus in {folder} has another tokenizer than the run")
+    shard = int(corpus.val.token_files.lengths.argmax())  # a shard may be empty
+    return corpus.val.token_files[shard][:SEARCHED_TOKENS]
+
+
+def beginning_of_text(tokenizer: Tokenizer, ids: np.ndarray, max_tokens: int) -> str:
+    """The text from the first beginning of a line in ids (T,) on, at most `max_tokens` tokens.
+
+    It ends at the end of a word, if it has several. The first tokens may be the end of a line, or of a word
+    if there are no lines.
+    """
+    text = tokenizer.decode(ids)
+    if tokenizer.end_of_text is not None:
+        text = text.replace(END_OF_TEXT, "\n")
+    beginnings = (text.partition("\n")[2], text.partition(" ")[2], text)
+    text = next((beginning.strip() for beginning in beginnings if beginning.strip()), "")
+    prompt = tokenizer.decode(tokenizer.encode(text)[:max_tokens]).rstrip("\ufffd")  # of a partial character
+    next_character = text[len(prompt) : len(prompt) + 1]
+    if next_character and not next_character.isspace():
+        prompt = re.sub(r"(?<=\S)\s+\S*\Z", "", prompt)  # without the last word, which is not complete
+    return prompt.rstrip()
+
+
+def remove_unknown_characters(tokenizer: Tokenizer, text: str) -> str:
+    """`text` without the characters that are not in the vocabulary of a character tokenizer."""
+    return "".join(c for c in text if not isinstance(tokenizer, CharTokenizer) or c in tokenizer.chars)
+
+
 def to_batch(loaded: LoadedModel, ids: np.ndarray) -> torch.Tensor:
     """(T,) -> (1, T), int64, on the model's device."""
     return torch.from_numpy(np.asarray(ids, np.int64))[None].to(loaded.runtime.device)
@@ -83,11 +170,15 @@ def to_batch(loaded: LoadedModel, ids: np.ndarray) -> torch.Tensor:
 
 def show_whitespace(text: str) -> str:
     """Replace whitespace by visible symbols, and other unprintable characters by ‹their code›."""
-    return "".join(WHITESPACE_SYMBOLS.get(c) or (c if c.isprintable() else f"‹{ord(c):x}›") for c in text)
+    return loss_plot.escape_unprintable("".join(WHITESPACE_SYMBOLS.get(c, c) for c in text))
 
 
 def token_labels(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """A visible label for each token (T,); bytes that are not valid UTF-8 are shown as ‹hex›."""
+    """A visible label for each token (T,).
+
+    Bytes that are not valid UTF-8 are shown as ‹hex›, and a combining character, such as an accent, on a
+    dotted circle.
+    """
     labels = []
     for token in np.asarray(ids).tolist():
         if token == tokenizer.end_of_text:
@@ -95,10 +186,16 @@ def token_labels(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
             continue
         data = tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else b""
         try:
-            labels.append(show_whitespace(data.decode("utf-8")) or f"#{token}")
+            label = show_whitespace(data.decode("utf-8")) or f"#{token}"
+            labels.append(DOTTED_CIRCLE + label if is_combining(label[0]) else label)
         except UnicodeDecodeError:
             labels.append("".join(f"‹{byte:02x}›" for byte in data))
     return labels
+
+
+def is_combining(character: str) -> bool:
+    """Whether a character is drawn on the one before it."""
+    return unicodedata.category(character).startswith("M")
 
 
 def output_path(settings: ModelSettings, name: str) -> Path:
@@ -144,7 +241,7 @@ def save_arrays(to: str, arrays: dict[str, np.ndarray]) -> None:
 def figure_pixels(figure: Figure) -> np.ndarray:
     """Render a figure as `savefig` would: (height, width, 3) uint8."""
     canvas = FigureCanvasAgg(figure)
-    with loss_plot.ignore_missing_glyphs():
+    with loss_plot.literal_text(figure):
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -13,7 +13,6 @@ Shapes: n tokens, C embedding width, P positions.
 import sys
 import warnings
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from sklearn.manifold import TSNE
 
 from configurator import Resolved, setting
 from fradique.checkpointing import run_folder
-from fradique.training.loss_plot import COLORS
+from fradique.training.loss_plot import COLORS, legend_label
 from lab import common, html_page
 from lab.token_groups import token_groups
 from model import GPT, GPTConfig
@@ -168,7 +167,9 @@ def draw_tokens(axes: Axes, points: np.ndarray, labels: list[str], groups: np.nd
     styles = group_styles(groups)
     for group, (color, marker) in styles.items():
         x, y = points[groups == group].T
-        axes.scatter(x, y, s=6 if with_labels else 10, color=color, marker=marker, label=group, alpha=0.8)
+        axes.scatter(
+            x, y, s=6 if with_labels else 10, color=color, marker=marker, label=legend_label(group), alpha=0.8
+        )
     if with_labels:
         for (x, y), label, group in zip(points, labels, groups.tolist(), strict=True):
             color = styles[group][0]
@@ -211,7 +212,7 @@ def tokens_html(points: np.ndarray, labels: list[str], groups: np.ndarray, title
             text=[labels[i] for i in members],
             textposition="top right",
             marker={"color": color, "size": 7},
-            hovertemplate=f"<b>%{{text}}</b><extra>{escape(group)}</extra>",
+            hovertemplate="<b>%{text}</b><extra>%{fullData.name}</extra>",
             name=group,
         )
     figure.update_layout(title=title, **PLOTLY_AXES)

@@ -4,15 +4,20 @@ The colors follow the light or dark mode of the browser. Figures are made with p
 """
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
+import plotly.io
 from plotly.offline import get_plotlyjs
 
 from lab import common
 
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # no white space
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --background: #ffffff; --muted: #767676; }
 @media (prefers-color-scheme: dark) { :root { --text: #ececec; --background: #16181c; --muted: #9a9a9a; } }
@@ -87,8 +92,9 @@ def collapsible(title: str, content: str, is_open: bool = False) -> str:
 
 
 def sample_text(text: str) -> str:
-    """Generated text, with its line breaks."""
-    return f'<pre class="sample">{escape(text)}</pre>'
+    """Generated text, with its line breaks. Control characters, which HTML forbids, are shown as ‹codes›."""
+    printable = CONTROL_CHARACTERS.sub(lambda match: f"‹{ord(match[0]):x}›", text)
+    return f'<pre class="sample">{escape(printable)}</pre>'
 
 
 def token_text(spans: Sequence[str]) -> str:
@@ -117,7 +123,11 @@ def embedded_image(data: bytes, kind: str, description: str) -> str:
 
 
 def figure_html(figure: go.Figure, height: int = 640) -> str:
-    """The HTML of a plotly figure, for `page`, with a transparent background. height: pixels."""
+    """The HTML of a plotly figure, for `page`, with a transparent background. height: pixels.
+
+    All text of the figure is drawn as it is written; only a hovertemplate may have tags. Text from users must
+    not be in a hovertemplate, but in the values that it names, such as %{text}.
+    """
     figure.update_layout(
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
@@ -128,9 +138,30 @@ def figure_html(figure: go.Figure, height: int = 640) -> str:
     # hide the lines through 0 and the walls of 3D scenes, whose colors THEME_SCRIPT does not set
     figure.update_xaxes(zeroline=False).update_yaxes(zeroline=False)
     figure.update_scenes({f"{axis}axis_showbackground": False for axis in "xyz"})
-    return figure.to_html(
+    figure.update_layout(hoverlabel={"namelength": -1})  # a name that is cut could end inside an entity
+    return plotly.io.to_html(
+        literal_strings(figure.to_dict()),
         full_html=False,
         include_plotlyjs=False,
         auto_play=False,
-        config={"displaylogo": False, "responsive": True},
+        config={"displaylogo": False, "responsive": True, "typesetMath": False},
+        validate=False,
     )
+
+
+def literal_strings(value: Any, webgl: bool = False) -> Any:
+    """A value of a plotly figure in which all strings, except hovertemplates, are drawn as they are written.
+
+    Plotly reads tags such as <b> and entities such as &lt; in every text. In the axes of a 3D scene, which
+    are drawn with WebGL, it reads only tags: a zero-width space after "<" prevents that.
+    """
+    if isinstance(value, str):
+        return value.replace("<", "<\u200b") if webgl else escape(value, quote=False)
+    if isinstance(value, dict):
+        return {
+            name: item if name == "hovertemplate" else literal_strings(item, webgl or name == "scene")
+            for name, item in value.items()
+        }
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":  # objects or strings
+        value = value.tolist()
+    return [literal_strings(item, webgl) for item in value] if isinstance(value, list | tuple) else value

@@ -133,7 +133,7 @@ def read_result(folder: Path) -> RunResult:
     samples = metrics_file.read_samples(folder)
     _, last_sample = samples[-1] if samples else (None, "")
     return RunResult(
-        name=folder.name,
+        name=loss_plot.run_name(folder),
         parameters=count_parameters(folder),
         best_val_loss=best["eval_val_loss"],
         train_loss=best["eval_train_loss"],

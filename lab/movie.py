@@ -133,7 +133,7 @@ def load_movie(settings: MovieSettings) -> MovieData:
         positions = project_frames([snapshot.positions for snapshot in snapshots])
     snapshot_steps = np.array([snapshot.step for snapshot in snapshots], float)  # (S,)
     return MovieData(
-        title=folder.name,
+        title=loss_plot.run_name(folder),
         method=settings.how,
         steps=interpolate(snapshot_steps[:, None, None], n_frames)[:, 0, 0],
         tokens=project_frames([snapshot.tokens[:n_tokens] for snapshot in snapshots]),

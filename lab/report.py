@@ -52,11 +52,17 @@ MOVIE_SECONDS, MOVIE_FPS = 6.0, 8
 
 
 @dataclass(frozen=True)
-class ReportSettings(common.ModelSettings):  # the docstring is the first line of --help
+class ReportSettings(common.PromptSettings):  # the docstring is the first line of --help
     """python -m lab.report --out_dir=out/<run> [--start="A figura é poética"]"""
 
     save_arrays: str = setting("", "also write the ids of the analyzed tokens to this .npz file", path=True)
-    start: str = setting("", "text to analyze; empty: the run's last sample", group="text")
+    start: str = setting(
+        "",
+        "text to analyze; empty: the run's last sample, or, without samples, the beginning of its validation "
+        "text",
+        group="text",
+        escapes=True,
+    )
 
 
 Section = tuple[str, list[str]]  # title, and the HTML below it
@@ -110,14 +116,17 @@ def samples_section(samples: list[tuple[int, str]]) -> Section:
     return "Samples during training", parts
 
 
-def text_to_analyze(loaded: LoadedModel, start: str, samples: list[tuple[int, str]]) -> np.ndarray:
+def text_to_analyze(
+    loaded: LoadedModel, settings: ReportSettings, samples: list[tuple[int, str]]
+) -> np.ndarray:
     """The token ids (T,) of --start, or of the beginning of the last sample.
 
-    Raises ValueError if --start is longer than the model's context.
+    If there is neither, those of the beginning of the run's validation text. Raises ValueError if --start is
+    longer than the model's context.
     """
-    if start:
-        return common.encode_start(loaded, start)
     text = samples[-1][1].strip() if samples else ""
+    if settings.start or not text:
+        return common.prompt_tokens(loaded, settings, MAX_SCORED_TOKENS, fallback="")
     ids = encode_prompt(loaded.tokenizer, text).astype(np.int64)
     return ids[: min(loaded.model.config.block_size, MAX_SCORED_TOKENS)]
 
@@ -243,7 +252,7 @@ def main(resolved: Resolved[ReportSettings]) -> int:
     records, samples = metrics_file.read_metrics(folder), metrics_file.read_samples(folder)
     loaded = common.open_model(settings)
     config = loaded.model.config
-    ids = text_to_analyze(loaded, settings.start, samples)
+    ids = text_to_analyze(loaded, settings, samples)
     sections = [
         settings_section(saved),
         curves_section(folder),
@@ -261,7 +270,7 @@ def main(resolved: Resolved[ReportSettings]) -> int:
     for title, content in sections:
         parts += [f'<h2 id="{section_id(title)}">{escape(title)}</h2>', *content]
     path = common.add_extension(common.output_path(settings, "report"), ".html")
-    html_page.write_page(path, folder.resolve().name, parts)
+    html_page.write_page(path, loss_plot.run_name(folder), parts)
     common.save_arrays(settings.save_arrays, {"ids": ids})
     return 0
 

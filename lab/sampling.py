@@ -23,16 +23,16 @@ from fradique.training.loss_plot import COLORS
 from lab import common, html_page
 from sample import LoadedModel
 
+PROMPT_TOKENS = 16  # of the default prompt, at most
 NGRAM_SIZES = (1, 2, 3, 4)
 REPEAT_LENGTH = 8  # a token counts as repeated if the 8 tokens that end with it occurred before
 SAMPLES_SHOWN = 2  # samples of each temperature on the HTML page
 
 
 @dataclass(frozen=True)
-class SamplingSettings(common.ModelSettings):
-    """python -m lab.sampling --out_dir=out/<run> --start="A casa" [--temperatures=0,0.8,1.2]"""
+class SamplingSettings(common.PromptSettings):
+    """python -m lab.sampling --out_dir=out/<run> [--start="A casa"] [--temperatures=0,0.8,1.2]"""
 
-    start: str = setting("A casa", "prompt: text, FILE:path, or - for standard input", group="text")
     temperatures: str = setting(
         "0,0.5,0.8,1,1.3", "comma-separated; 0: greedy, always the most probable token"
     )
@@ -131,15 +131,16 @@ def summary_table(results: dict[float, Repetition]) -> str:
 
 def draw_bars(results: dict[float, Repetition]) -> Figure:
     """Bars for the shares of distinct n-grams and of repeated tokens, in a group for each temperature."""
-    figure = Figure(figsize=(1.2 + 1.5 * len(results), 4), dpi=110, layout="constrained")
+    width = max(5.0, 1.2 + 1.5 * len(results))  # inches; the legend needs 5
+    figure = Figure(figsize=(width, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     series = {f"distinct-{n}": [r.distinct[i] for r in results.values()] for i, n in enumerate(NGRAM_SIZES)}
     series["repeated"] = [r.repeated for r in results.values()]
-    width = 0.8 / len(series)
+    bar_width = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
-        xs = np.arange(len(values)) + (i - (len(series) - 1) / 2) * width
+        xs = np.arange(len(values)) + (i - (len(series) - 1) / 2) * bar_width
         hatch = "//" if label == "repeated" else None
-        axes.bar(xs, values, width * 0.9, label=label, color=COLORS[i], hatch=hatch)
+        axes.bar(xs, values, bar_width * 0.9, label=label, color=COLORS[i], hatch=hatch)
     axes.set_xticks(range(len(results)), [temperature_name(t) for t in results], fontsize=9)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of the text")
@@ -162,7 +163,7 @@ def marked_text(labels: list[str], repeated: np.ndarray) -> str:
 def main(resolved: Resolved[SamplingSettings]) -> int:
     settings = resolved.settings
     loaded = common.open_model(settings)
-    prompt = common.encode_start(loaded, settings.start)
+    prompt = common.prompt_tokens(loaded, settings, PROMPT_TOKENS, fallback="A casa")
     samples = {
         temperature: generate_samples(loaded, prompt, temperature, settings)
         for temperature in common.parse_numbers(settings.temperatures)

@@ -28,7 +28,7 @@ from fradique.data import text
 from fradique.tokenizer import bpe
 from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 from fradique.training.logger import format_count
-from fradique.training.loss_plot import COLORS
+from fradique.training.loss_plot import COLORS, run_name
 from lab import common, html_page
 
 PNG_CHARACTERS, HTML_CHARACTERS = 330, 3000  # how much of the text is drawn
@@ -114,7 +114,7 @@ def compare_runs(folders: list[Path]) -> list[tuple[str, float, float]]:
             raise ValueError(
                 f"{folder} has no finished run: bits per byte are measured at the end of training"
             )
-        results.append((folder.name, records[-1]["final_loss"], records[-1]["final_bits_per_byte"]))
+        results.append((run_name(folder), records[-1]["final_loss"], records[-1]["final_bits_per_byte"]))
     return sorted(results, key=lambda result: result[2])  # by bits per byte
 
 

@@ -31,14 +31,14 @@ from lab import animation, common, html_page
 from model import GPT
 
 FULL_COLOR_LOSS = 6.0  # nats: tokens with this loss or more have the strongest background
+PROMPT_TOKENS = 48  # of the default prompt, at most
 TITLE_CHARACTERS = 60  # so many of the last characters of the prompt are in titles
 
 
 @dataclass(frozen=True)
-class TokenSettings(common.ModelSettings):
-    """python -m lab.tokens --out_dir=out/<run> --start="A figura é po" [--top=16]"""
+class TokenSettings(common.PromptSettings):
+    """python -m lab.tokens --out_dir=out/<run> [--start="A figura é po"] [--top=16]"""
 
-    start: str = setting("A figura é po", "prompt: text, FILE:path, or - for standard input", group="text")
     top: int = setting(16, "number of tokens shown", lo=1, hi=100, group="picture")
     temperatures: str = setting("0.5,0.8,1,1.5", "comma-separated, one panel each")
     top_k: int = setting(5, "the top-k panel samples from the k most probable tokens", lo=1, group="sampling")
@@ -209,22 +209,22 @@ def temperature_slider(logits: torch.Tensor, order: np.ndarray, labels: list[str
 
     For `order` and `labels` see `draw_bars`.
     """
-    frames = []
+    frames, rows = [], list(range(len(order)))
     for temperature in np.geomspace(0.1, 3.0, 30):
         p = probabilities(logits, temperature)
-        bar = go.Bar(x=p[order], y=labels, orientation="h", marker={"color": COLORS[0]})
+        bar = go.Bar(x=p[order], y=rows, customdata=labels, orientation="h", marker={"color": COLORS[0]})
         title = f"temperature {temperature:.2f}: {entropy_bits(p):.2f} bits"
         frames.append(
             go.Frame(data=[bar], name=f"{temperature:.2f}", layout={"title": {"text": title}}),
         )
     start = min(range(len(frames)), key=lambda i: abs(float(frames[i].name) - 1))  # nearest to 1
     figure = go.Figure(data=frames[start].data, layout=frames[start].layout, frames=frames)
-    figure.update_traces(hovertemplate="%{y}: %{x:.4f}<extra></extra>")
+    figure.update_traces(hovertemplate="%{customdata}: %{x:.4f}<extra></extra>")
     immediate = {"frame": {"duration": 0, "redraw": True}, "mode": "immediate"}
     steps = [{"label": f.name, "method": "animate", "args": [[f.name], immediate]} for f in frames]
     figure.update_layout(
         xaxis={"range": [0, 1], "title": "probability"},
-        yaxis={"autorange": "reversed", "type": "category"},
+        yaxis={"autorange": "reversed", "tickvals": rows, "ticktext": labels},
         sliders=[{"active": start, "steps": steps, "currentvalue": {"prefix": "temperature "}}],
     )
     return html_page.figure_html(figure, height=26 * len(order) + 220)
@@ -234,7 +234,7 @@ def main(resolved: Resolved[TokenSettings]) -> int:
     settings = resolved.settings
     loaded = common.open_model(settings)
     tokenizer = loaded.tokenizer
-    ids = common.encode_start(loaded, settings.start)
+    ids = common.prompt_tokens(loaded, settings, PROMPT_TOKENS, fallback="A figura é po")
     logits = all_logits(loaded.model, common.to_batch(loaded, ids), tokenizer.vocab_size)
     last = logits[-1]
     distributions = panel_distributions(last, settings)

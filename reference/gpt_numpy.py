@@ -488,6 +488,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    if sys.stdout:  # a terminal may not support every character of a path; a file is UTF-8
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     try:
         run(options().parse_args())
     except (ValueError, OSError, SafetensorError) as error:

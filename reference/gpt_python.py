@@ -358,8 +358,9 @@ def options() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    if sys.stdout:  # a terminal may not support every character; a file is UTF-8
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     args = options().parse_args()
-    sys.stdout.reconfigure(errors="replace")  # the terminal may not support every character
     try:
         text = args.input.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -153,10 +153,11 @@ def _no_run_message(folder: Path) -> str:
     paths = [*folder.glob(f"*/{SETTINGS_FILE}"), *folder.parent.glob(f"*/{SETTINGS_FILE}")]
     newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
     runs = [str(path.parent) for path in newest_first]
+    where = f"{folder}/" if folder.is_absolute() else f"{folder}/ (in {Path.cwd()})"
     if not runs:
-        return f"no trained model in {folder}/. Train one with: make demo"
+        return f"no trained model in {where}. Train one with: make demo"
     listed = ", ".join(runs[:MAX_LISTED_RUNS]) + (" ..." if len(runs) > MAX_LISTED_RUNS else "")
-    return f"no trained model in {folder}/. Found: {listed}. Try --out_dir={runs[0]}"
+    return f"no trained model in {where}. Found: {listed}. Try --out_dir={runs[0]}"
 
 
 def run_metadata(run: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fradique.data.shard_progress import check_no_unfinished_shards, is_unfinished
 from fradique.data.token_files import TokenFiles
 from fradique.data.windows import Locations, Tiling, Window, WindowIndex, group_by_length, list_windows
-from fradique.io.files import is_count, is_plain_name, read_json
+from fradique.io.files import describe_search, find_beside_project, is_count, is_plain_name, read_json
 from fradique.tokenizer.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
@@ -275,12 +275,15 @@ def _missing_corpus_message(folder: Path) -> str:
     script = folder / "prepare.py"
     if script.exists():
         return f"the corpus {folder} is not prepared yet; make it with: python {script}"
-    folders = {path.parent for path in folder.parent.glob("*/train*.bin")}
+    data = find_beside_project(folder.parent)
+    folders = {path.parent for path in data.glob("*/train*.bin")}
     prepared = sorted(path.name for path in folders if not is_unfinished(path))
-    preparable = sorted(path.parent.name for path in folder.parent.glob("*/prepare.py"))
+    preparable = sorted(path.parent.name for path in data.glob("*/prepare.py"))
+    searched = "" if folder.is_absolute() else f" (looked for {describe_search(folder)})"
+    custom = find_beside_project(Path("data/custom/prepare.py"))
     return (
-        f"there is no corpus in {folder}; "
+        f"there is no corpus in {folder}{searched}; "
         + (f"prepared: {', '.join(prepared)}; " if prepared else "")
         + (f"can be prepared: {', '.join(preparable)}; " if preparable else "")
-        + "to use your own text: python data/custom/prepare.py --input book.txt --name my_book"
+        + f"to use your own text: python {custom} --input book.txt --name my_book"
     )

@@ -23,7 +23,7 @@ from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.shard_plan import DocumentJob, Job, TextJob
 from fradique.data.shard_progress import ShardCount, check_no_unfinished_shards
 from fradique.data.text import Text, files_text, find_files
-from fradique.io.terminal import path_argument
+from fradique.io.terminal import command_output, path_argument
 
 HUB_SOURCE = "the Hugging Face hub"  # "source" in the meta.json of a corpus from the hub
 MAX_LISTED_FILES = 30  # of more files, "source" names the first and the last
@@ -48,6 +48,7 @@ class CorpusSpec:
         return self.text is None and self.documents is None
 
 
+@command_output()
 def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
     """Prepare a corpus according to the command line, and return the exit status.
 
@@ -243,9 +244,11 @@ def _open_text(spec: CorpusSpec, args: argparse.Namespace) -> Text:
 
 def _describe_files(files: Sequence[Path]) -> str:
     """The source in meta.json: only file names, because folders may differ between machines."""
-    if len(files) > MAX_LISTED_FILES:
-        return f"{files[0].name} ... {files[-1].name} ({len(files)} files)"
-    return ", ".join(path.name for path in files)
+    # a name may contain bytes that are not UTF-8, which JSON cannot hold
+    names = [path.name.encode("utf-8", "backslashreplace").decode("utf-8") for path in files]
+    if len(names) > MAX_LISTED_FILES:
+        return f"{names[0]} ... {names[-1]} ({len(names)} files)"
+    return ", ".join(names)
 
 
 def _format_result(spec: CorpusSpec, out_dir: Path, meta: dict[str, Any]) -> str:

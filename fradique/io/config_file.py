@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from fradique.io.files import PROJECT_FOLDER, describe_search
+
 if TYPE_CHECKING:
     from configurator import SettingSpec
 
@@ -150,24 +152,30 @@ def describe_failure(path: str, error: BaseException, specs: Mapping[str, Settin
     elif isinstance(error, NotAConfigFileError):
         return f"{path}: {error}"
     elif isinstance(error, FileNotFoundError) and not line_numbers:
-        message = f"no such config file{suggest_argument(path, specs)}"
+        message = f"no such config file{suggest_flag(path, specs) or suggest_file(path)}"
     elif isinstance(error, OSError) and not line_numbers:
         message = error.strerror or message
     line = f" line {line_numbers[-1]}" if line_numbers and line_numbers[-1] else ""
     return f"{path or repr('')}{line}: {message}"
 
 
-def suggest_argument(path: str, specs: Mapping[str, SettingSpec]) -> str:
-    """A hint for an argument that is neither a flag nor an existing file: the flag or file probably meant."""
-    flag = path.lstrip("-")
+def suggest_flag(argument: str, specs: Mapping[str, SettingSpec]) -> str:
+    """A hint for an argument that is no file: the flag that was probably meant, or ""."""
+    flag = argument.lstrip("-")
     name = flag.partition("=")[0].replace("-", "_")
-    if name in specs or ("=" in flag and name.isidentifier()):
-        return f" (did you mean --{flag}?)"
-    files: dict[str, str] = {}
-    for folder in (Path("config"), Path(path).parent):
+    return f" (did you mean --{flag}?)" if name in specs or ("=" in flag and name.isidentifier()) else ""
+
+
+def suggest_file(path: str) -> str:
+    """A hint for a missing config file: the one with the most similar name, and where the file could be."""
+    files: dict[str, str] = {}  # name -> what to type
+    config = Path("config")
+    for folder, typed in ((PROJECT_FOLDER / config, config), (config, config), (Path(path).parent,) * 2):
         with suppress(OSError):
-            files |= {file.name: file.as_posix() for file in folder.iterdir() if file.suffix == ".py"}
-    return did_you_mean(Path(path).name, files)
+            names = [file.name for file in folder.iterdir() if file.suffix == ".py"]
+            files |= {name: (typed / name).as_posix() for name in names}
+    searched = "" if Path(path).is_absolute() else f"; looked for {describe_search(Path(path))}"
+    return did_you_mean(Path(path).name, files) + searched
 
 
 def shorten(text: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+PROJECT_FOLDER = Path(__file__).resolve().parents[2]  # the folder of train.py, config/ and data/
 MAX_JSON_BYTES = 64 << 20  # the largest vocabularies on the Hugging Face hub have 35 MB
 
 
@@ -191,3 +192,26 @@ def expand_home(text: str) -> str:
         user = expanded.partition("/")[0]
         raise ValueError(f"no home folder {user!r}; a folder of this name in the current one is ./{user}")
     return expanded
+
+
+def find_beside_project(path: Path) -> Path:
+    """`path`, or the same path beside train.py if it exists there and not in the current folder.
+
+    For configs and corpora, so that a command works in any folder. An absolute path is returned unchanged.
+    """
+    beside = PROJECT_FOLDER / path
+    return beside if _exists(beside) and not _exists(path) else path
+
+
+def describe_search(path: Path) -> str:
+    """For a message: the absolute paths that `find_beside_project` looks for."""
+    paths = [PROJECT_FOLDER / path]
+    with contextlib.suppress(OSError):  # the current folder may be deleted
+        paths.insert(0, Path.cwd() / path)
+    return " and ".join(map(str, dict.fromkeys(paths)))
+
+
+def _exists(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # the name is too long, or a folder cannot be read
+        return path.exists()
+    return False

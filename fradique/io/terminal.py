@@ -1,16 +1,95 @@
-"""The command line: paths in flags, wrapped help texts, standard output that nobody reads."""
+"""The command line: the encoding of the output, closed pipes, paths in flags, wrapped help texts."""
 
 import argparse
+import codecs
+import contextlib
 import os
 import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from fradique.io.files import expand_home
 
 MIN_WIDTH, MAX_WIDTH = 60, 100  # columns of a help text
+ERROR_HANDLER = "fradique.replace"  # the name under which codecs knows the one of `command_output`
+SIGPIPE_STATUS = 141  # the exit status of a program that SIGPIPE ended
+
+
+@contextlib.contextmanager
+def command_output() -> Iterator[None]:
+    """Around the main function of a command: any text can be printed, whatever the encoding of the console.
+
+    A file or a pipe gets UTF-8, also on Windows. On a terminal, ? stands for each character that its encoding
+    lacks, and one note at the end says so. Bytes of a file name that are not UTF-8 are printed as \\udcff. A
+    closed stream becomes os.devnull. Exits with the status of `flush_stdout` if stdout cannot be written to.
+
+    It is a decorator too: @command_output() before a `main` that parses its flags with argparse.
+    """
+    replaced: set[str] = set()  # characters
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        char = error.object[error.start]
+        if "\ud800" <= char <= "\udfff":  # no encoding has these
+            return char.encode("ascii", "backslashreplace").decode(), error.start + 1
+        replaced.add(char)
+        return "?", error.start + 1
+
+    codecs.register_error(ERROR_HANDLER, replace)
+    for name in ("stdout", "stderr"):
+        _configure_stream(name)
+    try:
+        yield
+    finally:
+        status = flush_stdout()
+        if replaced:
+            _print_replacement_note()
+        if status:
+            sys.exit(status)
+
+
+def _configure_stream(name: str) -> None:
+    """Set encoding and error handler of sys.stdout or sys.stderr."""
+    stream = getattr(sys, name)
+    if stream is None:  # closed, as by `python train.py >&-`
+        stream = open(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+    if hasattr(stream, "reconfigure"):  # not in a notebook
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=ERROR_HANDLER)
+
+
+def _print_replacement_note() -> None:
+    terminal = sys.stdout if sys.stdout.isatty() else sys.stderr
+    with contextlib.suppress(OSError):
+        print(
+            f"note: this terminal's encoding ({terminal.encoding}) lacks some characters, shown as ?. To see "
+            "them, set PYTHONIOENCODING=utf-8 (on Windows, type chcp 65001 too), or redirect the output to a "
+            "file, which is UTF-8",
+            file=sys.stderr,
+        )
+
+
+def flush_stdout(probe: str = "") -> int:
+    """Write `probe` and all output that is still buffered to stdout. Returns 0, or the status of an error.
+
+    It is SIGPIPE_STATUS if stdout is a closed pipe, as in `python train.py | head`, and 2, after a message,
+    if it cannot be written to, for example because the disk is full. Later output is then discarded.
+    """
+    try:
+        print(end=probe, flush=True)
+    except OSError as error:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())  # else Python reports an error at exit
+        os.close(devnull)
+        if isinstance(error, BrokenPipeError):
+            return SIGPIPE_STATUS
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def path_argument(text: str) -> Path:
@@ -33,13 +112,3 @@ def wrap(text: str, width: int, indent: int = 0) -> str:
     text = re.sub("`([^`]*)`", lambda match: match[1].replace(" ", "\u00a0"), text)  # no-break spaces
     text = textwrap.fill(text, width - indent, break_long_words=False, break_on_hyphens=False)
     return textwrap.indent(text.replace("\u00a0", " "), " " * indent)
-
-
-def discard_closed_stdout() -> bool:
-    """Whether stdout is a closed pipe (python train.py | head); if so, later output to it is discarded."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports an error at exit
-        return True
-    return False

@@ -6,11 +6,12 @@ python -m fradique.pretrained export --out_dir=out/<run> --to=<folder>
 import argparse
 import sys
 
-from fradique.io.terminal import path_argument
+from fradique.io.terminal import command_output, path_argument
 from fradique.pretrained.export import export_model
 from fradique.pretrained.loader import load_weights
 
 
+@command_output()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return the exit status: 0, or 2 after the message of a ValueError or OSError.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fradique.checkpointing.checkpoint import newest_checkpoint, read_checkpoint, step_folders, step_of
 from fradique.checkpointing.run_folder import SETTINGS_FILE, TOKENIZER_FILE, load_run_tokenizer
-from fradique.io.files import is_plain_name, read_json_object
+from fradique.io.files import find_beside_project, is_plain_name, read_json_object
 from fradique.nn.lora import merge_lora
 from fradique.pretrained import hf_weights, hub, model_config, weight_files
 from fradique.pretrained.hf_config import config_from_hf
@@ -250,7 +250,7 @@ def load_nanogpt_checkpoint(content: dict[str, Any], path: Path, source: str) ->
     dataset = train_config.get("dataset") if isinstance(train_config, dict) else None
     folders = [path.parent]
     if is_plain_name(dataset):
-        folders.append(Path("data") / dataset)
+        folders.append(find_beside_project(Path("data") / dataset))
     tokenizer = _find_tokenizer(folders, config.vocab_size)
     return PretrainedWeights(config, hf_weights.from_hf(tensors, conv1d=False), tokenizer, source)
 

@@ -20,6 +20,7 @@ from fradique.data import dataset
 from fradique.data.sampler import Sampler
 from fradique.distributed import process_group
 from fradique.io.config_file import SETTINGS_OF_ONE_COMMAND
+from fradique.io.files import find_beside_project
 from fradique.optim import optimizer
 from fradique.runtime.device import Runtime, compile_with_fallback, setup_runtime
 from fradique.runtime.memory_limits import OomReport
@@ -55,7 +56,8 @@ def setup_training(
     """
     started = time.monotonic() if started is None else started
     check_run_folder(settings)
-    corpus = dataset.open_corpus(Path(settings.data_dir) / settings.dataset, settings.block_size)
+    folder = find_beside_project(Path(settings.data_dir) / settings.dataset)
+    corpus = dataset.open_corpus(folder, settings.block_size)
     source = model_setup.find_model(settings, corpus)
     settings = replace(settings, **source.changed_settings)
     runtime = choose_runtime(settings, source, notes, average_gradients, device)

@@ -186,8 +186,9 @@ def test_a_missing_file_is_reported_with_a_similar_name():
     write("config/train_eca_char.py", "")
     suggestion = "(did you mean config/train_eca_char.py?)"
     for name in ("config/train_eca_chr.py", "config/train_eca_char", "train_eca_char.py", "train_eca_char"):
-        assert problem(name) == f"{name}: no such config file {suggestion}"
-    assert problem("elsewhere/quite_different.py") == "elsewhere/quite_different.py: no such config file"
+        assert problem(name).startswith(f"{name}: no such config file {suggestion}; looked for ")
+    name = "elsewhere/quite_different.py"
+    assert problem(name).startswith(f"{name}: no such config file; looked for ")
 
 
 def test_a_flag_without_dashes_is_suggested():

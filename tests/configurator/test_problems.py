@@ -1,9 +1,10 @@
 """Several problems in one message, contradictions, and mistakes in a settings class."""
 
 from dataclasses import field, make_dataclass
+from pathlib import Path
 
 import pytest
-from example_settings import problem, write
+from example_settings import ROOT, problem, write
 
 from configurator import resolve, setting
 
@@ -13,7 +14,7 @@ def test_all_problems_are_reported_at_once():
     assert problem(path, "--dropout=1.5", "--n_haed", "4", "missing.py", "--device=gpu").splitlines() == [
         "6 problems with the settings:",
         "  - config/x.py line 1: unknown setting 'n_layers' (did you mean 'n_layer'?)",
-        "  - missing.py: no such config file",
+        f"  - missing.py: no such config file; looked for {Path.cwd()}/missing.py and {ROOT}/missing.py",
         "  - --n_haed=4: unknown setting 'n_haed' (did you mean 'n_head'?)",
         "  - config/x.py line 2, bias = 'no': must be True or False",
         "  - --dropout=1.5: must be between 0.0 and 1.0",

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("plotly", reason="the pages need plotly")
@@ -19,7 +20,8 @@ from selenium.webdriver.common.by import By
 from support import TrainSettings, make_text, run_training
 
 from configurator import command
-from lab import attention, curves, embeddings, report, sampling, tokens
+from fradique.training import loss_plot
+from lab import attention, curves, embeddings, html_page, report, sampling, tokens
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -175,3 +177,40 @@ def test_each_token_has_a_tooltip_with_its_score(browser, pages):
     open_page(browser, pages / "tokens.html")
     titles = [span.get_attribute("title") for span in browser.find_elements(By.CSS_SELECTOR, ".token")]
     assert len(titles) == 14 and all("probability" in title and "rank" in title for title in titles[1:])
+
+
+def test_plotly_draws_tags_and_entities_as_text(browser, tmp_path):
+    labels = ["<b>", "&lt;", "$x_1$", "<br>", "<a href='x'>", "%{x}", "<extra>"]
+    groups = np.array([f"{label} & name of a group" for label in labels])
+    names = [f"_run {label}" for label in labels]
+    losses = {"loss": np.ones(2), "step": np.arange(2.0)}
+    evaluated = {"train": np.ones(0), "val": np.ones(0)}
+    weights = np.full((1, 1, 7, 7), 1 / 7)
+    parts = [
+        attention.heatmap_html(weights, labels, [(0, 0)]),
+        embeddings.tokens_html(np.random.default_rng(0).normal(size=(7, 2)), labels, groups, "title"),
+        curves.curves_html([loss_plot.LossCurves(name, losses, evaluated) for name in names]),
+    ]
+    path = tmp_path / "page.html"
+    html_page.write_page(path, "<i>", parts)
+    open_page(browser, path)
+    for selector, expected in (
+        (".xtick text", labels),
+        (".textpoint text", labels),
+        (".legendtext", [*groups, *(f"{name}: training batches" for name in names)]),
+    ):
+        elements = browser.find_elements(By.CSS_SELECTOR, selector)
+        assert {element.get_attribute("textContent") for element in elements} >= set(expected), selector
+    show_tooltips = (
+        "Plotly.Fx.hover(document.querySelectorAll('.js-plotly-plot')[arguments[0]], arguments[1])"
+    )
+    browser.execute_script(show_tooltips, 0, {"xval": 0, "yval": 1})
+    browser.execute_script(
+        show_tooltips, 1, [{"curveNumber": i, "pointNumber": 0} for i in range(len(labels))]
+    )
+    deadline, tooltips = time.monotonic() + 5, set()
+    while len(tooltips) < len(labels) and time.monotonic() < deadline:
+        elements = browser.find_elements(By.CSS_SELECTOR, ".hovertext .nums, .hovertext .name")
+        tooltips = {element.get_attribute("textContent") for element in elements}
+    assert tooltips >= {"&lt; reads <b>: 0.143", *labels, *groups}
+    assert not console_errors(browser)

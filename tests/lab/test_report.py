@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 pytest.importorskip("plotly", reason="the pages need plotly")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
 
-from lab import report
+from lab import common, report
 
 SECTIONS = [
     "Settings",
@@ -59,6 +59,16 @@ def test_the_report_says_which_data_are_missing(settings):
     assert result.returncode == 0, result.stderr
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "The run has no samples" in text and "train with snapshots: --snapshot_interval=50" in text
+
+
+def test_without_samples_the_report_analyzes_validation_text(settings, data_dir, capsys):
+    run_training(replace(settings, max_iters=1))
+    report_settings = report.ReportSettings(out_dir=settings.out_dir)
+    loaded = common.open_model(report_settings)
+    ids = report.text_to_analyze(loaded, report_settings, samples=[])
+    val_text = loaded.tokenizer.decode(np.fromfile(data_dir / "tiny" / "val.bin", "<u2"))
+    assert 1 < len(ids) <= 16 and loaded.tokenizer.decode(ids) in val_text
+    assert "prompt, the beginning of the run's validation text: " in capsys.readouterr().out
 
 
 def test_a_report_without_a_run_is_refused(settings, tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support import ROOT, run_script, run_training
 
 import sample
+from configurator import command
 from sample import SampleSettings
 from train import TrainSettings
 
@@ -151,6 +152,7 @@ def test_the_checkpoint_name_selects_the_weights(run_folder):
     ("arguments", "message"),
     [
         (["--start=wxyz"], r"'w'"),
+        (["--start=amor wxyz", "--num_samples=3", "--temperature=0"], r"'w'"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
         (["--checkpoint=7"], "no checkpoint '7'; it has best, 40, 60"),
         (["--checkpoint=worst"], "worst"),
@@ -161,8 +163,65 @@ def test_the_checkpoint_name_selects_the_weights(run_folder):
 )
 def test_invalid_input_gets_one_message_and_status_2(run_folder, arguments, message):
     result = run_script("sample.py", f"--out_dir={run_folder}", *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr and result.stderr.startswith("error: ")
+
+
+def print_text(run_folder, *arguments):
+    """Run sample.py in this process: the exit status. It generates no tokens, so it prints the prompt."""
+    flags = [f"--out_dir={run_folder}", "--max_new_tokens=0", "--device=cpu", *arguments]
+    return command(sample.main, SampleSettings, flags)
+
+
+@pytest.mark.parametrize("start", ["amor wxyz", "FILE:prompt.txt", "-"])
+def test_a_refused_prompt_prints_nothing_before_the_message(run_folder, tmp_path, monkeypatch, capsys, start):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_text("amor wxyz")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"amor wxyz")))
+    assert print_text(run_folder, f"--start={start}") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: character 'w' (U+0077 LATIN SMALL LETTER W) at position 5")
+
+
+def test_generate_text_refuses_a_prompt_before_it_is_iterated(loaded):
+    with pytest.raises(ValueError, match="character 'w'"):
+        sample.generate_text(loaded, "wxyz", SampleSettings())
+
+
+def test_a_newline_can_be_typed_in_a_prompt_but_not_in_a_file(run_folder, tmp_path, monkeypatch, capsys):
+    assert print_text(run_folder, r"--start=amor\nmar\n") == 0
+    assert capsys.readouterr().out == "amor\nmar\n\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / r"n\new.txt").write_text("mar")
+    assert print_text(run_folder, r"--start=FILE:n\new.txt") == 0
+    assert capsys.readouterr().out == "mar\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(rb"mar\n")))
+    assert print_text(run_folder, "--start=-") == 2
+    assert "character '\\\\'" in capsys.readouterr().err
+
+
+def test_a_typed_newline_ends_a_sample(run_folder, loaded, capsys):
+    text = sample_texts(loaded, "amor")[0]
+    assert "\n" in text
+    flags = [f"--out_dir={run_folder}", "--start=amor", r"--stop=\n", "--max_new_tokens=60", "--device=cpu"]
+    assert command(sample.main, SampleSettings, flags) == 0
+    assert capsys.readouterr().out == "amor" + text[: text.index("\n")] + "\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_redirected_text_is_utf8(run_folder, monkeypatch, encoding):
+    """Standard input is UTF-8 too, whatever the encoding of the console."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("poética".encode()), encoding=encoding))
+    assert print_text(run_folder, "--start=-") == 0
+    assert out.buffer.getvalue() == "poética\n".encode()
+
+
+def test_a_closed_standard_input_is_reported(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        sample.read_prompt("-")
 
 
 def test_a_mistyped_run_folder_is_not_searched_on_the_hub(tmp_path):
