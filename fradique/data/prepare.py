@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 
 from fradique.data import documents
 from fradique.data.build import prepare_documents, prepare_text
+from fradique.data.input_files import find_files
 from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.shard_plan import DocumentJob, Job, TextJob
 from fradique.data.shard_progress import ShardCount, check_no_unfinished_shards
-from fradique.data.text import Text, files_text, find_files
+from fradique.data.text import Text, files_text
 from fradique.io.terminal import path_argument
 
 HUB_SOURCE = "the Hugging Face hub"  # "source" in the meta.json of a corpus from the hub

@@ -15,7 +15,8 @@ import sample
 from configurator import command, resolve
 from fradique.data.build import prepare_text
 from fradique.data.dataset import open_corpus
-from fradique.data.text import files_text, find_files, read_file
+from fradique.data.input_files import find_files
+from fradique.data.text import files_text, read_file
 from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer import tokenizer as tokenizers
 from fradique.training import time_budget
