@@ -18,11 +18,11 @@ from fradique.data.shard_progress import check_no_unfinished_shards, is_unfinish
 from fradique.data.token_files import TokenFiles
 from fradique.data.windows import Locations, Tiling, Window, WindowIndex, group_by_length, list_windows
 from fradique.io.files import is_count, is_plain_name, read_json
+from fradique.tokenizer.meta_pkl import read_meta_pkl
 from fradique.tokenizer.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
     load_tokenizer,
-    read_meta_pkl,
     tokenizer_checksum,
 )
 

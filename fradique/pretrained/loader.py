@@ -22,7 +22,8 @@ from fradique.pretrained import hf_weights, hub, model_config, weight_files
 from fradique.pretrained.hf_config import config_from_hf
 from fradique.pretrained.hf_weights import GPT2, Layout
 from fradique.tokenizer.bpe import byte_alphabet
-from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer, read_meta_pkl
+from fradique.tokenizer.meta_pkl import read_meta_pkl
+from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from model import POSITIVE_SIZES, GPTConfig
 
 GPT2_VOCAB_SIZE = 50257
@@ -87,7 +88,7 @@ def load_weights(
 def check_tokenizer_matches(weights: PretrainedWeights, tokenizer: Tokenizer, corpus: Path) -> None:
     """Raise ValueError if the weights cannot be used with `corpus`, a folder that `tokenizer` encoded."""
     expected, vocab_size = weights.tokenizer, weights.config.vocab_size
-    if expected is not None and expected != tokenizer:
+    if expected is not None and not expected.has_same_vocabulary(tokenizer):
         raise ValueError(
             f"the weights of {weights.source} were trained with another tokenizer ({expected.kind}, "
             f"{expected.vocab_size} tokens) than {corpus} is encoded with ({tokenizer.kind}, "

@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import ScalarFormatter
 
 from fradique.checkpointing import metrics_file
 from fradique.io import files
@@ -20,6 +24,8 @@ X_AXES = tuple(X_LABELS)
 Y_LABEL = "cross-entropy, nats per token"
 # The palette of Okabe & Ito, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Parameters of matplotlib with which it parses no text as mathtext or TeX.
+LITERAL_TEXT = {"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,17 @@ def read_curves(folder: Path) -> LossCurves:
     if not len(batch) and not len(evaluated):
         path = folder / metrics_file.METRICS_FILE
         raise ValueError(f"no losses to draw: {path} is missing or has no losses; train a run first")
-    return LossCurves(folder.name, batch.arrays(), evaluated.arrays())
+    return LossCurves(run_name(folder), batch.arrays(), evaluated.arrays())
+
+
+def run_name(folder: Path) -> str:
+    """The name of a run folder, to be drawn or printed."""
+    return escape_unprintable(folder.absolute().name)  # absolute: Path(".") has no name
+
+
+def escape_unprintable(text: str) -> str:
+    """Replace unprintable characters, such as control characters, by ‹their code›."""
+    return "".join(c if c.isprintable() else f"‹{ord(c):x}›" for c in text)
 
 
 class _Columns:
@@ -96,18 +112,36 @@ def save_figure(figure: Figure, path: Path) -> None:
     much of it moves to the collector's oldest generation, which is rarely collected. Without the explicit
     collection the figures of a long training run would fill the memory.
     """
-    with files.atomic_path(path, keep_suffix=True) as temporary, ignore_missing_glyphs():
+    with files.atomic_path(path, keep_suffix=True) as temporary, literal_text(figure):
         figure.savefig(temporary)
     figure.clear()
     gc.collect()
 
 
 @contextlib.contextmanager
-def ignore_missing_glyphs() -> Iterator[None]:
-    """Suppress matplotlib's warning about characters that its font does not have."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
+def literal_text(figure: Figure) -> Iterator[None]:
+    """Draw the figure inside this context: all its text then appears as it is written.
+
+    Without it, matplotlib draws what is between two "$" as mathematics, or raises an error. matplotlib's
+    warnings about characters that its font does not have are suppressed.
+    """
+    with (
+        warnings.catch_warnings(),
+        matplotlib.rc_context(LITERAL_TEXT),
+    ):  # for text that is made while drawing
+        warnings.filterwarnings("ignore", message="Glyph|Matplotlib currently does not support")
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+            text.set_usetex(False)
+        for axis in figure.findobj(Axis):
+            if isinstance(axis.get_major_formatter(), ScalarFormatter):
+                axis.set_major_formatter(ScalarFormatter())  # a user's matplotlibrc may make it write "$1$"
         yield
+
+
+def legend_label(text: str) -> str:
+    """A label that appears in the legend: matplotlib leaves out labels that begin with "_"."""
+    return f" {text}" if text.startswith("_") else text
 
 
 def plot_losses(runs: list[LossCurves], x: str = "step") -> Figure:
@@ -130,7 +164,7 @@ def plot_losses(runs: list[LossCurves], x: str = "step") -> Figure:
 
 def _plot_run(axes: Axes, run: LossCurves, color: str, x: str, only_run: bool) -> None:
     """Draw one run; only_run: it is the only one in the figure, so labels do not need its name."""
-    prefix = "" if only_run else f"{run.name}: "
+    prefix = "" if only_run else legend_label(f"{run.name}: ")
     has_evaluations = len(run.evaluated["val"]) > 0
     if len(run.batch["loss"]) and (only_run or not has_evaluations):
         batch_losses, label = smoothed_batches(run)

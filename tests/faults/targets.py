@@ -37,6 +37,7 @@ from fradique.data import sampler as samplers  # noqa: E402
 from fradique.optim import optimizer  # noqa: E402
 from fradique.pretrained import weight_files  # noqa: E402
 from fradique.runtime.memory_limits import OomReport  # noqa: E402
+from fradique.tokenizer import meta_pkl as meta_pkls  # noqa: E402
 from fradique.tokenizer import tokenizer as tokenizers  # noqa: E402
 from fradique.training import loss_plot, model_setup, setup, time_budget  # noqa: E402
 from fradique.training.trainer import TrainState  # noqa: E402
@@ -178,7 +179,7 @@ def open_and_read(folder: Path, block_size: int = 8) -> None:
 def meta_pkl(data: bytes) -> None:
     with temporary_folder() as folder, only_useful_errors():
         (folder / "meta.pkl").write_bytes(data)
-        check_tokenizer(tokenizers.read_meta_pkl(folder / "meta.pkl"))
+        check_tokenizer(meta_pkls.read_meta_pkl(folder / "meta.pkl"))
 
 
 def tokenizer_json(data: bytes) -> None:
