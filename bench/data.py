@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from fradique.data import dataset
+from fradique.data.input_files import find_files
 from fradique.data.sampler import Sampler
 from fradique.data.sources import python_library
-from fradique.data.text import Text, cut_pieces, files_text, find_files
+from fradique.data.text import Text, cut_pieces, files_text
 from fradique.io.terminal import command_output, path_argument
 from fradique.tokenizer import bpe
 from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe

@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 
 from configurator import Resolved, command, setting
 from fradique.checkpointing import metrics_file
-from fradique.data import text
+from fradique.data import input_files, text
 from fradique.tokenizer import bpe
 from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 from fradique.training.logger import format_count
@@ -215,7 +215,8 @@ def colored_tokens(tokenization: Tokenization) -> str:
 
 def main(resolved: Resolved[TokenizersSettings]) -> int:
     settings = resolved.settings
-    content = "".join(text.files_text(text.find_files([Path(settings.input)]), settings.input).chunks())
+    files = input_files.find_files([Path(settings.input)])
+    content = "".join(text.files_text(files, settings.input).chunks())
     tokenizations = tokenize_all(content, settings.bpe)
     print(summary_table(tokenizations, settings.n_embd, settings.n_layer))
     parts = []

@@ -18,7 +18,6 @@ CORPUS = CorpusSpec(
     folder=FOLDER,
     description=__doc__,
     tokenizer="char",
-    next_command="python train.py config/train_python_char.py --dataset={name} --out_dir=out/{name}",
 )
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ CORPUS = CorpusSpec(
     description=__doc__,
     tokenizer="bpe:4096",
     text=download_text(ECA),
-    next_command="python train.py config/train_eca.py",
+    gpu_command="python train.py config/train_eca.py",
 )
 
 if __name__ == "__main__":

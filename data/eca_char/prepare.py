@@ -22,7 +22,7 @@ CORPUS = CorpusSpec(
     description=__doc__,
     tokenizer="char",
     text=download_text(ECA),
-    next_command="python train.py config/train_eca_char.py",
+    gpu_command="python train.py config/train_eca_char.py",
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """James Baldwin, A Story of the Golden Age (1887): 0.4 MB of English, tokenized by character.
 
-The text is in the public domain. It is downloaded once, verified, and kept in raw/.
+The text is in the public domain. It is downloaded once, verified, and kept in raw/. The validation split is
+taken from the whole book, because its end is a glossary.
 
     python data/golden_age_char/prepare.py
 
@@ -22,6 +23,7 @@ CORPUS = CorpusSpec(
     description=__doc__,
     tokenizer="char",
     text=download_text(GOLDEN_AGE),
+    val_split="blocks",  # the last tenth of the book is a glossary
     next_command="python train.py config/train_golden_age_baby.py",
 )
 

@@ -22,7 +22,7 @@ CORPUS = CorpusSpec(
     description=__doc__,
     tokenizer="gpt2",
     text=download_text(MACHADO_TALES),
-    next_command="python train.py config/train_machado.py",
+    gpu_command="python train.py config/train_machado.py",
 )
 
 if __name__ == "__main__":

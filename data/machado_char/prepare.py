@@ -22,7 +22,8 @@ CORPUS = CorpusSpec(
     description=__doc__,
     tokenizer="char",
     text=download_text(MACHADO_TALES),
-    next_command="python train.py config/train_machado_char.py",
+    next_command="python train.py config/train_machado_char_cpu.py",
+    gpu_command="python train.py config/train_machado_char.py",
 )
 
 if __name__ == "__main__":

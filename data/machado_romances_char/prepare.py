@@ -22,7 +22,6 @@ CORPUS = CorpusSpec(
     description=__doc__,
     tokenizer="char",
     text=download_text(MACHADO_NOVELS),
-    next_command="python train.py config/train_machado_char.py --dataset={name} --out_dir=out/{name}",
 )
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ CORPUS = CorpusSpec(
     tokenizer="gpt2",
     documents=lambda: hub_documents(OPENWEBTEXT),
     document_files=lambda: hub_files(OPENWEBTEXT),
-    next_command="torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py",
+    gpu_command="torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py",
 )
 
 if __name__ == "__main__":

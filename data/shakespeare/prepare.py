@@ -23,7 +23,7 @@ CORPUS = CorpusSpec(
     description=__doc__,
     tokenizer="gpt2",
     text=download_text(SHAKESPEARE),
-    next_command="python train.py config/finetune_shakespeare.py",
+    gpu_command="python train.py config/finetune_shakespeare.py",
 )
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ CORPUS = CorpusSpec(
     description=__doc__,
     tokenizer="char",
     text=download_text(SHAKESPEARE),
-    next_command="python train.py config/train_shakespeare_char.py",
+    next_command="python train.py config/train_shakespeare_char_cpu.py",
+    gpu_command="python train.py config/train_shakespeare_char.py",
 )
 
 if __name__ == "__main__":

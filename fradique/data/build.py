@@ -27,11 +27,13 @@ from fradique.data.encode import (
     split_pieces,
     track_chars,
 )
+from fradique.data.splits import check_val_fraction, check_val_split, divide_text
 from fradique.data.text import Text, cut_pieces
 from fradique.data.text_index import index_text
 from fradique.data.token_files import find_token_files
 from fradique.io import folder_lock
 from fradique.io.files import fsync, read_json, write_json
+from fradique.tokenizer.bpe import END_OF_TEXT
 from fradique.tokenizer.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
@@ -41,33 +43,44 @@ from fradique.tokenizer.tokenizer import (
 )
 
 FORMAT = 1  # version of the format of meta.json
+DOCUMENTS = "documents"  # "val_split" in the meta.json of a corpus of documents: whole ones, spread evenly
 INSTALLING = ".installing"  # in the folder of a corpus while its files are moved to it
 STALE_SECONDS = 3600  # a temporary folder without a lock file that is older than this is removed
 
 
 def prepare_text(
-    text: Text, out_dir: Path, tokenizer: str = "char", val_fraction: float = 0.1
+    text: Text,
+    out_dir: Path,
+    tokenizer: str = "char",
+    val_fraction: float = 0.1,
+    val_split: str = "tail",
+    document_separator: str | None = END_OF_TEXT,
 ) -> dict[str, Any]:
     """Make a corpus from `text` in `out_dir`, and return the content of its meta.json.
 
-    The first int(n_chars * (1 - val_fraction)) characters are the training split, as in nanoGPT, and the rest
-    is the validation split. `tokenizer` is "char", "gpt2" or "bpe:SIZE". Raises ValueError if an argument or
-    the text cannot be used, and OSError if files cannot be read or written; `out_dir` is then unchanged.
+    tokenizer: "char", "gpt2" or "bpe:SIZE".
+    val_fraction, val_split: the size of the validation split, and where it is taken from: see `divide_text`.
+    document_separator: the text that becomes the token <|endoftext|>; None: no text does. Characters have no
+        such token.
+
+    Raises ValueError if an argument or the text cannot be used, and OSError if files cannot be read or
+    written; `out_dir` is then unchanged.
     """
     spec = parse_spec(tokenizer)
     check_val_fraction(val_fraction)
+    check_val_split(val_split)
     check_replaceable(out_dir)
     with _temporary_folder(out_dir) as temp_dir:
         index = index_text(text)
-        n_train = int(index.chars * (1 - val_fraction))
-        encoder = make_tokenizer(spec, text, n_train, index.alphabet)
+        parts = divide_text(text, index.chars, val_fraction, val_split)
+        encoder = make_tokenizer(spec, text, parts, index.alphabet, document_separator)
         with progress_bar(index.chars, "encoding", "char") as bar:
-            pieces = split_pieces(cut_pieces(text.chunks()), n_train)
+            pieces = split_pieces(cut_pieces(text.chunks()), parts)
             splits = encode_splits(track_chars(pieces, bar), encoder, temp_dir)
         check_splits(splits)
         if sum(split["bytes"] for split in splits.values()) != index.bytes:
             raise ValueError("the text changed while it was read: prepare it again")
-        return _finish(temp_dir, out_dir, encoder, text.source, splits)
+        return _finish(temp_dir, out_dir, encoder, text.source, val_split, splits)
 
 
 def prepare_documents(
@@ -77,36 +90,31 @@ def prepare_documents(
     tokenizer: str = "gpt2",
     val_fraction: float = 0.0005,
     max_documents: int | None = None,
+    document_separator: str | None = END_OF_TEXT,
 ) -> dict[str, Any]:
     """Make a corpus from `documents` in `out_dir`, and return the content of its meta.json.
 
     A document is an iterable of pieces of text. In the token files, <|endoftext|> follows each document. The
     split of a document depends only on its number, counted from 0. `source` is a description for meta.json.
-    Raises the errors of `prepare_text`.
+    The other arguments and the errors are those of `prepare_text`.
     """
     check_document_tokenizer(tokenizer)
     check_val_fraction(val_fraction)
     check_replaceable(out_dir)
     with _temporary_folder(out_dir) as temp_dir:
-        encoder = GPT2Tokenizer()
+        encoder = GPT2Tokenizer(document_separator)
         with progress_bar(max_documents, "encoding", "document") as bar:
             numbered = enumerate(itertools.islice(documents, max_documents))
             pieces = _track_documents(document_pieces(numbered, val_fraction), bar)
             splits = encode_splits(pieces, encoder, temp_dir)
         check_splits(splits)
-        return _finish(temp_dir, out_dir, encoder, source, splits)
+        return _finish(temp_dir, out_dir, encoder, source, DOCUMENTS, splits)
 
 
 def check_document_tokenizer(tokenizer: str) -> None:
     """Raise ValueError for a tokenizer without an end-of-text token."""
     if tokenizer != "gpt2":
         raise ValueError("documents need the gpt2 tokenizer, which has a token for the end of a text")
-
-
-def check_val_fraction(val_fraction: float) -> None:
-    """Raise ValueError unless 0 < val_fraction < 1."""
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction must be between 0 and 1, not {val_fraction}")
 
 
 def document_pieces(
@@ -135,25 +143,34 @@ def _track_documents(pieces: Iterable[SplitPiece], bar: Any) -> Iterator[SplitPi
 
 
 def _finish(
-    temp_dir: Path, out_dir: Path, tokenizer: Tokenizer, source: str, splits: dict[str, dict[str, Any]]
+    temp_dir: Path,
+    out_dir: Path,
+    tokenizer: Tokenizer,
+    source: str,
+    val_split: str,
+    splits: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Write tokenizer.json and meta.json, and move all files from `temp_dir` to `out_dir`."""
-    meta = make_metadata(tokenizer, source, splits)
+    meta = make_metadata(tokenizer, source, val_split, splits)
     save_tokenizer(tokenizer, temp_dir / "tokenizer.json")
     write_json(temp_dir / "meta.json", meta)
     _install(temp_dir, out_dir, ["tokenizer.json", "val.bin", "train.bin", "meta.json"])
     return meta
 
 
-def make_metadata(tokenizer: Tokenizer, source: str, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The content of meta.json."""
+def make_metadata(
+    tokenizer: Tokenizer, source: str, val_split: str, splits: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of meta.json. `val_split`: how the validation split was chosen: tail, blocks, documents."""
     return {
         "format": FORMAT,
         "dtype": tokenizer.dtype.name,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": tokenizer.kind,
         "tokenizer_sha256": tokenizer_checksum(tokenizer),
+        "document_separator": tokenizer.document_separator,
         "source": source,
+        "val_split": val_split,
         "splits": splits,
     }
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from fradique.data.shard_progress import check_no_unfinished_shards, is_unfinished
-from fradique.data.token_files import TokenFiles
+from fradique.data.token_files import TokenFiles, check_uint16
 from fradique.data.windows import Locations, Tiling, Window, WindowIndex, group_by_length, list_windows
 from fradique.io.files import describe_search, find_beside_project, is_count, is_plain_name, read_json
+from fradique.tokenizer.meta_pkl import read_meta_pkl
 from fradique.tokenizer.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
     load_tokenizer,
-    read_meta_pkl,
     tokenizer_checksum,
 )
 
@@ -155,7 +155,7 @@ class Corpus:
 def open_corpus(folder: Path, block_size: int) -> Corpus:
     """Open the corpus in `folder`: one of Fradique, which has a meta.json, or one of nanoGPT.
 
-    Token files without a meta.json are uint16, as nanoGPT writes them. The tokenizer is then that of
+    Token files without a meta.json must be uint16, as nanoGPT writes them. The tokenizer is then that of
     tokenizer.json (left by a preparation that was killed before it wrote meta.json), else that of meta.pkl
     (nanoGPT's characters), else GPT-2's. Raises ValueError, with the fix, if the corpus is missing,
     unfinished, damaged, or too small for one block.
@@ -209,7 +209,10 @@ def _open_split(folder: Path, name: str, meta: dict | None, vocab_size: int) -> 
                 f"{folder} has no meta.json, and its vocabulary is too large for the tokens of uint16 that "
                 "nanoGPT writes; prepare the corpus again"
             )
-        return Split(_token_paths(folder, name), "uint16", vocab_size, None)
+        paths = _token_paths(folder, name)
+        for path in paths:
+            check_uint16(path, vocab_size)
+        return Split(paths, "uint16", vocab_size, None)
     entries = meta["splits"][name]["shards"]
     for entry in entries:
         path = folder / entry["file"]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from fradique.data.console import print_note, progress_bar
+from fradique.data.splits import Part, count_chars
 from fradique.data.text import PIECE_CHARS, Text, cut_pieces
+from fradique.tokenizer.bpe import END_OF_TEXT
 from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 
 SPLITS = ("train", "val")
@@ -28,19 +30,27 @@ PIECE_OVERHEAD = 100  # characters that use about as much memory as the Python o
 SplitPiece: TypeAlias = tuple[str, str | None]
 
 
-def make_tokenizer(spec: str | tuple[str, int], text: Text, n_train: int, alphabet: str) -> Tokenizer:
+def make_tokenizer(
+    spec: str | tuple[str, int],
+    text: Text,
+    parts: Sequence[Part],
+    alphabet: str,
+    separator: str | None = END_OF_TEXT,
+) -> Tokenizer:
     """Make a tokenizer. `spec` is a result of `parse_spec`: "char", "gpt2" or ("bpe", vocab_size).
 
-    A character tokenizer has the characters of `alphabet`; a BPE is trained on the first `n_train` characters
-    of `text`.
+    A character tokenizer has the characters of `alphabet`; a BPE is trained on the training split of `text`.
+    separator: the text between documents that becomes <|endoftext|>; None: no text does. Characters have no
+    such token.
     """
     if spec == "char":
         return CharTokenizer(alphabet)
     if spec == "gpt2":
-        return GPT2Tokenizer()
+        return GPT2Tokenizer(separator)
     _, vocab_size = spec
-    sample = BPESample(text, n_train)
-    tokenizer = train_bpe(sample, vocab_size)
+    sample = BPESample(text, parts)
+    tokenizer = train_bpe(sample, vocab_size, separator)
+    n_train = count_chars(parts, "train")
     if sample.n_chars < n_train:
         print_note(
             f"the BPE was trained on a sample of {sample.n_chars:,} of {n_train:,} characters, spread over "
@@ -54,25 +64,25 @@ def make_tokenizer(spec: str | tuple[str, int], text: Text, n_train: int, alphab
 
 
 class BPESample:
-    """The text that a BPE is trained on, in pieces: a sample of the first `n_train` characters of `text`.
+    """The text that a BPE is trained on, in pieces: a sample of the training split of `text`.
 
-    The sample contains all of these characters if they are few. From a large text it takes pieces spread
+    The sample contains all of the split if it is small. From a large text it takes pieces spread
     evenly over the text, up to SAMPLE_CHARS characters. It takes fewer if its distinct words, which the
     trainer keeps in memory, would exceed SAMPLE_WORD_BYTES.
     """
 
-    def __init__(self, text: Text, n_train: int) -> None:
+    def __init__(self, text: Text, parts: Sequence[Part]) -> None:
         self.n_chars = 0  # characters yielded so far
-        self._text, self._n_train = text, n_train
+        self._text, self._parts, self._n_train = text, parts, count_chars(parts, "train")
 
     def __iter__(self) -> Iterator[str]:
         words: set[str] = set()
         n_read = self.n_chars = word_bytes = 0
         pieces = cut_pieces(self._text.chunks(), SAMPLE_PIECE, SAMPLE_PIECE)
         with progress_bar(self._n_train, "sampling", "char") as bar:
-            for split, piece in track_chars(split_pieces(pieces, self._n_train), bar):
+            for split, piece in track_chars(split_pieces(pieces, self._parts), bar):
                 if split != "train":
-                    return
+                    continue
                 n_read += len(piece)
                 fraction_read = n_read / self._n_train
                 # Both limits grow with the part that was read, so that the end of the text is sampled too.
@@ -88,15 +98,19 @@ class BPESample:
                 yield piece
 
 
-def split_pieces(pieces: Iterable[str], n_train: int) -> Iterator[SplitPiece]:
-    """Assign the first `n_train` characters to train and the rest to val."""
-    n_left = n_train  # characters of train that are still to come
+def split_pieces(pieces: Iterable[str], parts: Sequence[Part]) -> Iterator[SplitPiece]:
+    """Cut the pieces of a text at the ends of its parts, and yield each with the split of its part."""
+    position = i = 0  # position: of the next character; i: the part that contains it
     for piece in pieces:
-        if n_left > 0:
-            yield "train", piece[:n_left]
-        if n_left < len(piece):
-            yield "val", piece[max(0, n_left) :]
-        n_left -= len(piece)
+        start = 0  # of the rest of the piece
+        while start < len(piece):
+            # text after the last part, which was added while it was read, belongs to the last one
+            while i < len(parts) - 1 and position >= parts[i].end:
+                i += 1
+            n_left = parts[i].end - position if i < len(parts) - 1 else len(piece)
+            taken = piece[start : start + n_left]
+            yield parts[i].split, taken
+            start, position = start + len(taken), position + len(taken)
 
 
 def track_chars(pieces: Iterable[SplitPiece], bar: Any) -> Iterator[SplitPiece]:

@@ -19,13 +19,19 @@ from typing import Any, NoReturn
 
 from fradique.data import documents
 from fradique.data.build import prepare_documents, prepare_text
+from fradique.data.input_files import find_files
 from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.shard_plan import DocumentJob, Job, TextJob
 from fradique.data.shard_progress import ShardCount, check_no_unfinished_shards
-from fradique.data.text import Text, files_text, find_files
+from fradique.data.splits import VAL_SPLITS
+from fradique.data.text import Text, files_text
 from fradique.io.terminal import command_output, path_argument
+from fradique.tokenizer.bpe import END_OF_TEXT
+from fradique.tokenizer.tokenizer import check_separator
 
 HUB_SOURCE = "the Hugging Face hub"  # "source" in the meta.json of a corpus from the hub
+AUTO_COMMAND = "python train.py config/auto.py --dataset={name} --out_dir=out/{name}"
+NO_SEPARATOR = "none"  # as --document_separator: all text is ordinary
 MAX_LISTED_FILES = 30  # of more files, "source" names the first and the last
 
 
@@ -36,11 +42,14 @@ class CorpusSpec:
     folder: Path  # data/<corpus>, which contains its prepare.py
     description: str  # for --help: the docstring of its prepare.py
     tokenizer: str  # char | gpt2 | bpe:SIZE
-    next_command: str  # the command that trains on it; {name} is the folder name of the corpus
+    # the command that trains on it on any machine; {name} is the folder name of the corpus
+    next_command: str = AUTO_COMMAND
     text: Callable[[Path], Text] | None = None  # called with `folder`, where downloads are kept
     documents: Callable[[], Iterator[Iterable[str]]] | None = None  # streams them, for a run without --shards
     # the files that contain these documents; --shards needs them, to count and divide the documents
     document_files: Callable[[], Sequence[documents.HubFile]] | None = None
+    gpu_command: str | None = None  # the command for the largest config of this corpus, which wants a GPU
+    val_split: str = "tail"  # the default of --val_split, for a text
 
     @property
     def is_custom(self) -> bool:
@@ -152,6 +161,23 @@ def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None
     )
     if spec.documents:
         add("--max_documents", type=int, metavar="N", help="use only the first N documents, for a trial")
+    else:
+        add(
+            "--val_split",
+            choices=VAL_SPLITS,
+            default=spec.val_split,
+            help="where the validation text is taken from. tail: the end of the text; blocks: pieces spread "
+            "evenly over the text, cut at line ends, for a text whose end is of another kind than the rest, "
+            "such as a glossary (default: %(default)s)",
+        )
+    if spec.is_custom or spec.tokenizer != "char":
+        add(
+            "--document_separator",
+            metavar="TEXT",
+            help=f"with gpt2 and bpe: the text between documents, which becomes the token {END_OF_TEXT}, in "
+            f"this corpus and in the prompts of the models that it trains; {NO_SEPARATOR}: no text does "
+            f"(default: {END_OF_TEXT})",
+        )
     add(
         "--out_dir",
         type=path_argument,
@@ -197,21 +223,27 @@ def _prepare(spec: CorpusSpec, args: argparse.Namespace, out_dir: Path) -> dict[
     if args.worker is not None:
         raise ValueError("--worker needs --shards, with the same number for all workers")
     check_no_unfinished_shards(out_dir)
+    separator = _document_separator(spec, args)
     if spec.documents is None:
-        return prepare_text(_open_text(spec, args), out_dir, _tokenizer(spec, args), args.val_fraction)
+        text, kind = _open_text(spec, args), _tokenizer(spec, args)
+        return prepare_text(text, out_dir, kind, args.val_fraction, args.val_split, separator)
     _check_max_documents(args)
     if args.input:
         files = find_files(args.input, documents.ENDINGS)
         source, stream = _describe_files(files), documents.local_documents(files)
     else:
         source, stream = HUB_SOURCE, spec.documents()
-    return prepare_documents(stream, source, out_dir, spec.tokenizer, args.val_fraction, args.max_documents)
+    return prepare_documents(
+        stream, source, out_dir, spec.tokenizer, args.val_fraction, args.max_documents, separator
+    )
 
 
 def _make_job(spec: CorpusSpec, args: argparse.Namespace) -> Job:
     """The job that --shards divides among workers."""
+    separator = _document_separator(spec, args)
     if spec.documents is None:
-        return TextJob(_open_text(spec, args), _tokenizer(spec, args), args.val_fraction, args.shards)
+        text, kind = _open_text(spec, args), _tokenizer(spec, args)
+        return TextJob(text, kind, args.val_fraction, args.shards, args.val_split, separator)
     _check_max_documents(args)
     if args.input:
         files: Sequence[Path | documents.HubFile] = find_files(args.input, documents.ENDINGS)
@@ -222,11 +254,29 @@ def _make_job(spec: CorpusSpec, args: argparse.Namespace) -> Job:
         raise ValueError(
             "this corpus cannot be made in shards from its default source: give files with --input"
         )
-    return DocumentJob(files, source, spec.tokenizer, args.val_fraction, args.shards, args.max_documents)
+    return DocumentJob(
+        files, source, spec.tokenizer, args.val_fraction, args.shards, args.max_documents, separator
+    )
 
 
 def _tokenizer(spec: CorpusSpec, args: argparse.Namespace) -> str:
     return getattr(args, "tokenizer", spec.tokenizer)  # only data/custom has --tokenizer
+
+
+def _document_separator(spec: CorpusSpec, args: argparse.Namespace) -> str | None:
+    """The text that becomes <|endoftext|>; None if no text does. Raises ValueError for an unusable one."""
+    text = getattr(args, "document_separator", None)
+    if text is None:
+        return END_OF_TEXT
+    if _tokenizer(spec, args) == "char":
+        raise ValueError(
+            "--document_separator: the vocabulary of a character corpus has no token that ends a document. "
+            "Leave it out, or use --tokenizer gpt2 or bpe:SIZE"
+        )
+    if text == NO_SEPARATOR:
+        return None
+    check_separator(text)
+    return text
 
 
 def _check_max_documents(args: argparse.Namespace) -> None:
@@ -262,18 +312,22 @@ def _format_result(spec: CorpusSpec, out_dir: Path, meta: dict[str, Any]) -> str
         f"{meta['vocab_size']:,} ({meta['tokenizer']})\n"
         f"written to {_relative(out_dir)}: {train_files}, val.bin, tokenizer.json, meta.json\n"
         f"next: {_training_command(spec, out_dir)}"
+        + (f"\non a GPU: {spec.gpu_command}" if spec.gpu_command and _is_default(spec, out_dir) else "")
     )
 
 
 def _training_command(spec: CorpusSpec, out_dir: Path) -> str:
-    """`next_command` with the flags that name the folder, if it is not the default one."""
+    """The command that trains on the corpus: with a config of its own only if it is in its default folder."""
     folder = out_dir.resolve()
-    command = spec.next_command.format(name=_quote(folder.name))
-    if folder != spec.folder.resolve() and "{name}" not in spec.next_command:
-        command += f" --dataset={_quote(folder.name)}"
+    command = spec.next_command if _is_default(spec, folder) else AUTO_COMMAND
+    command = command.format(name=_quote(folder.name))
     if folder.parent != spec.folder.resolve().parent:
         command += f" --data_dir={_quote(str(folder.parent))}"
     return command
+
+
+def _is_default(spec: CorpusSpec, out_dir: Path) -> bool:
+    return out_dir.resolve() == spec.folder.resolve()
 
 
 def _format_progress(spec: CorpusSpec, out_dir: Path, count: ShardCount, argv: Sequence[str]) -> str:

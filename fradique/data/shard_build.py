@@ -292,7 +292,8 @@ class _ShardBuilder:
                 raise ValueError(
                     f"the text changed while it was read. Start over: {restart_hint(self.work_dir)}"
                 )
-            meta = make_metadata(self.tokenizer, self.job.source, splits) | {"made_from": self.plan["asked"]}
+            meta = make_metadata(self.tokenizer, self.job.source, self.job.val_split, splits)
+            meta |= {"made_from": self.plan["asked"]}
             save_tokenizer(self.tokenizer, folder / "tokenizer.json")
             write_json(folder / "meta.json", meta)
             for name in ("tokenizer.json", "val.bin", "meta.json"):

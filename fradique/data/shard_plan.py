@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fradique.data.build import check_document_tokenizer, check_val_fraction, document_pieces
+from fradique.data.build import DOCUMENTS, check_document_tokenizer, document_pieces
 from fradique.data.console import progress_bar
 from fradique.data.documents import Document, HubFile, count_documents, read_documents
-from fradique.data.encode import SplitPiece, make_tokenizer
+from fradique.data.encode import SPLITS, SplitPiece, make_tokenizer
+from fradique.data.splits import Part, check_val_fraction, check_val_split, count_chars, divide_text
 from fradique.data.text import MAX_PIECE_CHARS, Text, cut_pieces, first_cut
 from fradique.data.text_index import TextIndex, index_text, read_between
+from fradique.tokenizer.bpe import END_OF_TEXT
 from fradique.tokenizer.tokenizer import GPT2Tokenizer, parse_spec
 
 MAX_SHARDS = 100_000  # the numbers in file names have five digits
@@ -35,16 +37,19 @@ class TextJob:
     """A text to be prepared in `shards` shards.
 
     Each shard has a contiguous part of the training split and one of the validation split. The text is cut
-    where this does not change its GPT-2 tokens.
+    where this does not change its GPT-2 tokens. The fields are the arguments of `build.prepare_text`.
     """
 
     text: Text
     tokenizer: str
     val_fraction: float
     shards: int
+    val_split: str = "tail"
+    document_separator: str | None = END_OF_TEXT
 
     def __post_init__(self) -> None:
         parse_spec(self.tokenizer)  # raises ValueError for an unknown tokenizer
+        check_val_split(self.val_split)
         _check_flags(self.val_fraction, self.shards)
 
     @property
@@ -61,21 +66,23 @@ class TextJob:
             "shards": self.shards,
             "tokenizer": self.tokenizer,
             "val_fraction": self.val_fraction,
-        }
+        } | _new_flags(self.val_split, self.document_separator)
 
     def make_plan(self) -> ShardPlan:
         """Index the text and make the tokenizer. Raises ValueError if there are too many shards."""
         index = index_text(self.text)
-        n_train = int(index.chars * (1 - self.val_fraction))
+        parts = divide_text(self.text, index.chars, self.val_fraction, self.val_split)
+        n_train = count_chars(parts, "train")
         max_shards = n_train // MIN_SHARD_CHARS
         if max_shards < self.shards:
             raise _too_many_shards(self.shards, f"{n_train:,} characters to train on", max_shards)
-        tokenizer = make_tokenizer(parse_spec(self.tokenizer), self.text, n_train, index.alphabet)
+        spec = parse_spec(self.tokenizer)
+        tokenizer = make_tokenizer(spec, self.text, parts, index.alphabet, self.document_separator)
         return {
             "asked": self.request,
             "tokenizer": tokenizer.to_json(),
             "bytes": index.bytes,
-            "survey": {"chars": index.chars, "bytes": index.bytes, "blocks": index.blocks},
+            "survey": {"chars": index.chars, "bytes": index.bytes, "blocks": index.blocks, "parts": parts},
         }
 
     def pieces(self, plan: ShardPlan, shard: int) -> Iterator[SplitPiece]:
@@ -84,22 +91,34 @@ class TextJob:
         blocks = [(int(first_byte), str(digest)) for first_byte, digest in survey["blocks"]]
         alphabet = ""  # not needed: the plan has the tokenizer
         index = TextIndex(survey["chars"], survey["bytes"], alphabet, blocks)
-        n_train = int(index.chars * (1 - self.val_fraction))
-        for split, start, end in (("train", 0, n_train), ("val", n_train, index.chars)):
-            shard_start = self._shard_start(index, start, end, shard)
-            shard_end = self._shard_start(index, start, end, shard + 1)
-            for piece in cut_pieces(read_between(self.text, index, shard_start, shard_end)):
-                yield split, piece
+        # plans of older versions, which knew only "tail", have no parts
+        saved_parts = survey.get("parts") or divide_text(self.text, index.chars, self.val_fraction, "tail")
+        all_parts = [Part(*part) for part in saved_parts]
+        for split in SPLITS:
+            parts = [part for part in all_parts if part.split == split]
+            shard_start = self._shard_start(index, parts, shard)
+            shard_end = self._shard_start(index, parts, shard + 1)
+            for part in parts:
+                start, end = max(part.start, shard_start), min(part.end, shard_end)
+                for piece in cut_pieces(read_between(self.text, index, start, end)):
+                    yield split, piece
 
-    def _shard_start(self, index: TextIndex, start: int, end: int, shard: int) -> int:
-        """The character at which `shard` begins in the split from character `start` to `end`.
+    def _shard_start(self, index: TextIndex, parts: Sequence[Part], shard: int) -> int:
+        """The character of the text at which `shard` begins in the split that has `parts`.
 
         The split is divided evenly, but a shard begins at the next position that keeps the tokens when cut.
         """
-        position = start + (end - start) * shard // self.shards
-        if position in (start, end):
+        offset = sum(part.end - part.start for part in parts) * shard // self.shards  # in the split
+        for part in parts:
+            position = part.start + offset
+            if position < part.end:
+                break
+            offset -= part.end - part.start
+        else:
+            return parts[-1].end
+        if position == part.start:
             return position
-        following = read_between(self.text, index, position, min(end, position + MAX_PIECE_CHARS))
+        following = read_between(self.text, index, position, min(part.end, position + MAX_PIECE_CHARS))
         return position + first_cut("".join(following))
 
 
@@ -116,6 +135,8 @@ class DocumentJob:
     val_fraction: float
     shards: int
     max_documents: int | None = None
+    document_separator: str | None = END_OF_TEXT
+    val_split = DOCUMENTS  # in meta.json
 
     def __post_init__(self) -> None:
         check_document_tokenizer(self.tokenizer)
@@ -131,7 +152,7 @@ class DocumentJob:
             "shards": self.shards,
             "tokenizer": self.tokenizer,
             "val_fraction": self.val_fraction,
-        }
+        } | _new_flags(None, self.document_separator)
 
     def make_plan(self) -> ShardPlan:
         """Count the documents of each file. Raises ValueError if there are too many shards."""
@@ -143,7 +164,7 @@ class DocumentJob:
         n_documents = self._count_used(counts)
         if n_documents < self.shards:
             raise _too_many_shards(self.shards, f"{n_documents:,} documents", n_documents)
-        tokenizer = GPT2Tokenizer()
+        tokenizer = GPT2Tokenizer(self.document_separator)
         return {"asked": self.request, "tokenizer": tokenizer.to_json(), "bytes": None, "counts": counts}
 
     def pieces(self, plan: ShardPlan, shard: int) -> Iterator[SplitPiece]:
@@ -168,6 +189,19 @@ class DocumentJob:
 
 
 Job: TypeAlias = TextJob | DocumentJob
+
+
+def _new_flags(val_split: str | None, document_separator: str | None) -> dict[str, str | None]:
+    """The flags that a request has only with other values than the defaults.
+
+    Older versions did not have these flags, so their requests still equal those of today.
+    """
+    flags: dict[str, str | None] = {}
+    if val_split not in (None, "tail"):
+        flags["val_split"] = val_split
+    if document_separator != END_OF_TEXT:
+        flags["document_separator"] = document_separator
+    return flags
 
 
 def _check_flags(val_fraction: float, shards: int) -> None:

@@ -1,4 +1,4 @@
-"""Find, decode and join text files of any size, and cut their text into pieces, in bounded memory."""
+"""Decode and join text files of any size, and cut their text into pieces, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-
-from fradique.data.console import print_note
 
 BLOCK_BYTES = 1 << 20  # bytes that are read at a time
 PIECE_CHARS = 1 << 18  # characters in a piece of text
@@ -77,13 +75,13 @@ def _concatenate(files: Sequence[Path], offset: int = 0) -> Iterator[str]:
 def _size_and_last_byte(path: Path) -> tuple[int, bytes]:
     """The number of bytes in a file without its byte-order mark, and the last of these bytes."""
     with path.open("rb") as file:
-        bom_size = _bom_size(file)
-        size = file.seek(0, os.SEEK_END) - bom_size
-        file.seek(bom_size + max(0, size - 1))
+        bom = bom_size(file)
+        size = file.seek(0, os.SEEK_END) - bom
+        file.seek(bom + max(0, size - 1))
         return size, file.read(1)
 
 
-def _bom_size(file: BinaryIO) -> int:
+def bom_size(file: BinaryIO) -> int:
     """The size in bytes of the byte-order mark of a file that was just opened: 3, or 0 if it has none."""
     return 3 if file.read(3) == codecs.BOM_UTF8 else 0
 
@@ -99,7 +97,7 @@ def read_file(path: Path, block_bytes: int = BLOCK_BYTES, start: int = 0) -> Ite
     may_have_bom = start == 0
     with path.open("rb") as file:
         if start:
-            block_start = file.seek(_bom_size(file) + start)
+            block_start = file.seek(bom_size(file) + start)
         while True:
             block = file.read(block_bytes)
             incomplete, _ = decoder.getstate()  # bytes of a character that began in the last block
@@ -160,44 +158,3 @@ def first_cut(text: str) -> int:
     """The first position where `text` can be cut without changing its tokens; 0 if there is none."""
     match = _FIRST_CUT.search(text)
     return match.end() if match else 0
-
-
-def find_files(inputs: Sequence[Path], endings: Sequence[str] = (".txt",)) -> list[Path]:
-    """The files that --input means: each file in `inputs`, and the files at any depth of each folder.
-
-    Of a folder, only files that end in one of `endings` are used, sorted by name. Notes on standard error
-    name the empty files of a folder, which are skipped, and the files with a byte-order mark. Raises
-    ValueError for a missing path, an empty file, a folder without files to use, and a pipe or device, which
-    cannot be read twice. Raises OSError for a file that cannot be read.
-    """
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            files += _files_in_folder(path, endings)
-        elif not path.exists():
-            raise ValueError(f"--input: there is no file or folder {path}")
-        elif not path.is_file():
-            raise ValueError(f"--input: {path} must be a plain file, because it is read more than once")
-        elif path.stat().st_size == 0:
-            raise ValueError(f"--input: {path} is empty")
-        else:
-            files.append(path)
-    for path in files:
-        with path.open("rb") as file:
-            if _bom_size(file):
-                print_note(f"{path} begins with a byte-order mark, which is removed")
-    return files
-
-
-def _files_in_folder(folder: Path, endings: Sequence[str]) -> list[Path]:
-    """The non-empty files in `folder` at any depth that end in one of `endings`, sorted by name."""
-    paths = [path for path in folder.rglob("*") if path.name.lower().endswith(tuple(endings))]
-    files = []
-    for path in sorted(paths, key=lambda path: path.relative_to(folder).as_posix()):
-        if path.is_file() and path.stat().st_size:
-            files.append(path)
-        else:
-            print_note(f"{path} is empty or not a plain file: skipped")
-    if not files:
-        raise ValueError(f"--input: there is no non-empty {' or '.join(endings)} file in {folder}")
-    return files

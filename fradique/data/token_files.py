@@ -7,6 +7,8 @@ process grows with what it has read, and if a file is truncated during a run, SI
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import os
 import re
 import sys
@@ -22,12 +24,49 @@ assert sys.byteorder == "little", "token files are little-endian and are used wi
 
 TOKEN_FILE_NAME = re.compile(r"(train|val)(_[0-9]+)?\.bin")
 MAX_CACHED_BYTES = 64 << 20  # a split up to this size is kept in memory: its windows are read twice as fast
+SAMPLE_BYTES = 1 << 14  # of a file whose dtype is checked
+MIN_CHECKED = 64  # with fewer tokens or bytes, chance could look like another dtype
 CHUNK_TOKENS = 1 << 22  # tokens that `chunks` reads at a time
 
 
 def find_token_files(folder: Path) -> list[Path]:
     """All token files of a corpus by their names: train.bin, val.bin, train_00000.bin, ..."""
     return sorted(path for path in folder.glob("*.bin") if TOKEN_FILE_NAME.fullmatch(path.name))
+
+
+def check_uint16(path: Path, vocab_size: int) -> None:
+    """Raise ValueError if the first bytes of a token file show that it does not contain uint16 tokens.
+
+    For token files without a meta.json, which would give their dtype.
+    """
+    with path.open("rb") as file:
+        data = file.read(SAMPLE_BYTES)
+    if content := _other_content(data, vocab_size):
+        raise ValueError(
+            f"{path} has no meta.json beside it, so it must contain tokens of uint16 as nanoGPT writes them; "
+            f"it contains {content}. Write the tokens with .astype(numpy.uint16).tofile(...), or prepare the "
+            "corpus from its text: python data/custom/prepare.py --input book.txt --name my_book"
+        )
+
+
+def _other_content(data: bytes, vocab_size: int) -> str | None:
+    """What the first bytes of a token file are if they are not uint16 tokens; None if they may be."""
+    if data.startswith(b"\x93NUMPY"):
+        return "a file of numpy.save, which begins with a header"
+    tokens = np.frombuffer(data[: len(data) // 4 * 4], dtype="<u2")
+    # the upper halves of ids below 65,536; three different lower halves: no text alternates so with token 0
+    if len(tokens) >= MIN_CHECKED and not tokens[1::2].any() and len(np.unique(tokens[::2])) > 2:
+        return "tokens of 32 or 64 bits"
+    if len(data) < MIN_CHECKED or vocab_size <= 1 << 8:  # smaller ids have only zeros as upper bytes
+        return None
+    with contextlib.suppress(UnicodeDecodeError):
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)  # may end within a character
+        if all(char.isprintable() or char.isspace() for char in text):
+            return "text"
+    # the lower bytes of the ids of a large vocabulary have all values
+    if len(data) == SAMPLE_BYTES and max(data) < 1 << 7 and vocab_size > 1 << 14:
+        return "tokens of 8 bits"
+    return None
 
 
 class TokenFiles(Sequence[np.ndarray]):

@@ -147,7 +147,8 @@ def _json_files(config: GPTConfig, layout: Layout, tokenizer: Tokenizer | None) 
         "clean_up_tokenization_spaces": False,
     }
     if end_of_text is not None:
-        tokenizer_config |= {"bos_token": bpe.END_OF_TEXT, "eos_token": bpe.END_OF_TEXT}
+        name = tokenizer.document_separator or bpe.END_OF_TEXT
+        tokenizer_config |= {"bos_token": name, "eos_token": name}
     return contents | {
         "tokenizer.json": tokenizer_to_hf(tokenizer),
         "tokenizer_config.json": tokenizer_config,
@@ -156,9 +157,13 @@ def _json_files(config: GPTConfig, layout: Layout, tokenizer: Tokenizer | None) 
 
 
 def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json for Hugging Face's package `tokenizers`, which gives the same ids."""
+    """The content of a tokenizer.json for Hugging Face's package `tokenizers`, which gives the same ids.
+
+    There is one difference: without a separator of documents, <|endoftext|> in a text is ordinary for us, but
+    the special token for Hugging Face.
+    """
     if not isinstance(tokenizer, CharTokenizer):
-        return bpe.to_hf_json(tokenizer.merges)
+        return bpe.to_hf_json(tokenizer.merges, tokenizer.document_separator or bpe.END_OF_TEXT)
     split_characters = {
         "type": "Split",
         "pattern": {"Regex": r"[\s\S]"},

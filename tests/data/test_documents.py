@@ -13,9 +13,9 @@ import pytest
 from corpus_helpers import write_documents
 
 from fradique.data import documents, sources
+from fradique.data.input_files import find_files
 from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.shard_plan import DocumentJob
-from fradique.data.text import find_files
 
 DOCS = ["Um gato.", "", "Dois gatos\r\ne uma lua — 🙂.", "x" * 5000, "<|endoftext|> é texto."]
 

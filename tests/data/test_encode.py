@@ -11,10 +11,21 @@ from support import ROOT
 
 from fradique.data import encode
 from fradique.data.build import prepare_text
+from fradique.data.splits import Part
+
+
+def sample_of(string):
+    """The sample of a text that is all training split."""
+    return encode.BPESample(text_of(string, 90), [Part("train", 0, len(string))])
+
+
+def test_a_bpe_is_trained_on_the_training_blocks_only():
+    parts = [Part("train", 0, 200), Part("val", 200, 300), Part("train", 300, len(STORY))]
+    assert "".join(encode.BPESample(text_of(STORY, 70), parts)) == STORY[:200] + STORY[300:]
 
 
 def test_a_bpe_is_trained_on_all_of_a_small_text():
-    sample = encode.BPESample(text_of(STORY, 100), 700)
+    sample = encode.BPESample(text_of(STORY, 100), [Part("train", 0, 700), Part("val", 700, len(STORY))])
     assert "".join(sample) == STORY[:700]
     assert sample.n_chars == 700
 
@@ -23,7 +34,7 @@ def test_a_bpe_is_trained_on_pieces_throughout_a_large_text(monkeypatch):
     monkeypatch.setattr(encode, "SAMPLE_CHARS", 2000)
     monkeypatch.setattr(encode, "SAMPLE_PIECE", 100)
     string = " ".join(f"{i:05d}" for i in range(5000))
-    numbers = [int(word) for word in "".join(encode.BPESample(text_of(string, 90), len(string))).split()]
+    numbers = [int(word) for word in "".join(sample_of(string)).split()]
     assert 300 <= len(numbers) <= 360
     assert max(np.diff(numbers)) < 500 and numbers[-1] > 4500
 
@@ -32,9 +43,9 @@ def test_many_distinct_words_make_the_bpe_sample_smaller(monkeypatch):
     monkeypatch.setattr(encode, "SAMPLE_PIECE", 100)
     monkeypatch.setattr(encode, "SAMPLE_WORD_BYTES", 3000)
     distinct = " ".join(f"{i:05d}" for i in range(5000))
-    assert 1500 < len("".join(encode.BPESample(text_of(distinct, 90), len(distinct)))) < 3200
+    assert 1500 < len("".join(sample_of(distinct))) < 3200
     repeated = "lua mar " * 5000
-    assert "".join(encode.BPESample(text_of(repeated, 90), len(repeated))) == repeated
+    assert "".join(sample_of(repeated)) == repeated
 
 
 def test_notes_report_a_bpe_sample_and_a_smaller_vocabulary(tmp_path, capsys, monkeypatch):

@@ -19,7 +19,9 @@ from corpus_helpers import CORPORA, file_names, needs_corpora, story_spec
 from support import ROOT
 
 from fradique.data import encode, prepare, sources
+from fradique.data.dataset import open_corpus
 from fradique.data.prepare import main
+from fradique.tokenizer.tokenizer import encode_prompt, load_tokenizer
 
 SCRIPTS = sorted((ROOT / "data").glob("*/prepare.py"))
 SHIPPED = {
@@ -35,6 +37,7 @@ SHIPPED = {
     "shakespeare",
     "shakespeare_char",
 }
+AUTO = "python train.py config/auto.py --dataset="
 STORY = "Era uma vez um gato que não dormia, e uma lua: a lua de Lisboa — 🙂.\n" * 60
 
 
@@ -77,8 +80,8 @@ def test_a_script_is_short_and_documents_its_command(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
 def test_a_script_runs_from_any_folder_on_a_local_text(script, tmp_path, text_file):
     (tmp_path / "more").mkdir()
-    for i in range(7):
-        shutil.copy(text_file, tmp_path / "more" / f"{i}.txt")
+    for i in range(7):  # each another text: copies are read once
+        (tmp_path / "more" / f"{i}.txt").write_text(f"{i}{STORY[1:]}", encoding="utf-8")
     flags = ["--input", text_file, tmp_path / "more", "--val_fraction=0.5", "--out_dir", tmp_path / "made"]
     result = run_prepare(script, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -116,17 +119,42 @@ def test_help_fits_the_terminal_and_breaks_no_path(script, columns, capsys, monk
     ("next_command", "out_dir", "expected"),
     [
         ("go", "data/story", "go"),
-        ("go", "data/other", "go --dataset=other"),
-        ("go {name}", "data/other", "go other"),
-        ("go", "else/other", "go --dataset=other --data_dir={}/else"),
-        ("go {name}", "else/other", "go other --data_dir={}/else"),
+        ("go {name}", "data/story", "go story"),
+        ("go", "data/other", AUTO + "other --out_dir=out/other"),
+        ("go {name}", "data/other", AUTO + "other --out_dir=out/other"),
+        ("go", "else/other", AUTO + "other --out_dir=out/other --data_dir={}/else"),
     ],
 )
 def test_the_output_ends_with_the_training_command(tmp_path, capsys, next_command, out_dir, expected):
+    """A config of this corpus is named only for its own folder."""
     spec = replace(story_spec(tmp_path / "data" / "story"), next_command=next_command)
     assert main(spec, ["--out_dir", str(tmp_path / out_dir)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[-1] == f"next: {expected.format(tmp_path)}"
+
+
+def test_a_config_for_a_gpu_is_named_beside_one_for_any_machine(tmp_path, capsys):
+    spec = replace(story_spec(tmp_path / "data" / "story"), gpu_command="go fast")
+    assert main(spec, []) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["next: go story", "on a GPU: go fast"]
+    assert main(spec, ["--out_dir", str(tmp_path / "other")]) == 0
+    assert "go fast" not in capsys.readouterr().out
+
+
+CONFIG = re.compile(r"config/\w+\.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
+def test_the_named_configs_are_of_this_corpus_or_auto(script):
+    spec = runpy.run_path(str(script))["CORPUS"]
+    for command in filter(None, (spec.next_command, spec.gpu_command)):
+        (name,) = CONFIG.findall(command)
+        if name == "config/auto.py":
+            assert "--dataset={name}" in command
+        else:
+            assert f'dataset = "{script.parent.name}"' in (ROOT / name).read_text(encoding="utf-8")
+    if spec.gpu_command:  # the other command is for a CPU
+        assert "cpu" in spec.next_command or "auto" in spec.next_command
 
 
 def test_the_python_corpus_needs_no_network_and_no_flag(clone):
@@ -329,3 +357,63 @@ def test_a_second_signal_does_not_interrupt_the_cleanup():
         signal.raise_signal(signal.SIGHUP)  # the terminal is closed meanwhile
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGHUP) is previous
+
+
+# Separators of documents
+
+
+SEPARATED = "Um gato.\n<|endoftext|>\nUma lua.</s>Fim.\n" * 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "separator"),
+    [([], "<|endoftext|>"), (["--document_separator=</s>"], "</s>"), (["--document_separator=none"], None)],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "bpe:300"])
+@pytest.mark.parametrize("shards", [[], ["--shards=2"]])
+def test_a_separator_means_the_same_in_corpus_and_prompt(tmp_path, flags, separator, kind, shards):
+    (tmp_path / "book.txt").write_text(SEPARATED, encoding="utf-8")
+    spec = replace(story_spec(tmp_path / "made"), tokenizer=kind)
+    assert main(spec, ["--input", str(tmp_path / "book.txt"), *flags, *shards]) == 0
+    corpus = open_corpus(tmp_path / "made", 8)
+    meta = json.loads((tmp_path / "made" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["document_separator"] == corpus.tokenizer.document_separator == separator
+    ids = [token for split in (corpus.train, corpus.val) for chunk in chunks_of(split) for token in chunk]
+    assert ids.count(corpus.tokenizer.end_of_text) == (60 if separator else 0)
+    assert corpus.tokenizer.decode(ids) == SEPARATED
+    assert sum(meta["splits"][name]["bytes"] for name in ("train", "val")) == len(SEPARATED.encode())
+    for text in ("<|endoftext|>", "</s>"):
+        is_special = encode_prompt(corpus.tokenizer, text).tolist() == [corpus.tokenizer.end_of_text]
+        assert is_special == (text == separator)
+
+
+def chunks_of(split):
+    """The tokens of a split, file by file."""
+    for i in range(len(split.token_files)):
+        yield from (chunk.tolist() for chunk in split.token_files.chunks(i))
+
+
+def test_documents_can_have_another_separator_in_their_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a</s>b<|endoftext|>"}\n' * 400, encoding="utf-8")
+    spec = runpy.run_path(str(ROOT / "data" / "openwebtext" / "prepare.py"))["CORPUS"]
+    flags = ["--input", str(tmp_path / "a.jsonl"), "--val_fraction=0.5", "--out_dir", str(tmp_path / "made")]
+    assert main(spec, [*flags, "--document_separator=</s>"]) == 0
+    train = np.fromfile(tmp_path / "made" / "train.bin", dtype="<u2").tolist()
+    tokenizer = load_tokenizer(tmp_path / "made" / "tokenizer.json")
+    assert train[:2] == [*tokenizer.encode("a"), 50256]
+    per_document = [*tokenizer.encode("a</s>b<|endoftext|>").tolist(), 50256]
+    assert train == per_document * (len(train) // len(per_document))
+
+
+@pytest.mark.parametrize("flag", ["two words", "", "x" * 101])
+def test_a_separator_that_cannot_be_used_is_reported(tmp_path, capsys, flag):
+    spec = replace(story_spec(tmp_path / "made"), tokenizer="gpt2")
+    assert main(spec, [f"--document_separator={flag}"]) == 2
+    assert "without white space" in capsys.readouterr().err and not (tmp_path / "made").exists()
+
+
+def test_a_character_corpus_has_no_separator(tmp_path, clone, text_file):
+    script = clone / "data" / "custom" / "prepare.py"
+    result = run_prepare(script, "--input", text_file, "--document_separator=###", cwd=clone)
+    assert result.returncode == 2 and "no token that ends a document" in result.stderr
+    assert not (clone / "data" / "custom" / "meta.json").exists()

@@ -1,13 +1,12 @@
 """Finding, decoding and cutting text files, compared with Python's decoder and GPT-2's tokens."""
 
-import os
-
 import pytest
 from corpus_helpers import STORY, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fradique.data.text import cut_pieces, files_text, find_files, read_file
+from fradique.data.input_files import find_files
+from fradique.data.text import cut_pieces, files_text, read_file
 from fradique.tokenizer import tokenizer
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=200)
@@ -82,37 +81,6 @@ def test_files_can_be_read_from_any_character(tmp_path_factory, contents, has_bo
     for i in range(len(joined) + 1):
         assert "".join(text.from_byte(len(joined[:i].encode()))) == joined[i:]
         assert "".join(text_of(joined, 2).from_byte(len(joined[:i].encode()))) == joined[i:]
-
-
-def test_folders_are_searched_recursively_and_sorted_by_name(tmp_path, capsys):
-    for name in ("b.txt", "a/z.txt", "a.txt", "B.TXT", "c.md", "a/y/x.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / "empty.txt").touch()
-    names = [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path])]
-    assert names == ["B.TXT", "a.txt", "a/y/x.txt", "a/z.txt", "b.txt"]
-    assert "empty.txt is empty" in capsys.readouterr().err
-    # any ending is allowed for a file that is given by name
-    assert find_files([tmp_path / "c.md", tmp_path / "a"])[0] == tmp_path / "c.md"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("none", "no file or folder"),
-        ("empty.txt", "is empty"),
-        ("folder", "no non-empty .txt file"),
-        ("pipe", "plain file"),
-    ],
-)
-def test_an_input_that_cannot_be_read_is_reported(tmp_path, name, message):
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.pdf").write_text("x")
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=message) as caught:
-        find_files([tmp_path / name])
-    assert name in str(caught.value) and "--input" in str(caught.value)
 
 
 @PROPERTY

@@ -1,6 +1,7 @@
 """Token files, cached and read from disk, compared with NumPy arrays of the whole files."""
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -11,10 +12,11 @@ from support import ROOT
 
 from bench.dataloader import sparse_corpus
 from fradique.data import token_files
-from fradique.data.dataset import Split
+from fradique.data.dataset import Split, open_corpus
 from fradique.data.sampler import Sampler
-from fradique.data.token_files import TokenFiles
+from fradique.data.token_files import TokenFiles, check_uint16
 from fradique.data.windows import Window
+from fradique.tokenizer.tokenizer import GPT2Tokenizer
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -141,3 +143,88 @@ def test_memory_does_not_grow_with_the_tokens_read(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     n_windows, anonymous, mapped = map(int, result.stdout.split())
     assert n_windows > 1_950_000 and anonymous < 20 and mapped < 20, result.stdout
+
+
+# Files of another dtype
+
+
+WORDS = "A lua de Lisboa é uma lua, e o gato que não dormia olhava a lua. " * 400
+
+
+def write_foreign_file(path, kind):
+    """Write a file that is no token file of uint16, with the ids of GPT-2's tokens where it has ids."""
+    ids = GPT2Tokenizer().encode(WORDS)
+    chars = np.frombuffer(WORDS.encode("ascii", "ignore"), dtype="u1") - 10
+    if kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, ids)
+    elif kind == "text":
+        path.write_text(WORDS, encoding="utf-8")
+    elif kind == "uint8":
+        chars.tofile(path)
+    else:
+        ids.astype(kind).tofile(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("uint32", "32 or 64 bits"),
+        ("int32", "32 or 64 bits"),
+        ("int64", "32 or 64 bits"),
+        ("npy", "numpy.save"),
+        ("text", "contains text"),
+        ("uint8", "8 bits"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_that_is_not_uint16_is_refused_by_its_content(tmp_path, kind, content, split):
+    """Read as uint16, all of them are tokens of GPT-2's vocabulary, or begin with some."""
+    for name in ("train", "val"):
+        GPT2Tokenizer().encode(WORDS).astype("<u2").tofile(tmp_path / f"{name}.bin")
+    assert open_corpus(tmp_path, 8).train.vocab_size == 50257
+    write_foreign_file(tmp_path / f"{split}.bin", kind)
+    with pytest.raises(ValueError, match=content) as caught:
+        open_corpus(tmp_path, 8)
+    assert f"{split}.bin" in str(caught.value) and "prepare.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["uint32", "int64", "npy", "text"])
+def test_a_shard_of_another_dtype_is_refused(tmp_path, kind):
+    for name in ("train_00000", "train_00001", "val"):
+        GPT2Tokenizer().encode(WORDS).astype("<u2").tofile(tmp_path / f"{name}.bin")
+    write_foreign_file(tmp_path / "train_00001.bin", kind)
+    with pytest.raises(ValueError, match="train_00001"):
+        open_corpus(tmp_path, 8)
+
+
+@pytest.mark.parametrize("kind", ["uint32", "int64"])
+def test_characters_of_another_dtype_are_refused(tmp_path, kind):
+    """Their upper halves would be characters 0."""
+    stoi = {char: i for i, char in enumerate(sorted(set(WORDS)))}
+    meta = {"vocab_size": len(stoi), "stoi": stoi, "itos": {i: char for char, i in stoi.items()}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    ids = np.array([stoi[char] for char in WORDS])
+    for name in ("train", "val"):
+        ids.astype("<u2").tofile(tmp_path / f"{name}.bin")
+    assert open_corpus(tmp_path, 8).train.vocab_size == len(stoi)
+    ids.astype(kind).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match="32 or 64 bits"):
+        open_corpus(tmp_path, 8)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 65, 300, 50257])
+@pytest.mark.parametrize("pattern", [[1, 0], [0, 1], [0], [5, 6, 7]])
+def test_small_regular_corpora_are_not_mistaken(tmp_path, vocab_size, pattern):
+    ids = np.array(pattern * 20_000) % vocab_size
+    ids.astype("<u2").tofile(tmp_path / "train.bin")
+    if vocab_size <= 1 << 14:  # GPT-2's tokens are never so few
+        check_uint16(tmp_path / "train.bin", vocab_size)
+
+
+@pytest.mark.parametrize("vocab_size", [65, 300, 4096, 50257])
+def test_random_tokens_are_not_mistaken(tmp_path, vocab_size):
+    rng = np.random.default_rng(0)
+    for size in [*range(40, 140), 9000] * 3:
+        rng.integers(vocab_size, size=size).astype("<u2").tofile(tmp_path / "train.bin")
+        check_uint16(tmp_path / "train.bin", vocab_size)

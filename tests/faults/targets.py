@@ -32,11 +32,12 @@ import seeds  # noqa: E402
 import configurator  # noqa: E402
 import sample  # noqa: E402
 from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file, run_folder  # noqa: E402
-from fradique.data import build, dataset, documents, text  # noqa: E402
+from fradique.data import build, dataset, documents, input_files, text  # noqa: E402
 from fradique.data import sampler as samplers  # noqa: E402
 from fradique.optim import optimizer  # noqa: E402
 from fradique.pretrained import weight_files  # noqa: E402
 from fradique.runtime.memory_limits import OomReport  # noqa: E402
+from fradique.tokenizer import meta_pkl as meta_pkls  # noqa: E402
 from fradique.tokenizer import tokenizer as tokenizers  # noqa: E402
 from fradique.training import loss_plot, model_setup, setup, time_budget  # noqa: E402
 from fradique.training.trainer import TrainState  # noqa: E402
@@ -178,7 +179,7 @@ def open_and_read(folder: Path, block_size: int = 8) -> None:
 def meta_pkl(data: bytes) -> None:
     with temporary_folder() as folder, only_useful_errors():
         (folder / "meta.pkl").write_bytes(data)
-        check_tokenizer(tokenizers.read_meta_pkl(folder / "meta.pkl"))
+        check_tokenizer(meta_pkls.read_meta_pkl(folder / "meta.pkl"))
 
 
 def tokenizer_json(data: bytes) -> None:
@@ -386,7 +387,7 @@ def corpus_text(data: bytes) -> None:
             lengths = [len(piece) for piece in pieces]
             expect(all(0 < length <= 4 * piece_size for length in lengths), "a piece too long, or empty")
         with only_useful_errors():
-            files = text.find_files([path])
+            files = input_files.find_files([path])
             name = ("char", "bpe:260", "gpt2")[kind % 3]
             meta = build.prepare_text(text.files_text(files, "a text"), folder / "made", name, 0.1)
             opened = dataset.open_corpus(folder / "made", 1)

@@ -17,6 +17,7 @@ import torch
 from faults import targets
 
 from fradique.pretrained import loader
+from fradique.tokenizer import meta_pkl
 from fradique.tokenizer import tokenizer as tokenizers
 
 seeds = targets.seeds
@@ -75,7 +76,7 @@ def test_malicious_pickles_are_refused_and_not_run(tmp_path, hf, attack, kind):
         path.write_bytes(pickle.dumps(content, protocol=2 if kind == "plain" else None))
     else:
         save_archive(content, path, zipped=kind != "legacy")
-    load = tokenizers.read_meta_pkl if kind == "meta.pkl" else loader.load_weights
+    load = meta_pkl.read_meta_pkl if kind == "meta.pkl" else loader.load_weights
     with pytest.raises(ValueError, match=path.name) as caught:
         load(str(hf if kind == "pytorch_model.bin" else path))
     assert type(caught.value) is ValueError and not canary.exists()
@@ -102,7 +103,7 @@ def test_a_tuple_of_exponential_hash_time_is_refused(tmp_path, hf):
     assert pickle.loads(nested_tuple(10)) and pickletools.dis(nested_tuple(3), io.StringIO()) is None
     (tmp_path / "meta.pkl").write_bytes(nested_tuple(200))
     with pytest.raises(ValueError, match=r"meta\.pkl .*tuple"):
-        tokenizers.read_meta_pkl(tmp_path / "meta.pkl")
+        meta_pkl.read_meta_pkl(tmp_path / "meta.pkl")
     # the same without DUP, which torch does not support
     nested_by_memo = b"\x80\x02}K\x01q\x00" + b"0h\x00h\x00\x86q\x00" * 200 + b"K\x00s."
     for data in (nested_tuple(200), nested_by_memo):
@@ -126,7 +127,7 @@ def test_integers_with_equal_hashes_are_refused(tmp_path, hf):
     assert len({hash(number) for number in numbers}) == 1
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1, "stoi": {}, "itos": numbers}))
     with pytest.raises(ValueError, match=r"meta\.pkl .*too large for a token id"):
-        tokenizers.read_meta_pkl(tmp_path / "meta.pkl")
+        meta_pkl.read_meta_pkl(tmp_path / "meta.pkl")
     content = {"model": {k * (2**61 - 1) << 9: 1 for k in range(9)}, "model_args": {}}
     save_archive(content, hf / "ckpt.pt", zipped=True)
     with pytest.raises(ValueError, match=r"ckpt\.pt cannot be read: .*more than 64 bits"):

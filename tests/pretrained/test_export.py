@@ -156,6 +156,21 @@ def test_byte_level_bpes_are_the_same_in_transformers(kind):
     assert loader.load_weights("out").tokenizer == bpe_tokenizer
 
 
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "</s>"])
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_the_separator_of_documents_is_the_same_in_transformers(kind, separator):
+    text = f"Era uma vez.{separator}Era outra vez. {separator}"
+    own = tokenizer.GPT2Tokenizer(separator)
+    if kind == "bpe":
+        own = tokenizer.train_bpe([text * 9], 300, separator)
+    write(random_model(vocab_size=-(-own.vocab_size // 64) * 64), own)
+    _, hf_tokenizer = open_with_transformers()
+    ids = hf_tokenizer(text).input_ids
+    assert ids == own.encode(text).tolist() and ids.count(own.end_of_text) == 2
+    assert hf_tokenizer.decode(ids) == text and hf_tokenizer.eos_token == separator
+    assert loader.load_weights("out").tokenizer == own
+
+
 def test_gpt2s_merges_are_recovered_from_its_tokens():
     tokens, _ = bpe.gpt2_encoding()
     assert bpe.token_bytes(bpe.recover_merges(tokens)) == tokens

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import tokenizers as huggingface
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 from weight_folders import (
     build_model,
@@ -20,8 +23,8 @@ from weight_folders import (
 )
 
 from fradique.checkpointing import checkpoint
-from fradique.pretrained import hf_weights, loader
-from fradique.tokenizer import tokenizer
+from fradique.pretrained import hf_weights, hub, loader
+from fradique.tokenizer import bpe, tokenizer
 from model import GPT, GPTConfig
 
 # Hugging Face
@@ -205,7 +208,7 @@ def test_another_architecture_on_the_hub_is_not_downloaded(monkeypatch):
     edit_config(folder, model_type="bert")
     requests = mock_hub(monkeypatch, folder)
     assert "model_type = 'bert'" in load_error("someone/some-bert")
-    assert [patterns for _, patterns in requests] == [["config.json", "tokenizer.json", "vocab.json"]]
+    assert [patterns for _, patterns in requests] == [list(hub.CONFIG_FILES)]
 
 
 def test_without_safetensors_the_pickle_is_requested(monkeypatch):
@@ -246,6 +249,67 @@ def test_another_vocabulary_of_the_same_size_is_not_gpt2s(gpt2_vocab_folder):
     for vocab in (swapped, {"a": 0}, {"a": []}, [], None):
         (gpt2_vocab_folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
         assert loader.load_weights(str(gpt2_vocab_folder)).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("tokenizer.json",),
+        ("vocab.json", "added_tokens.json"),
+        ("vocab.json", "tokenizer_config.json"),
+        ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [50259, 50304])
+def test_tokens_added_to_gpt2s_vocabulary_are_refused(tmp_path, files, vocab_size):
+    """As transformers saves them: as plain text, <|user|> would be five other tokens."""
+    folder, _ = save_gpt2(vocab_size=vocab_size, n_embd=8, n_head=2, n_layer=1)
+    (tmp_path / "source").mkdir()
+    own = tokenizer.GPT2Tokenizer()
+    fast = huggingface.Tokenizer.from_str(json.dumps(bpe.to_hf_json(own.merges)))
+    hf_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>")
+    hf_tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    hf_tokenizer.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "vocab.json").write_text(json.dumps(gpt2_vocabulary()), encoding="utf-8")
+    added = {"<|assistant|>": 50258, "<|user|>": 50257}
+    (tmp_path / "source" / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    details = {str(i): {"content": token, "special": True} for token, i in added.items()}
+    config = json.loads((tmp_path / "source" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"added_tokens_decoder": details | {"50256": {"content": "<|endoftext|>"}}}
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in files:
+        shutil.copy(tmp_path / "source" / name, folder / name)
+    message = load_error(str(folder))
+    assert "adds 2 tokens to GPT-2's" in message and "'<|user|>', '<|assistant|>'" in message
+
+
+def test_gpt2s_own_tokenizer_files_add_nothing(gpt2_vocab_folder):
+    own = tokenizer.GPT2Tokenizer()
+    fast = huggingface.Tokenizer.from_str(json.dumps(bpe.to_hf_json(own.merges)))
+    hf_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>")
+    hf_tokenizer.save_pretrained(gpt2_vocab_folder)
+    assert loader.load_weights(str(gpt2_vocab_folder)).tokenizer == own
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<|user|>": "x"}),
+        ("added_tokens.json", {"<|user|>": None}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"50257": {"content": 5}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"50257": None}}),
+    ],
+)
+def test_damaged_added_tokens_are_reported(gpt2_vocab_folder, file, content):
+    (gpt2_vocab_folder / file).write_text(json.dumps(content), encoding="utf-8")
+    assert "damaged" in load_error(str(gpt2_vocab_folder))
+
+
+@pytest.mark.parametrize("separator", ["</s>", None])
+def test_weights_fit_a_corpus_with_another_separator(separator):
+    """The ids mean the same; only the text that separates documents differs."""
+    weights = loader.PretrainedWeights(GPTConfig(vocab_size=50304), {}, tokenizer.GPT2Tokenizer(), "gpt2")
+    loader.check_tokenizer_matches(weights, tokenizer.GPT2Tokenizer(separator), Path("data/abc"))
 
 
 def test_a_corpus_with_another_tokenizer_is_refused():

@@ -21,7 +21,17 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizer_texts import PROPERTY, SAMPLE, TEXTS
 
 from fradique.tokenizer import bpe, tokenizer
-from fradique.tokenizer.tokenizer import BPETokenizer
+from fradique.tokenizer.tokenizer import (
+    BPETokenizer,
+    GPT2Tokenizer,
+    check_separator,
+    encode_prompt,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_checksum,
+    tokenizer_from_json,
+    train_bpe,
+)
 
 
 class ReferenceBPE:
@@ -128,14 +138,57 @@ def test_a_damaged_vocabulary_file_is_not_used(tmp_path, monkeypatch):
     assert bpe._read_gpt2_merges() is None
 
 
-def test_end_of_text_is_ordinary_text_unless_allowed(gpt2, trained):
-    for tok in (gpt2, trained):
-        ids = tok.encode("a<|endoftext|>b")
-        assert tok.end_of_text not in ids
-        assert tok.decode(ids) == "a<|endoftext|>b"
-        special = tok.encode("a<|endoftext|>b", allow_special=True).tolist()
-        assert special == [*tok.encode("a"), tok.end_of_text, *tok.encode("b")]
-        assert tok.decode(special) == "a<|endoftext|>b"
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "</s>", "###", "é|"])
+def test_the_separator_of_documents_is_one_token(trained, separator):
+    for tok in (GPT2Tokenizer(separator), BPETokenizer(trained.merges, separator)):
+        text = f"a{separator}b {separator}\n{separator}{separator}"
+        ids = tok.encode(text).tolist()
+        end = tok.end_of_text
+        assert ids == [*tok.encode("a"), end, *tok.encode("b "), end, *tok.encode("\n"), end, end]
+        assert tok.decode(ids) == text
+        assert encode_prompt(tok, separator).tolist() == [end]
+
+
+def test_without_a_separator_all_text_is_ordinary(trained):
+    for tok in (GPT2Tokenizer(None), BPETokenizer(trained.merges, None)):
+        for prompt in ("a<|endoftext|>b", "<|endoftext|>"):
+            assert tok.end_of_text not in encode_prompt(tok, prompt)
+            assert tok.decode(encode_prompt(tok, prompt)) == prompt
+
+
+def test_with_another_separator_end_of_text_is_ordinary():
+    assert (
+        GPT2Tokenizer("</s>").encode("<|endoftext|>").tolist()
+        == GPT2Tokenizer(None).encode("<|endoftext|>").tolist()
+    )
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "</s>", None])
+def test_tokenizer_json_keeps_the_separator(trained, tmp_path, separator):
+    for tok in (GPT2Tokenizer(separator), BPETokenizer(trained.merges, separator)):
+        save_tokenizer(tok, tmp_path / "tokenizer.json")
+        loaded = load_tokenizer(tmp_path / "tokenizer.json")
+        assert loaded == tok and loaded.document_separator == separator
+        assert tokenizer_checksum(loaded) == tokenizer_checksum(tok)
+        default = GPT2Tokenizer() if tok.kind == "gpt2" else trained
+        assert (loaded == default) == (separator == "<|endoftext|>")
+        assert loaded.has_same_vocabulary(default)
+
+
+@pytest.mark.parametrize("separator", ["", " ", "a b", "===\n", "x" * 101, "\ud800", 5, ["<s>"]])
+def test_a_separator_that_cannot_be_used_is_refused(separator):
+    with pytest.raises(ValueError, match=r"separator|surrogate"):
+        check_separator(separator)
+    value = {"format": 1, "kind": "gpt2", "document_separator": separator}
+    with pytest.raises(ValueError, match=r"separator|surrogate"):
+        tokenizer_from_json(value)
+
+
+def test_a_bpe_learns_no_merges_from_separators():
+    text = "<|endoftext|>".join(["ab"] * 50)
+    tokens = [train_bpe([text], 300).decode_bytes([i]) for i in range(257)]
+    assert b"ab" in tokens and not any(b"<|" in token for token in tokens)
+    assert any(b"<|" in token for token in train_bpe([text], 300, None)._tokens[:-1])
 
 
 def test_white_space_of_any_length_is_encoded(gpt2):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizer_texts import PROPERTY, SAMPLE
 
 from bench import data as bench_data
-from fradique.tokenizer import tokenizer
+from fradique.tokenizer import meta_pkl, tokenizer
 from fradique.tokenizer.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, StreamDecoder
 
 
@@ -196,7 +196,7 @@ def test_a_nanogpt_meta_pkl_is_read(tmp_path, protocol):
     }
     path = tmp_path / "meta.pkl"
     path.write_bytes(pickle.dumps(meta, protocol=protocol))
-    assert tokenizer.read_meta_pkl(path) == CharTokenizer(chars)
+    assert meta_pkl.read_meta_pkl(path) == CharTokenizer(chars)
 
 
 class Malicious:
@@ -212,7 +212,7 @@ def test_a_malicious_meta_pkl_runs_no_code(tmp_path):
     for meta in (Malicious(touched), {"vocab_size": Malicious(touched), "stoi": {}, "itos": {}}):
         path.write_bytes(pickle.dumps(meta))
         with pytest.raises(ValueError, match=r"meta\.pkl is not .* imports"):
-            tokenizer.read_meta_pkl(path)
+            meta_pkl.read_meta_pkl(path)
         assert not touched.exists()
         pickle.loads(path.read_bytes())  # pickle itself runs the code
         assert touched.exists()
@@ -236,7 +236,7 @@ def test_a_malicious_meta_pkl_runs_no_code(tmp_path):
 )
 def test_an_inconsistent_meta_pkl_is_refused(tmp_path, changes):
     with pytest.raises(ValueError, match=r"meta\.pkl is not"):
-        tokenizer.read_meta_pkl(write_meta(tmp_path / "meta.pkl", "ab", **changes))
+        meta_pkl.read_meta_pkl(write_meta(tmp_path / "meta.pkl", "ab", **changes))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_damaged_meta_pkl_is_refused_without_using_memory(tmp_path, data):
     path = tmp_path / "meta.pkl"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"meta\.pkl is not"):
-        tokenizer.read_meta_pkl(path)
+        meta_pkl.read_meta_pkl(path)
 
 
 # The benchmark and its sample text
