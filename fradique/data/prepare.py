@@ -85,6 +85,8 @@ def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
             message = "no partial files are left"
         print(f"stopped: {message}", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+    except BrokenPipeError:
+        raise  # `command_output` ends the process: nobody reads its output any more
     except (ValueError, OSError, ImportError) as error:
         if args.debug == "True":
             raise

@@ -42,10 +42,15 @@ def command_output() -> Iterator[None]:
     codecs.register_error(ERROR_HANDLER, replace)
     for name in ("stdout", "stderr"):
         _configure_stream(name)
+    status = 0
     try:
         yield
+    except BrokenPipeError:
+        status = flush_stdout("\n")  # a closed pipe is noticed only when something is written to it
+        if not status:
+            raise
     finally:
-        status = flush_stdout()
+        status = flush_stdout() or status
         if replaced:
             _print_replacement_note()
         if status:

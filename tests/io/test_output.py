@@ -210,6 +210,20 @@ def test_help_into_a_closed_pipe_has_the_status_of_sigpipe(run, monkeypatch):
         assert run("--help") == SIGPIPE_STATUS
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe raises another error on Windows")
+@pytest.mark.parametrize("buffering", [1, -1], ids=["lines", "blocks"])
+def test_a_corpus_is_made_whole_while_nobody_reads_the_output(monkeypatch, tmp_path, capsys, buffering):
+    """`python prepare.py | head -1`; with line buffering, print itself raises the error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as caught:
+            prepare.main(story_spec(tmp_path / "made"), [])
+    assert caught.value.code == SIGPIPE_STATUS and capsys.readouterr().err == ""
+    assert (tmp_path / "made" / "meta.json").exists()
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs a disk that is always full")
 def test_help_on_a_full_disk_is_an_error_in_one_line(run, streams, monkeypatch):
     _, err = streams("utf-8", is_console=False)
