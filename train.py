@@ -28,7 +28,7 @@ from fradique.optim import lr_schedule, optimizer
 from fradique.runtime import device, signals
 from fradique.runtime.device import DTYPES
 from fradique.runtime.memory_limits import OomReport
-from fradique.training import autoconfig, evaluation, outputs, setup, skip_step
+from fradique.training import autoconfig, evaluation, outputs, resume, setup, skip_step
 from fradique.training.model_setup import model_config
 from fradique.training.time_budget import format_duration, parse_duration
 from fradique.training.trainer import Trainer, TrainState
@@ -190,6 +190,8 @@ def train(t: Trainer) -> int:
     stop = signals.StopSignal()
     with lost_ranks.report_lost_ranks(stop_requested=lambda: stop.number != 0):
         try:
+            resume.check_best(t)
+            resume.report_rate_jump(t, expected=learning_rate_at(t, max(0, t.state.step - 1)))
             stopped = loop(t, stop)
             if stopped:
                 return 128 + stop.number
@@ -209,7 +211,8 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
                 break
         outputs.save_snapshot(t)
         with t.budget.step():
-            loss, norm = train_step(t, next_learning_rate(t))
+            state.learning_rate = learning_rate_at(t, state.step)
+            loss, norm = train_step(t, state.learning_rate)
         state.step += 1
         t.log.advance(outputs.bar_position(t))
         if state.step % settings.log_interval == 0:
@@ -227,8 +230,8 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
     return False
 
 
-def next_learning_rate(t: Trainer) -> float:
-    """The learning rate of the next step.
+def learning_rate_at(t: Trainer, step: int) -> float:
+    """The learning rate of the training step after `step` steps.
 
     With a time budget the length of the schedule is the number of steps that fit into it at the speed so far.
     """
@@ -238,7 +241,7 @@ def next_learning_rate(t: Trainer) -> float:
         training_seconds = max(1.0, budget.training_ends)  # from the start of the run
         total_steps = lr_schedule.estimate_total_steps(t.state.step, budget.now, training_seconds)
     return lr_schedule.learning_rate(
-        t.state.step,
+        step,
         schedule=settings.lr_schedule if settings.decay_lr else "constant",
         peak=settings.learning_rate,
         floor=settings.min_lr,
@@ -290,7 +293,7 @@ def train_step(t: Trainer, lr: float) -> tuple[Tensor, Tensor]:
 def time_step(t: Trainer) -> float:
     """Run one training step and return its seconds."""
     start = time.monotonic()
-    loss, _ = train_step(t, next_learning_rate(t))
+    loss, _ = train_step(t, learning_rate_at(t, t.state.step))
     loss.item()  # waits for the device
     return time.monotonic() - start
 
@@ -329,12 +332,16 @@ def evaluate_and_save(t: Trainer, last: bool = False) -> None:
 
 
 def record_evaluation(state: TrainState, val_loss: float) -> bool:
-    """Update the best loss and its step. Returns True if this evaluation is the best so far."""
+    """Update the best loss and its step. Returns True if this evaluation is the best so far.
+
+    The best step may lie ahead, if the run resumed before it. If the run makes it again, it is the best again.
+    """
     state.last_eval_step = state.step
-    improved = state.best_val_loss is None or val_loss < state.best_val_loss
+    best, best_step = state.best_val_loss, state.best_step
+    improved = best is None or val_loss < best or (val_loss == best and state.step == best_step)
     if improved:
         state.best_val_loss, state.best_step, state.evals_since_best = val_loss, state.step, 0
-    else:
+    elif state.step > best_step:
         state.evals_since_best += 1
     return improved
 
@@ -377,17 +384,17 @@ def finish(t: Trainer) -> None:
             f"{trained}: the last evaluations alone take {finish_time}, and the run ends after {end_time}; "
             "use a longer --time_budget"
         )
-    if state.best_step not in (None, state.step):
-        outputs.load_best_weights(t)
+    best_step = None if state.best_step is None else outputs.load_best_weights(t)
+    kind, weights_step = ("last", state.step) if best_step is None else ("best", best_step)
     metrics = evaluation.evaluate_val_split(t)
-    record = {"step": state.step, "best_step": state.best_step, "seconds": budget.elapsed()}
+    record = {"step": state.step, "best_step": weights_step, "seconds": budget.elapsed()}
     t.log.write(record | {f"final_{key}": value for key, value in asdict(metrics).items()})
     sample = outputs.write_sample(t)
     t.log.finish_bar()
     t.log.close()
     plot = t.folder / LOSS_PLOT_FILE
     t.log.info(
-        f"\n{sample}\n\nwhole validation split: {metrics} (best weights, of step {state.best_step})\n"
+        f"\n{sample}\n\nwhole validation split: {metrics} ({kind} weights, of step {weights_step})\n"
         f"{state.step} steps in {format_duration(budget.elapsed())}; run folder: {t.folder.resolve()}"
         + (f"; loss curve: {plot}" if plot.exists() else "")
         + f"\nnext: python sample.py --out_dir={t.folder}"

@@ -82,7 +82,7 @@ def setup_run(settings: train.TrainSettings, target: int | None) -> Trainer:
 
 def one_step(t: Trainer) -> float:
     """Run one training step and return its loss."""
-    loss, _ = train.train_step(t, train.next_learning_rate(t))
+    loss, _ = train.train_step(t, train.learning_rate_at(t, t.state.step))
     t.state.step += 1
     return loss.item()
 

@@ -103,7 +103,7 @@ def write_random_corpus(folder: Path, characters: bool) -> None:
 
 def one_step(t: Trainer) -> None:
     """Run one training step."""
-    train.train_step(t, train.next_learning_rate(t))
+    train.train_step(t, train.learning_rate_at(t, t.state.step))
     t.state.step += 1
 
 

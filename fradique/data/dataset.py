@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fradique.data.shard_progress import check_no_unfinished_shards, is_unfinished
-from fradique.data.token_files import TokenFiles, check_uint16
+from fradique.data.token_files import TokenFiles, check_uint16, sample_checksum
 from fradique.data.windows import Locations, Tiling, Window, WindowIndex, group_by_length, list_windows
 from fradique.io.files import describe_search, find_beside_project, is_count, is_plain_name, read_json
 from fradique.tokenizer.meta_pkl import read_meta_pkl
@@ -32,14 +32,31 @@ SCAN_LIMIT = 1 << 29  # bytes: all ids of a split up to this size are checked wh
 class Split:
     """One split of a corpus, train or val: its token files and the size of the text they encode."""
 
-    def __init__(self, paths: list[Path], dtype: str, vocab_size: int, text_bytes: int | None) -> None:
-        """`text_bytes`: UTF-8 bytes of the encoded text; None if there is no meta.json that gives them."""
+    def __init__(
+        self,
+        paths: list[Path],
+        dtype: str,
+        vocab_size: int,
+        text_bytes: int | None,
+        checksums: Sequence[str] = (),
+    ) -> None:
+        """text_bytes: UTF-8 bytes of the encoded text; None if there is no meta.json that gives them.
+
+        checksums: the SHA-256 of each file as meta.json has it; empty if there is no meta.json.
+        """
         self.paths, self.vocab_size, self.text_bytes = paths, vocab_size, text_bytes
+        self._checksums = list(checksums)
         self.token_files = TokenFiles(paths, dtype)
         self.tokens = int(self.token_files.lengths.sum())
         # the first token of a file cannot be predicted, so it is never a target
         self.targets = int(np.maximum(self.token_files.lengths - 1, 0).sum())
         self._window_indexes: dict[int, WindowIndex] = {}  # block_size -> index
+
+    def fingerprint(self) -> str:
+        """A text that is equal for equal token files. Files without a checksum in meta.json are sampled."""
+        if not all(self._checksums) or not self._checksums:
+            self._checksums = [sample_checksum(path) for path in self.paths]
+        return " ".join(map(str, [*self.token_files.lengths.tolist(), *self._checksums]))
 
     def window_index(self, block_size: int) -> WindowIndex:
         """Numbers the adjacent windows of `block_size` tokens; made once for each `block_size`."""
@@ -225,7 +242,8 @@ def _open_split(folder: Path, name: str, meta: dict | None, vocab_size: int) -> 
                 "replaced; prepare the corpus again"
             )
     paths = [folder / entry["file"] for entry in entries]
-    return Split(paths, meta["dtype"], vocab_size, meta["splits"][name]["bytes"])
+    checksums = [str(entry.get("sha256", "")) for entry in entries]
+    return Split(paths, meta["dtype"], vocab_size, meta["splits"][name]["bytes"], checksums)
 
 
 def _read_meta(path: Path) -> dict:

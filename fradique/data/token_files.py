@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import os
 import re
 import sys
@@ -24,7 +25,8 @@ assert sys.byteorder == "little", "token files are little-endian and are used wi
 
 TOKEN_FILE_NAME = re.compile(r"(train|val)(_[0-9]+)?\.bin")
 MAX_CACHED_BYTES = 64 << 20  # a split up to this size is kept in memory: its windows are read twice as fast
-SAMPLE_BYTES = 1 << 14  # of a file whose dtype is checked
+SAMPLE_BYTES = 1 << 14  # of a file, to check its dtype
+SAMPLES = 64  # of SAMPLE_BYTES, to recognise a file
 MIN_CHECKED = 64  # with fewer tokens or bytes, chance could look like another dtype
 CHUNK_TOKENS = 1 << 22  # tokens that `chunks` reads at a time
 
@@ -32,6 +34,18 @@ CHUNK_TOKENS = 1 << 22  # tokens that `chunks` reads at a time
 def find_token_files(folder: Path) -> list[Path]:
     """All token files of a corpus by their names: train.bin, val.bin, train_00000.bin, ..."""
     return sorted(path for path in folder.glob("*.bin") if TOKEN_FILE_NAME.fullmatch(path.name))
+
+
+def sample_checksum(path: Path) -> str:
+    """A SHA-256 of the size and of SAMPLES pieces of a file, spread evenly from its beginning to its end."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    last_start = max(0, size - SAMPLE_BYTES)
+    with path.open("rb") as file:
+        for start in dict.fromkeys(last_start * i // (SAMPLES - 1) for i in range(SAMPLES)):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_uint16(path: Path, vocab_size: int) -> None:

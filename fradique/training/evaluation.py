@@ -6,6 +6,8 @@ give equal losses.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from torch import nn
 from fradique.data.dataset import Split, Window
 from fradique.distributed import process_group
 from fradique.runtime.device import Runtime
+from fradique.tokenizer.tokenizer import tokenizer_checksum
 
 if TYPE_CHECKING:
     from fradique.training.trainer import Trainer
@@ -87,13 +90,27 @@ def estimate_loss(t: Trainer) -> dict[str, SplitLoss]:
 
     The windows are spread evenly over the split and are the same in every evaluation.
     """
+    return {
+        "train": mean_loss_on_fixed_windows(t, t.corpus.train),
+        "val": mean_loss_on_fixed_windows(t, t.corpus.val),
+    }
+
+
+def mean_loss_on_fixed_windows(t: Trainer, split: Split) -> SplitLoss:
+    """The loss on eval_iters * batch_size windows of a split; see `estimate_loss`."""
     settings = t.settings
     batch_size = t.runtime.max_eval_rows(settings.batch_size, settings.block_size)
-    losses = {}
-    for name, split in (("train", t.corpus.train), ("val", t.corpus.val)):
-        windows = split.fixed_windows(settings.block_size, settings.eval_iters * settings.batch_size)
-        losses[name] = mean_loss(t.model, split, windows, batch_size, t.runtime)
-    return losses
+    windows = split.fixed_windows(settings.block_size, settings.eval_iters * settings.batch_size)
+    return mean_loss(t.model, split, windows, batch_size, t.runtime)
+
+
+def eval_fingerprint(t: Trainer) -> str:
+    """A SHA-256 that is equal if validation losses can be compared: same corpus, same evaluation windows."""
+    settings, corpus = t.settings, t.corpus
+    n_windows = settings.eval_iters * settings.batch_size
+    parts = [corpus.train.fingerprint(), corpus.val.fingerprint(), tokenizer_checksum(corpus.tokenizer)]
+    parts += [settings.block_size, min(n_windows, corpus.val.count_windows(settings.block_size))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def evaluate_val_split(t: Trainer) -> SplitMetrics:

@@ -55,16 +55,36 @@ def save_checkpoint(t: Trainer, best: bool = False) -> None:
     t.runtime.barrier()
 
 
-def load_best_weights(t: Trainer) -> None:
-    """Copy the weights of `best/` into the model."""
+def load_best_weights(t: Trainer) -> int | None:
+    """Copy the weights of `best/` into the model, and return their step.
+
+    Returns None, after a warning, if `best/` is missing or damaged; the model is then unchanged.
+    """
+
+    def read_step() -> tuple[int | None, str]:
+        try:
+            checkpoint.verify_checkpoint(t.folder / "best")
+            return checkpoint.read_checkpoint_metadata(t.folder / "best").state["step"], ""
+        except (ValueError, KeyError) as error:
+            return None, str(error)
+
+    step, problem = process_group.broadcast_from_rank0(read_step)
+    if step is None:
+        t.log.warn(f"the best weights cannot be used: {problem}. The run ends with its last weights")
+    elif step != t.state.step:
+        copy_best_weights(t)
+    return step
+
+
+def copy_best_weights(t: Trainer) -> None:
+    """Copy the weights of `best/`, which was verified, into the model."""
     folder = t.folder / "best"
     if not t.runtime.sharded:
-        weights = checkpoint.read_checkpoint(folder, with_optimizer=False).model
+        weights = checkpoint.read_checkpoint(folder, with_optimizer=False, verified=True).model
         checkpoint.copy_parameters(t.model, weights, str(folder))
         return
     from fradique.distributed import fsdp
 
-    process_group.broadcast_from_rank0(lambda: checkpoint.verify_checkpoint(folder))
     t.model.reshard()
     fsdp.read_safetensors(folder, {name: p.detach() for name, p in t.model.named_parameters()})
 

@@ -75,6 +75,10 @@ class TrainState:
     best_step: int | None = None
     evals_since_best: int = 0
     last_eval_step: int = -1
+    eval_fingerprint: str = (
+        ""  # of the corpus and the windows of the best loss; "": not saved (older versions)
+    )
+    learning_rate: float = 0.0  # of the last step; 0: none was made, or not saved
     # The next four are as read from a checkpoint. Their current values are in Trainer.budget and
     # Trainer.scaler, from where Trainer.state_dict saves them.
     seconds: float = 0.0  # elapsed in earlier processes of this run
@@ -113,6 +117,8 @@ def _is_valid_field(f: Field, values: dict[str, Any]) -> bool:
         )
     if f.name in ("best_val_loss", "best_step") and value is None:
         return True
+    if f.name == "eval_fingerprint":
+        return isinstance(value, str)
     if type(f.default) is float or f.name == "best_val_loss":
         return type(value) in (int, float) and abs(value) < 1e300
     minimum = -1 if f.name == "last_eval_step" else 0

@@ -121,6 +121,20 @@ def test_a_resumed_run_equals_an_uninterrupted_run(settings, tmp_path, monkeypat
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.mark.parametrize("always_save", [True, False])
+@pytest.mark.parametrize("n_lost", [1, 2])
+def test_resuming_is_exact_before_the_step_of_best(settings, tmp_path, always_save, n_lost):
+    """The newest checkpoints are gone, but best/ is of the last step: the run makes it again."""
+    settings = replace(settings, always_save_checkpoint=always_save, keep_checkpoints=9)
+    run_training(settings)
+    assert state_of(Path(settings.out_dir) / "best")["step"] == 20
+    shutil.copytree(settings.out_dir, tmp_path / "uninterrupted")
+    for folder in checkpoint.step_folders(Path(settings.out_dir))[-n_lost:]:
+        shutil.rmtree(folder)
+    resume(Path(settings.out_dir))
+    assert_same_run(Path(settings.out_dir), tmp_path / "uninterrupted")
+
+
 def test_resuming_keeps_the_count_for_early_stopping(settings, tmp_path):
     """Evaluations before the interruption count for early_stop_evals: both runs stop at the same step."""
     diverging = replace(settings, learning_rate=0.3, lr_schedule="constant", warmup_iters=0, max_iters=10**6)

@@ -1,0 +1,103 @@
+"""What a run checks before its first step: whether its best checkpoint and its learning rate still hold.
+
+The validation loss of the best checkpoint can be compared with later ones only if they are of the same text
+and the same windows of it. So state.json has a fingerprint of the corpus and of the evaluation windows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from fradique.checkpointing import checkpoint
+from fradique.distributed import process_group
+from fradique.training import evaluation, outputs
+
+if TYPE_CHECKING:
+    from fradique.training.trainer import Trainer
+
+MAX_RATE_CHANGE = 0.1  # of the learning rate between two runs; a larger one is reported
+
+
+def check_best(t: Trainer) -> None:
+    """Set the fingerprint of the evaluations; in a resumed run, check the best checkpoint first.
+
+    If `best/` is missing or damaged, the best loss is forgotten. If the corpus or the evaluation windows are
+    not those of the best loss, the best weights are evaluated again. If `best/` has the weights of another
+    step than state.json says, they are the best. All of this is reported. All ranks call this.
+    """
+    state, fingerprint = t.state, evaluation.eval_fingerprint(t)
+    earlier, state.eval_fingerprint = state.eval_fingerprint, fingerprint
+    if t.saved_step < 0 or state.best_step is None:
+        return
+    best, problem = process_group.broadcast_from_rank0(lambda: _read_best_state(t))
+    if best is None:
+        t.log.warn(
+            f"{problem}: the best weights so far, of step {state.best_step}, are lost. From now on, the run "
+            "looks for new ones"
+        )
+        state.best_step, state.best_val_loss, state.evals_since_best = None, None, 0
+    elif earlier not in ("", fingerprint):  # "": saved by an older version
+        _evaluate_best_again(t, best["step"])
+    elif best["step"] != state.best_step:
+        # A later one if the run was killed after it wrote best/, or if its newest checkpoints are gone.
+        t.log.info(
+            f"the run resumes at step {state.step}, where step {state.best_step} was the best, and best/ has "
+            f"the weights of step {best['step']}: they stay the best until a validation loss is lower"
+        )
+        state.best_step, state.best_val_loss = best["step"], best["best_val_loss"]
+
+
+def _read_best_state(t: Trainer) -> tuple[dict | None, str]:
+    """The content of best/state.json, and the problem if it cannot be used."""
+    folder = t.folder / "best"
+    if not folder.exists():
+        return None, f"{folder} is missing"
+    try:
+        checkpoint.verify_checkpoint(folder, t.lock.run_id if t.lock else None)
+        state = checkpoint.read_checkpoint_metadata(folder).state
+        if not isinstance(state.get("step"), int) or not isinstance(state.get("best_val_loss"), float):
+            raise ValueError(f"{folder / 'state.json'} is damaged")
+    except ValueError as error:
+        return None, str(error)
+    return state, ""
+
+
+def _evaluate_best_again(t: Trainer, best_step: int) -> None:
+    """Replace the best loss by that of the best weights on the windows of now."""
+    state, before = t.state, t.state.best_val_loss
+    with t.budget.pause(), torch.no_grad():
+        if t.runtime.sharded:
+            t.model.reshard()
+        last_weights = {name: p.detach().clone() for name, p in t.model.named_parameters()}
+        outputs.copy_best_weights(t)
+        state.best_val_loss = evaluation.mean_loss_on_fixed_windows(t, t.corpus.val).loss
+        if t.runtime.sharded:
+            t.model.reshard()
+        for name, p in t.model.named_parameters():
+            p.copy_(last_weights[name])
+    state.best_step, state.evals_since_best = best_step, 0
+    state.last_eval_step = -1  # this step was evaluated on other windows
+    t.log.info(
+        "the corpus or the evaluation windows (eval_iters, batch_size, block_size) are not those of the "
+        f"earlier evaluations: the best weights, of step {best_step}, have the validation loss "
+        f"{state.best_val_loss:.4f} now, and had {before:.4f} before"
+    )
+
+
+def report_rate_jump(t: Trainer, expected: float) -> None:
+    """Report a learning rate that is not the one with which the run would have continued.
+
+    expected: what the schedule of now gives for the last step that was made.
+    """
+    made_with = t.state.learning_rate
+    if t.saved_step < 0 or not made_with or not math.isfinite(expected):
+        return
+    if abs(expected - made_with) > MAX_RATE_CHANGE * max(made_with, expected):
+        t.log.info(
+            f"the learning rate jumps: step {t.state.step} was made with {made_with:.2e}, and these settings "
+            f"would have given {expected:.2e}. If this is not wanted, resume with the earlier "
+            "learning_rate, min_lr, warmup_iters, lr_schedule and, if max_iters has changed, lr_decay_iters"
+        )
