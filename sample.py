@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -204,8 +205,17 @@ def _stream_texts(loaded: LoadedModel, ids: torch.Tensor, settings: SampleSettin
     yield [sample.flush() for sample in samples]
 
 
+def note_ignored_out_dir(resolved: Resolved[Any]) -> None:
+    """Print a note if the user set both out_dir and init_from, which names other weights."""
+    settings = resolved.settings
+    if {"out_dir", "init_from"} <= resolved.explicit and settings.init_from not in ("", "resume"):
+        text = f"--out_dir={settings.out_dir} is ignored, because --init_from={settings.init_from} names the weights"
+        print(f"note: {text}", file=sys.stderr)
+
+
 def main(resolved: Resolved[SampleSettings]) -> int:
     """Print the samples. Returns the exit status."""
+    note_ignored_out_dir(resolved)
     with OomReport():
         print_samples(resolved.settings, configure_process(resolved.settings.device))
     return 0

@@ -175,6 +175,7 @@ def run(resolved: Resolved[TrainSettings], oom: OomReport) -> int:
             fixed = {key: getattr(settings, key) for key in resolved.explicit}  # set by the user
             settings, notes = autoconfig.autotune(settings, fixed, time_step, chosen_device, START)
         t = setup.setup_training(settings, notes, device=chosen_device, started=START, oom=oom)
+        outputs.log_ignored_settings(t, {key: getattr(settings, key) for key in resolved.explicit})
     try:
         status = report_evaluation(t) if t.settings.eval_only else train(t)
         t.forward = t.model  # frees the DDP wrapper, which must not outlive the process group

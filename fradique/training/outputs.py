@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -179,6 +179,18 @@ def log_startup(t: Trainer) -> None:
             )
     if t.budget.limit is None and not t.settings.eval_only:
         warn_about_schedule(t, t.settings.max_iters)
+
+
+def log_ignored_settings(t: Trainer, given: dict[str, Any]) -> None:
+    """Log the settings that the user gave, and that the loaded weights define otherwise."""
+    ignored = [
+        f"{key}={value} (it is {getattr(t.settings, key)})"
+        for key, value in sorted(given.items())
+        if getattr(t.settings, key) != value
+    ]
+    if ignored:
+        source = t.settings.init_from
+        t.log.info(f"ignored, because the weights of {source} define the model: {', '.join(ignored)}")
 
 
 def warn_about_schedule(t: Trainer, total_steps: int) -> None:

@@ -162,7 +162,7 @@ def test_a_prompt_has_whole_words_from_a_line_start(text, prompt):
 
 
 def test_a_line_begins_at_the_end_of_a_document(gpt2):
-    ids = gpt2.encode("b<|endoftext|>c d<|endoftext|>e", allow_special=True)
+    ids = gpt2.encode("b<|endoftext|>c d<|endoftext|>e")
     assert common.beginning_of_text(gpt2, ids, max_tokens=9) == "c d\ne"
 
 

@@ -15,6 +15,7 @@ from support import ROOT, run_script, run_training
 
 import sample
 from configurator import command
+from lab import common
 from sample import SampleSettings
 from train import TrainSettings
 
@@ -280,3 +281,19 @@ def test_another_tokenizer_in_a_run_folder_is_refused(run_folder, tmp_path):
     path.write_text(json.dumps(value | {"chars": value["chars"][::-1]}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not the tokenizer of this run"):
         sample.load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_out_dir_beside_init_from_is_named_as_ignored(run_folder, capsys, given):
+    arguments = [f"--init_from={run_folder}", "--max_new_tokens=0", "--start=a", "--device=cpu"]
+    assert (
+        command(sample.main, sample.SampleSettings, [*arguments, *(["--out_dir=other"] if given else [])])
+        == 0
+    )
+    assert ("--out_dir=other is ignored" in capsys.readouterr().err) == given
+
+
+def test_lab_names_an_ignored_out_dir_too(run_folder, capsys):
+    arguments = [f"--init_from={run_folder}", "--out_dir=other"]
+    assert common.command(lambda resolved: 0, common.ModelSettings, arguments) == 0
+    assert "--out_dir=other is ignored" in capsys.readouterr().err

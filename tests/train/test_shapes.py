@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import sample
 import train
-from configurator import resolve
+from configurator import command, resolve
 from fradique.checkpointing import checkpoint
 from fradique.pretrained import __main__, loader
 from fradique.training import evaluation, model_setup, setup
@@ -109,6 +109,26 @@ def test_a_run_can_start_from_exported_weights(settings, base, tmp_path):
         estimates.append({name: split.loss for name, split in evaluation.estimate_loss(t).items()})
         t.close()
     assert estimates[0] == pytest.approx(estimates[1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "ignored"),
+    [
+        (["--n_layer=7", "--norm=rmsnorm"], "n_layer=7 (it is 2), norm=rmsnorm (it is layernorm)"),
+        (["--tie_weights=False"], "tie_weights=False (it is True)"),
+        (["--n_layer=2", "--dropout=0.3", "--learning_rate=1e-3"], None),
+    ],
+)
+def test_settings_that_the_weights_replace_are_named(settings, base, given, ignored, capsys):
+    run_settings = replace(settings, init_from=base, max_iters=1)
+    model = ("n_layer", "n_head", "n_embd")  # not given: the weights have them
+    arguments = [flag for flag in flags(run_settings) if not flag.startswith(tuple(f"--{m}=" for m in model))]
+    assert command(train.main, train.TrainSettings, [*arguments, *given]) == 0
+    output = capsys.readouterr().out
+    if ignored:
+        assert f"ignored, because the weights of {base} define the model: {ignored}\n" in output
+    else:
+        assert "ignored" not in output
 
 
 def test_block_size_and_dropout_of_loaded_weights_can_be_set(settings, base):
