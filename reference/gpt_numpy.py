@@ -347,7 +347,7 @@ def load(path: Path, n_head: int = 0) -> GPT2:
     C = weights["wte.weight"].shape[1]
     config_path = path.parent / "config.json"
     if not n_head and config_path.exists():
-        config = json.loads(config_path.read_text())
+        config = json.loads(config_path.read_text(encoding="utf-8"))
         n_head = config.get("n_head") if isinstance(config, dict) else None
         n_head = n_head if isinstance(n_head, int) else 0
     model = GPT2(weights, n_head or max(C // 64, 1))

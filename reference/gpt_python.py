@@ -362,7 +362,7 @@ def main() -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     args = options().parse_args()
     try:
-        text = args.input.read_text(encoding="utf-8")
+        text = args.input.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{args.input} cannot be read as UTF-8 text: {error}")
     if too_small := [f"--{name}" for name in SIZES if getattr(args, name) < 1]:

@@ -36,7 +36,7 @@ ALLOWED_GLOBALS = re.compile(
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name, without `prefix`; iteration begins with the largest.
+    """The tensors of safetensors files by name (see `_short_name`); iteration begins with the largest.
 
     Each look-up maps the file to memory again, and returns a view of the map. To copy all tensors, a caller
     needs only the memory of the copies and of one tensor.
@@ -47,7 +47,7 @@ class TensorFiles(Mapping[str, Tensor]):
         for file in files:
             with _open_safetensors(file) as stored:
                 for name in stored.keys():  # noqa: SIM118 (a safetensors file is not iterable)
-                    self.locations[name.removeprefix(prefix)] = file, name
+                    self.locations[_short_name(name, prefix)] = file, name
         self.names = sorted(self.locations, key=lambda name: -self[name].numel())
 
     def __getitem__(self, name: str) -> Tensor:
@@ -152,7 +152,12 @@ def strip_prefixes(state: Any, path: Path, prefix: str) -> dict[str, Tensor]:
                 f"{path}: the tensor {reprlib.repr(name)} has more elements than the file stores; the file "
                 "is damaged, or not a model: copy it again"
             )
-    return {WRAPPER_PREFIXES.sub("", str(name)).removeprefix(prefix): t for name, t in state.items()}
+    return {_short_name(str(name), prefix): tensor for name, tensor in state.items()}
+
+
+def _short_name(name: str, prefix: str) -> str:
+    """The name of a tensor without `prefix` and the prefixes of torch.compile and DDP."""
+    return WRAPPER_PREFIXES.sub("", name).removeprefix(prefix)
 
 
 def _check_pickles(path: Path, is_zip: bool) -> None:

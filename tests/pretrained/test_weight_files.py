@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import ROOT
 from transformers import GPT2Config, GPT2LMHeadModel
 from weight_folders import equal_tensors, load_error, save_gpt2, save_nanogpt
@@ -21,6 +22,16 @@ def test_shards_with_an_index_give_the_same_weights():
     hf_model.save_pretrained("shards", max_shard_size="20KB")
     assert len(list(Path("shards").glob("*.safetensors"))) > 2
     assert equal_tensors(loader.load_weights("shards").tensors, loader.load_weights(str(folder)).tensors)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_in_safetensors_may_have_wrapper_prefixes(prefix):
+    """Of torch.compile and DDP, if somebody saved the wrapped model."""
+    folder, _ = save_gpt2()
+    expected = loader.load_weights(str(folder)).tensors
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert equal_tensors(loader.load_weights(str(folder)).tensors, expected)
 
 
 def test_a_missing_shard_is_reported():

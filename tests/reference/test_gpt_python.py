@@ -186,12 +186,14 @@ def run(*options, cwd):
 
 
 def test_the_command_trains_on_a_text_and_generates(tmp_path):
-    (tmp_path / "book.txt").write_text("a figura é poética. " * 30, encoding="utf-8")
+    text = "a figura é poética. " * 30
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8-sig")  # with a byte-order mark, as on Windows
     result = run("--input=book.txt", "--steps=60", "--block=8", "--batch=4", "--write=40", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     by_frequency = float(re.search(r"by frequency ([\d.]+)", result.stdout).group(1))
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)  ", result.stdout)]
     assert len(losses) == 3 and losses[-1] < by_frequency / 2
+    assert "\ufeff" not in result.stdout and f"{len(set(text))} " in result.stdout
     assert "po" in result.stdout.splitlines()[-1]
 
 
