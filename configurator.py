@@ -247,6 +247,11 @@ class _Resolver:
                 self.invalid[key] = f"{typed}: needs a value, for example {typed}={spec.default!r}"
         elif key not in SWITCHES:
             self.report_unknown(typed, key, SWITCHES | self.specs, "--help=all shows all settings")
+        elif text is not None:
+            try:
+                SWITCHES[key].convert(SWITCHES[key].parse(text))
+            except ValueError as error:
+                self.other_problems.append(f"{typed}: {error}")
 
     def report_unknown(self, location: str, key: str, candidates: Iterable[str], advice: str) -> None:
         hint = did_you_mean(key, {name: repr(name) for name in candidates}) or f" ({advice})"
@@ -337,7 +342,7 @@ def _run(
     """`command`, after the encoding of the output is set."""
     _, flags = _parse_argv(argv, SWITCHES | _specs(cls))
     switches = {key: SWITCHES[key].parse(text or "true") for key, text, _ in flags if key in SWITCHES}
-    debug, status = switches.get("debug"), None
+    debug, status = switches.get("debug") is True, None
     try:
         if switches.get("help"):
             print(format_help(cls, show_all=switches["help"] == "all"))

@@ -28,8 +28,10 @@ MAX_WARNINGS = 5  # about damaged checkpoints
 FILES = ("model.safetensors", "optimizer.safetensors", "model.json", "state.json", "manifest.json")
 SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w+")  # left if the process was killed while it wrote weights
 STEP_NAME = re.compile(r"step-[0-9]{1,18}")
-# What a crash can leave behind: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp
-LEFTOVER_NAME = re.compile(r"\.(step-\d+|best|\.?\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)")
+# What a crash can leave behind: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp, .loss.123.tmp.png
+LEFTOVER_NAME = re.compile(
+    r"\.(step-\d+|best|\.?\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)|\.loss\.\d+\.tmp\.png"
+)
 
 
 @dataclass
@@ -157,7 +159,8 @@ def recover_run_folder(run: Path) -> None:
             files.merge_old_folder(old, original, FILES)
         else:
             old.rename(original)
-    for temporary in [path for path in run.glob(".*.tmp") if LEFTOVER_NAME.fullmatch(path.name)]:
+    leftovers = [*run.glob(".*.tmp"), *run.glob(".*.tmp.png")]
+    for temporary in [path for path in leftovers if LEFTOVER_NAME.fullmatch(path.name)]:
         if temporary.is_dir():
             delete_checkpoint(temporary)
         else:

@@ -101,7 +101,15 @@ def hub_documents(name: str) -> Iterator[Document]:
 
         # other branches may need a loading script, which is code that the data set's author wrote
         for row in load_dataset(name, revision=CONVERTED, split="train", streaming=True):
+            if not isinstance(row.get(FIELD), str):
+                raise ValueError(
+                    f"the data set {name} has no column {FIELD!r} of text, only {', '.join(row)}"
+                )
             yield (row[FIELD],)
+    except ValueError as error:
+        if str(error).startswith("the data set"):
+            raise
+        raise _stream_error(name, error) from error
     except Exception as error:  # datasets and the packages that it uses raise errors of many types
         raise _stream_error(name, error) from error
 

@@ -144,10 +144,18 @@ def test_best_is_written_before_the_step_checkpoint(tmp_path, monkeypatch):
 
 
 def test_recovery_leaves_other_files_alone(tmp_path):
-    for name in (".notes.old", ".draft.tmp", ".idea"):
+    names = [".draft.tmp", ".draft.tmp.png", ".idea", ".notes.old"]
+    for name in names:
         (tmp_path / name).write_text("mine")
     checkpoint.recover_run_folder(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".draft.tmp", ".idea", ".notes.old"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_recovery_removes_temporary_files_of_every_kind(tmp_path):
+    for name in (".settings.json.12.tmp", ".loss.345.tmp.png", ".samples.txt.6.tmp"):
+        (tmp_path / name).write_text("half")
+    checkpoint.recover_run_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpoints_after_the_resumed_step_are_set_aside(tmp_path):

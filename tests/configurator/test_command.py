@@ -183,6 +183,12 @@ def test_print_settings_does_not_run_main(toy):
         assert out == "mode = 'value'  # --mode\nn_layer = 4     # config/x.py\n"
 
 
+@pytest.mark.parametrize("flag", ["--print_settings=foo", "--debug=2", "--debug=no way"])
+def test_a_switch_takes_only_booleans(toy, flag):
+    status, out, err = toy(flag)
+    assert status == 2 and out == "" and flag.partition("=")[0] in err and "True or False" in err
+
+
 def test_print_settings_reports_invalid_settings(toy):
     status, out, err = toy("--print_settings", "--n_layer=0")
     assert (status, out) == (2, "")

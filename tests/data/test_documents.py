@@ -120,6 +120,16 @@ def test_a_broken_stream_from_the_hub_suggests_input(monkeypatch):
     assert fake.call[0] == "Skylion007/openwebtext" and fake.call[1]["streaming"] is True
 
 
+@pytest.mark.parametrize("row", [{"content": "uma lua"}, {"content": "a", "text": None}, {"text": 5}])
+def test_a_data_set_without_text_is_no_network_problem(monkeypatch, row):
+    fake = FakeStream()
+    fake.load_dataset = lambda name, **options: iter([row])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(ValueError, match=r"has no column 'text' of text, only \w+") as caught:
+        next(documents.hub_documents("someone/words"))
+    assert "network" not in str(caught.value) and "someone/words" in str(caught.value)
+
+
 class FakeHub:
     """A fake `datasets` package whose data set consists of local files."""
 
