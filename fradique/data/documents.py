@@ -91,6 +91,10 @@ def count_documents(file: Path | HubFile) -> int:
     return 1  # a .txt file is one document
 
 
+class _NoTextError(ValueError):
+    """A data set on the hub has no column FIELD of texts."""
+
+
 def hub_documents(name: str) -> Iterator[Document]:
     """Stream the documents of a data set on the Hugging Face hub; nothing is written to the disk.
 
@@ -102,14 +106,12 @@ def hub_documents(name: str) -> Iterator[Document]:
         # other branches may need a loading script, which is code that the data set's author wrote
         for row in load_dataset(name, revision=CONVERTED, split="train", streaming=True):
             if not isinstance(row.get(FIELD), str):
-                raise ValueError(
+                raise _NoTextError(
                     f"the data set {name} has no column {FIELD!r} of text, only {', '.join(row)}"
                 )
             yield (row[FIELD],)
-    except ValueError as error:
-        if str(error).startswith("the data set"):
-            raise
-        raise _stream_error(name, error) from error
+    except _NoTextError:
+        raise
     except Exception as error:  # datasets and the packages that it uses raise errors of many types
         raise _stream_error(name, error) from error
 
