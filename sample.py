@@ -5,6 +5,10 @@ python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
 printf "Era uma vez" | python sample.py --out_dir=out/eca-char --start=-
 """
 
+from fradique.runtime import openmp
+
+openmp.limit_spinning()  # before torch is imported
+
 import codecs
 import sys
 from collections.abc import Iterator

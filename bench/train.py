@@ -157,7 +157,7 @@ def summarize(t: Trainer, our_times: list[float], other_times: dict[str, list[fl
         "tokens_per_second": tokens / step_seconds,
         "flops": flops_per_second,
         "matmul_peaks": peaks,
-        "share_of_peak": flops_per_second / peaks.get(dtype, peaks["bfloat16"]),  # float16 is not measured
+        "share_of_peak": flops_per_second / peaks.get(dtype, max(peaks.values())),  # float16 is not measured
         "peak_memory_bytes": machine.peak_memory(t.runtime.device),
         **{name: machine.median_ratio(times, our_times) for name, times in other_times.items()},
         **{f"{name}_step_seconds": statistics.median(times) for name, times in other_times.items()},

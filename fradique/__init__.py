@@ -1,1 +1,1 @@
-"""The machinery: text, tokens, batches, checkpoints, devices. Imports nothing from the rooms above it."""
+"""The library: data, tokenizers, layers, optimizers, checkpoints, training. Imports none of the scripts."""

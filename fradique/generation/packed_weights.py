@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fradique.generation.kv_cache import KVCache
-from fradique.nn.linear import Linear, cpu_has_bf16
+from fradique.nn.cpu_features import cpu_has_bf16
+from fradique.nn.linear import Linear
 
 if TYPE_CHECKING:
     from model import GPT, AttentionInputs, Block

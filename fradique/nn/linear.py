@@ -109,10 +109,3 @@ def contiguous_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             tile.copy_(source)
             out[top : top + TILE, left : left + TILE].copy_(tile)
     return out
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16 matrix products (AMX or AVX-512 BF16)."""
-    # torch's functions for this are private: a version of torch may lack them
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in names)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fradique.nn.cpu_features import emulates_bf16
+
 MAX_BATCH_ELEMENTS = 1 << 24  # total elements of the matrices in one batch; limits the memory of an update
 
 
@@ -38,6 +40,8 @@ def split_matrix(name: str, parameter: nn.Parameter, row_splits: Sequence[int]) 
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with a separate update for each stacked matrix (q, k, v; gate, value).
+
+    The updates are computed in bfloat16, as Jordan et al. do, or in float32 where bfloat16 is emulated.
 
     Orthogonalizing the whole stack would not orthogonalize the matrices in it. Matrices of the same shape are
     updated in batches: the updates equal those of torch, with fewer and larger kernels.
@@ -79,7 +83,8 @@ class Muon(torch.optim.Muon):
         grads, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-        batch = torch.stack([_wide(x).to(torch.bfloat16) for x in nesterov])  # (matrices, m, n), m <= n
+        dtype = torch.float32 if emulates_bf16(params[0].device) else torch.bfloat16
+        batch = torch.stack([_wide(x).to(dtype) for x in nesterov])  # (matrices, m, n), m <= n
         updates = orthogonalize(batch, group["ns_coefficients"], group["ns_steps"])
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for p, update in zip(params, updates, strict=True):
@@ -94,7 +99,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrices, approximately: x (batch, m, n), bfloat16, m <= n -> same shape.
+    """The nearest semi-orthogonal matrices, approximately: x (batch, m, n), m <= n -> same shape and dtype.
 
     The quintic Newton-Schulz iteration X <- a X + (b G + c G²) X, with G = X Xᵀ (Jordan et al. 2024), brings
     all singular values close to 1.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fradique.distributed import process_group
-from fradique.nn.linear import cpu_has_bf16
+from fradique.nn.cpu_features import cpu_has_bf16, emulates_bf16
 from fradique.runtime import malloc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -202,7 +202,7 @@ def setup_runtime(
         device = choose_device(device, ranks.local_rank, ranks.world)
     notes = []
     chosen_dtype, reason = choose_dtype(dtype, device, n_embd, vocab_size)
-    if dtype == "auto":
+    if dtype == "auto" or reason != "as set":
         notes.append(f"using {chosen_dtype}: {reason}")
     chosen_compile, reason = choose_compile(compile, device, run_flops, run_seconds)
     if compile == "auto":
@@ -248,6 +248,11 @@ def choose_dtype(name: str, device: torch.device, n_embd: int, vocab_size: int =
     if name != "auto":
         if name == "float16" and device.type != "cuda":
             raise ValueError(f"dtype=float16 needs a GradScaler on CUDA; use float32 or bfloat16 on {device}")
+        if name == "bfloat16" and emulates_bf16(device):
+            return (
+                name,
+                f"as set, but {device} has no bfloat16 arithmetic, and emulating it is many times slower",
+            )
         return name, "as set"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
