@@ -22,7 +22,7 @@ def reported_spin_count(module, **environment):
     return match and int(match[1])
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "lab.token_groups", "bench.machine"])
+@pytest.mark.parametrize("module", ["train", "sample", "lab.common", "bench.machine"])
 def test_threads_of_a_command_sleep_soon(module):
     if reported_spin_count("torch") is None:
         pytest.skip("torch's OpenMP is not GNU's")
