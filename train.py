@@ -109,6 +109,7 @@ class TrainSettings:
     eval_interval: int = setting(2000, "steps between evaluations (and checkpoints)", common=True, lo=1, group="evaluation and log")
     eval_iters: int = setting(200, "batches per split in each evaluation; always the same batches", common=True, lo=1)
     eval_only: bool = setting(False, "evaluate once, print the result and exit")
+    final_eval: str = setting("budget", "text of the final measurement: the whole validation split (whole); or with a time_budget, if it would take too long, windows spread evenly over it (budget)", choices=("whole", "budget"))
     early_stop_evals: int = setting(0, "stop after this many evaluations without a better validation loss; 0: never", lo=0)
     always_save_checkpoint: bool = setting(True, "save a checkpoint at every evaluation; False: only when the validation loss improves, and at the end")
     keep_checkpoints: int = setting(2, "number of most recent step checkpoints to keep", lo=1)
@@ -195,6 +196,7 @@ def train(t: Trainer) -> int:
     stop = signals.StopSignal()
     with lost_ranks.report_lost_ranks(stop_requested=lambda: stop.number != 0):
         try:
+            evaluation.limit_windows(t)
             resume.check_best(t)
             resume.report_rate_jump(t, expected=learning_rate_at(t, max(0, t.state.step - 1)))
             stopped = loop(t, stop)
@@ -210,7 +212,7 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
     """The training loop. Returns True if a signal ended it."""
     settings, state = t.settings, t.state
     while not is_finished(t):
-        if state.step % settings.eval_interval == 0:
+        if state.step % settings.eval_interval == 0 and t.budget.allows("evaluation"):
             evaluate_and_save(t)
             if should_early_stop(t) or is_finished(t):
                 break
@@ -222,9 +224,10 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
         t.log.advance(outputs.bar_position(t))
         if state.step % settings.log_interval == 0:
             outputs.log_step(t, loss, norm)
-        if settings.sample_interval and state.step % settings.sample_interval == 0:
+        if settings.sample_interval and state.step % settings.sample_interval == 0 and t.budget.allows("sample"):
             with t.budget.pause():
                 outputs.write_sample(t)
+            t.budget.spent("sample", t.budget.sample_seconds)
         if t.log.output_closed and stop.number == 0:  # as in `python train.py | head`
             stop.number = signals.SIGPIPE
         if stop.requested(t.runtime):
@@ -315,6 +318,7 @@ def evaluate_and_save(t: Trainer, last: bool = False) -> None:
             outputs.save_checkpoint(t)
         return
     with budget.pause():
+        start = time.monotonic()
         losses = evaluation.estimate_loss(t)
         evaluation_end = time.monotonic()
         # a rank may have no windows; TimeBudget.synchronize takes the maximum over the ranks
@@ -323,15 +327,19 @@ def evaluate_and_save(t: Trainer, last: bool = False) -> None:
         skip_step.check_finite(t, state.step, sum(split.loss for split in losses.values()))
         improved = record_evaluation(state, losses["val"].loss)
         outputs.log_evaluation(t, losses)
-        if t.runtime.is_main:
-            outputs.draw_loss_plot(t)
+        plot_seconds = outputs.draw_loss_plot(t) if last or budget.allows("loss plot") else 0.0
         budget.evaluated(window_seconds)  # before the checkpoint, which contains the estimate
         if improved or last or t.settings.always_save_checkpoint:
             outputs.save_checkpoint(t, best=improved)
-        output_seconds = time.monotonic() - evaluation_end
+        end = time.monotonic()
         if budget.limit is not None and not budget.sample_seconds:
-            outputs.write_sample(t)  # the run ends with a sample: measure how long one takes
-    budget.evaluated(window_seconds, output_seconds)
+            outputs.measure_sample(t)  # the run ends with a sample
+    budget.evaluated(window_seconds, end - evaluation_end)
+    if budget.limit is not None:
+        seconds, plot_seconds = t.runtime.max(end - start, plot_seconds)
+        budget.spent("evaluation", seconds - plot_seconds)
+        if plot_seconds:
+            budget.spent("loss plot", plot_seconds)
     if state.step == 0:
         budget.begin_training()
 
@@ -391,7 +399,7 @@ def finish(t: Trainer) -> None:
         )
     best_step = None if state.best_step is None else outputs.load_best_weights(t)
     kind, weights_step = ("last", state.step) if best_step is None else ("best", best_step)
-    metrics = evaluation.evaluate_val_split(t)
+    metrics = evaluation.evaluate_val_split(t, int(t.runtime.max(budget.final_windows)[0]))
     record = {"step": state.step, "best_step": weights_step, "seconds": budget.elapsed()}
     t.log.write(record | {f"final_{key}": value for key, value in asdict(metrics).items()})
     sample = outputs.write_sample(t)
@@ -399,7 +407,7 @@ def finish(t: Trainer) -> None:
     t.log.close()
     plot = t.folder / LOSS_PLOT_FILE
     t.log.info(
-        f"\n{sample}\n\nwhole validation split: {metrics} ({kind} weights, of step {weights_step})\n"
+        f"\n{sample}\n\n{'whole ' if metrics.is_whole else ''}validation split: {metrics} ({kind} weights, of step {weights_step})\n"
         f"{state.step} steps in {format_duration(budget.elapsed())}; run folder: {t.folder.resolve()}"
         + (f"; loss curve: {plot}" if plot.exists() else "")
         + f"\nnext: python sample.py --out_dir={t.folder}"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from train import TrainSettings
 
 SAMPLE_TEMPERATURE = 0.8
+MEASURED_TOKENS = 16  # of a sample, to estimate how long all of its tokens take
 
 
 # Checkpoints
@@ -124,7 +125,23 @@ def write_sample(t: Trainer) -> str:
     # all ranks of a sharded model must run its forward passes; with the same seed they sample the same tokens
     if not (t.runtime.is_main or t.runtime.sharded):
         return ""
-    settings, tokenizer, start = t.settings, t.corpus.tokenizer, time.monotonic()
+    text = t.corpus.tokenizer.decode(_generate_sample(t, t.settings.sample_tokens))
+    t.log.sample(t.state.step, text)
+    return text
+
+
+def measure_sample(t: Trainer) -> None:
+    """Estimate how long a sample takes, from its first tokens. All ranks call this."""
+    n_tokens, start = min(MEASURED_TOKENS, t.settings.sample_tokens), time.monotonic()
+    if t.runtime.is_main or t.runtime.sharded:
+        _generate_sample(t, n_tokens)
+    seconds = (time.monotonic() - start) * t.settings.sample_tokens / n_tokens
+    t.budget.sampled(t.runtime.max(seconds)[0])
+
+
+def _generate_sample(t: Trainer, n_tokens: int) -> list[int]:
+    """The tokens of sample_start, and `n_tokens` that the model generates after them."""
+    settings, tokenizer = t.settings, t.corpus.tokenizer
     prompt = encode_prompt(tokenizer, settings.sample_start)
     prompt_batch = torch.from_numpy(prompt.astype("int64"))[None].to(t.runtime.device)  # (1, T)
     generator = torch.Generator(t.runtime.device)
@@ -132,19 +149,19 @@ def write_sample(t: Trainer) -> str:
     with t.runtime.autocast():
         tokens = t.model.generate(
             prompt_batch,
-            settings.sample_tokens,
+            n_tokens,
             temperature=SAMPLE_TEMPERATURE,
             n_vocab=tokenizer.vocab_size,
             generator=generator,
         )
-    text = tokenizer.decode(tokens[0].tolist())
-    t.log.sample(t.state.step, text)
-    t.budget.sampled(time.monotonic() - start)
-    return text
+    return tokens[0].tolist()
 
 
-def draw_loss_plot(t: Trainer) -> None:
-    """Draw loss.png from metrics.jsonl. Best effort: a failure only warns."""
+def draw_loss_plot(t: Trainer) -> float:
+    """Draw loss.png from metrics.jsonl on rank 0. Best effort: a failure only warns. Returns the seconds."""
+    if not t.runtime.is_main:
+        return 0.0
+    start = time.monotonic()
     try:
         from fradique.training import loss_plot  # here, because it imports matplotlib, which is optional
 
@@ -153,6 +170,7 @@ def draw_loss_plot(t: Trainer) -> None:
         t.log.warn_once("matplotlib is not installed, so there is no loss.png: pip install matplotlib")
     except (OSError, ValueError) as error:
         t.log.warn_once(f"loss.png cannot be drawn: {error}")
+    return time.monotonic() - start
 
 
 # Log records

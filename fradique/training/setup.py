@@ -212,13 +212,13 @@ def make_budget(
     settings: TrainSettings, corpus: dataset.Corpus, runtime: Runtime, state: TrainState, started: float
 ) -> TimeBudget:
     """The clock of the run. In a resumed run it continues from the time in `state`."""
-    eval_windows = settings.eval_iters * settings.batch_size  # at most, for each split
-    train_windows = corpus.train.count_windows(settings.block_size)
-    val_windows = corpus.val.count_windows(settings.block_size)
-    # the last evaluation, and then the whole validation split
-    finish_windows = min(eval_windows, train_windows) + min(eval_windows, val_windows) + val_windows
-    limit = parse_duration(settings.time_budget)
-    budget = TimeBudget(started, limit, finish_windows=finish_windows / runtime.world)
+    budget = TimeBudget(
+        started,
+        parse_duration(settings.time_budget),
+        val_windows=corpus.val.count_windows(settings.block_size),
+        world=runtime.world,
+        measure_whole=settings.final_eval == "whole",
+    )
     budget.resume(state.seconds, state.closing_seconds, state.writing_seconds)
     return budget
 

@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fradique.runtime.device import Runtime
 
-SAFETY_FACTOR = (
-    1.1  # the estimate for the finish of a run (see TimeBudget) is this many times the measured time
+SAFETY_FACTOR = 1.1  # the estimate for the finish of a run is this many times the measured time
+# Of the time budget, the most that each of these takes during training. An evaluation that is due too early
+# after the last one is left out, and so are its checkpoint, a loss plot, or a sample.
+SHARES = {"evaluation": 0.03, "loss plot": 0.01, "sample": 0.01}
+FINAL_SHARE = 0.03  # of the final measurement, if it does not have to be on the whole validation split
+EVALUATION_SHARE = (
+    0.01  # of a single evaluation of both splits: it gets fewer windows if it would take longer
 )
+MIN_WINDOWS = 16  # of an evaluation, even if it takes longer
 # Hours, minutes and seconds, each an optional group: 1h30m, 90s, 90.
 DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
@@ -26,16 +32,31 @@ class TimeBudget:
     The training loop reports steps, pauses, evaluations and samples. The elapsed time includes all of them,
     and importing torch. The speed counts training steps only.
 
-    The finish of a run comes after its last step: an evaluation, a checkpoint, an evaluation of the whole
+    The finish of a run comes after its last step: an evaluation, a checkpoint, the final measurement on the
     validation split, and a sample. The seconds that it needs are estimated from earlier evaluations and
-    samples, and training ends that many seconds before the limit.
+    samples, and training ends that many seconds before the limit. What is not training gets only a share of
+    the time, a tenth in all: see SHARES and FINAL_SHARE.
     """
 
-    def __init__(self, started: float, limit: float | None = None, *, finish_windows: float = 0.0) -> None:
+    def __init__(
+        self,
+        started: float,
+        limit: float | None = None,
+        *,
+        val_windows: int = 0,
+        world: int = 1,
+        measure_whole: bool = True,
+    ) -> None:
         """started: time.monotonic() at the start of the process. limit: seconds; None: no limit.
-        finish_windows: windows of both evaluations in the finish, divided by the number of processes.
+
+        val_windows: windows of the validation split. world: processes that share the evaluations.
+        measure_whole: whether the final measurement uses the whole validation split, however long it takes.
         """
-        self.started, self.limit, self.finish_windows = started, limit, finish_windows
+        self.started, self.limit = started, limit
+        self.val_windows, self.world, self.measure_whole = val_windows, world, measure_whole
+        self.eval_windows = 0  # windows of an evaluation, both splits together
+        self.final_windows = val_windows  # windows of the final measurement
+        self._next_time: dict[str, float] = {}  # a key of SHARES -> elapsed seconds at which it may run again
         self.earlier = 0.0  # seconds that earlier processes of this run took
         self.now = 0.0  # elapsed seconds at the last synchronize()
         # elapsed seconds at the end of the evaluation at step 0; stays 0 in a run that was resumed after it
@@ -81,12 +102,29 @@ class TimeBudget:
         self.step_seconds = time.monotonic() - start
 
     def evaluated(self, seconds_per_window: float, other_seconds: float = 0.0) -> None:
-        """Estimate the finish after an evaluation.
+        """Estimate the finish after an evaluation, and choose how many windows the final measurement has.
 
-        other_seconds: what logging, the loss plot and the checkpoint took after the evaluation.
+        seconds_per_window: of one process. other_seconds: what logging, the loss plot and the checkpoint took
+        after the evaluation.
         """
-        evaluation_seconds = seconds_per_window * self.finish_windows
+        seconds_per_window /= self.world
+        if self.limit is not None and not self.measure_whole:
+            self.final_windows = fitting_windows(
+                FINAL_SHARE * self.limit, seconds_per_window, self.val_windows
+            )
+        evaluation_seconds = seconds_per_window * (self.eval_windows + self.final_windows)
         self.finish_seconds = SAFETY_FACTOR * (evaluation_seconds + other_seconds + self.sample_seconds)
+
+    def spent(self, task: str, seconds: float) -> None:
+        """Record that a task of SHARES took `seconds`, the same number on all ranks."""
+        self._next_time[task] = self.now + seconds / SHARES[task]
+
+    def allows(self, task: str) -> bool:
+        """Whether a task of SHARES may run without exceeding its share; always without a limit.
+
+        The same on all ranks, as of the last synchronize().
+        """
+        return self.limit is None or self.now >= self._next_time.get(task, 0.0)
 
     def sampled(self, seconds: float) -> None:
         """Record how long a sample took."""
@@ -139,6 +177,18 @@ class TimeBudget:
     def is_over(self) -> bool:
         """Whether one more step would leave too little time for the finish; as of the last synchronize()."""
         return self.limit is not None and self.now + self.step_seconds >= self.training_ends
+
+
+def fitting_windows(seconds: float, seconds_per_window: float, available: int) -> int:
+    """How many windows can be evaluated in `seconds`: all that are available, or else a power of two.
+
+    At least MIN_WINDOWS, if there are so many. A power of two, so that runs on machines of similar speed
+    measure the same windows.
+    """
+    if available * seconds_per_window <= seconds:
+        return available
+    fitting = seconds / seconds_per_window
+    return min(available, max(MIN_WINDOWS, 1 << int(math.log2(max(fitting, 1.0)))))
 
 
 def parse_duration(text: str) -> float | None:

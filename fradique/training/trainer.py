@@ -75,9 +75,8 @@ class TrainState:
     best_step: int | None = None
     evals_since_best: int = 0
     last_eval_step: int = -1
-    eval_fingerprint: str = (
-        ""  # of the corpus and the windows of the best loss; "": not saved (older versions)
-    )
+    eval_windows: int = 0  # at most, of each split in an evaluation; 0: eval_iters * batch_size
+    eval_fingerprint: str = ""  # of the corpus and the windows of the best loss; "": an older version's
     learning_rate: float = 0.0  # of the last step; 0: none was made, or not saved
     # The next four are as read from a checkpoint. Their current values are in Trainer.budget and
     # Trainer.scaler, from where Trainer.state_dict saves them.
