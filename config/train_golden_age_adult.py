@@ -1,7 +1,7 @@
 # A Story of the Golden Age (James Baldwin), by characters; the largest of three models: 1.2M parameters.
 # Measured on two cores of an AMD EPYC (Zen 5): loss on the whole validation split 1.491, 2.14 bits per byte.
-#   2000 steps took 6m19s on two cores of an Intel Xeon with AMX (2.6 GHz). In as many steps the smaller models
-#   do better.
+#   2000 steps took 6m19s on two cores of an Intel Xeon with AMX (2.6 GHz). In as many steps the smaller
+#   models do better.
 # Peak memory on a CPU, whole process: 515 MiB.
 
 out_dir = "out/golden-age-adult"

@@ -1,7 +1,7 @@
 # A Story of the Golden Age (James Baldwin), by characters; the smallest of three models: 0.2M parameters.
 # Measured on two cores of an AMD EPYC (Zen 5): loss on the whole validation split 1.434, 2.06 bits per byte.
-#   2000 steps took 1m08s on two cores of an Intel Xeon with AMX (2.6 GHz). Tuning, with the end of the book as
-#   the validation split: learning_rate 5e-3 1.974, 8e-3 1.910.
+#   2000 steps took 1m08s on two cores of an Intel Xeon with AMX (2.6 GHz). Tuning, with the end of the book
+#   as the validation split: learning_rate 5e-3 1.974, 8e-3 1.910.
 # Peak memory on a CPU, whole process: 404 MiB.
 
 out_dir = "out/golden-age-baby"
