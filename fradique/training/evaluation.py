@@ -21,11 +21,12 @@ from fradique.data.dataset import Split, Window
 from fradique.distributed import process_group
 from fradique.runtime.device import Runtime
 from fradique.tokenizer.tokenizer import tokenizer_checksum
-from fradique.training.time_budget import EVALUATION_SHARE, fitting_windows
+from fradique.training.time_budget import EVALUATION_SHARE, MIN_WINDOWS, fitting_windows
 
 if TYPE_CHECKING:
     from fradique.training.trainer import Trainer
 
+MIN_BATCHES = 8  # of a final measurement, for the standard error
 # Inputs and targets (1, 1) for a rank of a sharded model that has no batch left while other ranks do: it must
 # run the forward pass, because they need its shard of the weights.
 _ZERO = torch.zeros(1, 1, dtype=torch.int64)
@@ -141,11 +142,10 @@ def limit_windows(t: Trainer) -> None:
     """
     splits, block_size, budget = (t.corpus.train, t.corpus.val), t.settings.block_size, t.budget
     if budget.limit is not None and not t.state.eval_windows:
-        batch_size = t.runtime.max_eval_rows(t.settings.batch_size, block_size)
-        windows = t.corpus.val.fixed_windows(block_size, batch_size * t.runtime.world)
+        windows = t.corpus.val.fixed_windows(block_size, MIN_WINDOWS * t.runtime.world)
         seconds: tuple[float, ...] = ()
         for _ in range(2):  # the first time, memory is allocated
-            seconds = mean_loss(t.model, t.corpus.val, windows, batch_size, t.runtime).window_seconds
+            seconds = mean_loss(t.model, t.corpus.val, windows, MIN_WINDOWS, t.runtime).window_seconds
         (slowest,) = t.runtime.max(max(seconds, default=0.0))
         share = EVALUATION_SHARE * budget.limit / len(splits)
         t.state.eval_windows = fitting_windows(share, slowest / t.runtime.world, count_eval_windows(t))
@@ -168,7 +168,11 @@ def evaluate_val_split(t: Trainer, max_windows: int | None = None) -> SplitMetri
     split, block_size = t.corpus.val, t.settings.block_size
     batch_size = t.runtime.max_eval_rows(t.settings.batch_size, block_size)
     is_whole = max_windows is None or max_windows >= split.count_windows(block_size)
-    windows = split.all_windows(block_size) if is_whole else split.fixed_windows(block_size, max_windows)
+    if is_whole:
+        windows: Sequence[Window] = split.all_windows(block_size)
+    else:
+        windows = split.fixed_windows(block_size, max_windows)
+        batch_size = max(1, min(batch_size, len(windows) // MIN_BATCHES))
     measured = mean_loss(t.model, split, windows, batch_size, t.runtime)
     # the first token of each file is not predicted: leave out its share of the bytes
     text_bytes = split.count_text_bytes(t.corpus.tokenizer) * split.targets / split.tokens
