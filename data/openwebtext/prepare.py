@@ -29,6 +29,7 @@ CORPUS = CorpusSpec(
     folder=FOLDER,
     description=__doc__,
     tokenizer="gpt2",
+    val_fraction=0.0005,
     documents=lambda: hub_documents(OPENWEBTEXT),
     document_files=lambda: hub_files(OPENWEBTEXT),
     gpu_command="torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py",

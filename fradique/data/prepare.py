@@ -50,6 +50,7 @@ class CorpusSpec:
     document_files: Callable[[], Sequence[documents.HubFile]] | None = None
     gpu_command: str | None = None  # the command for the largest config of this corpus, which wants a GPU
     val_split: str = "tail"  # the default of --val_split, for a text
+    val_fraction: float = 0.1  # the default of --val_fraction
 
     @property
     def is_custom(self) -> bool:
@@ -157,7 +158,7 @@ def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None
     add(
         "--val_fraction",
         type=float,
-        default=0.0005 if spec.documents else 0.1,
+        default=spec.val_fraction,
         metavar="F",
         help="fraction of the text held out for validation (default: %(default)s)",
     )
