@@ -220,7 +220,10 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
         with t.budget.step():
             state.learning_rate = learning_rate_at(t, state.step)
             loss, norm = train_step(t, state.learning_rate)
+        if settings.optimizer == "muon":
+            state.muon_learning_rate = t.optimizers[0].param_groups[0]["lr"]
         state.step += 1
+        outputs.check_schedule(t)
         t.log.advance(outputs.bar_position(t))
         if state.step % settings.log_interval == 0:
             outputs.log_step(t, loss, norm)

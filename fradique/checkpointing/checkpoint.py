@@ -30,7 +30,8 @@ SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w+")  # left if the process was kille
 STEP_NAME = re.compile(r"step-[0-9]{1,18}")
 # What a crash can leave behind: .best.123.tmp, .step-00000020.old, .settings.json.123.tmp, .loss.123.tmp.png
 LEFTOVER_NAME = re.compile(
-    r"\.(step-\d+|best|\.?\w+\.(json|jsonl|txt))(\.\d+)?\.(tmp|old)|\.loss\.\d+\.tmp\.png"
+    r"\.(step-\d+|best)(\.\d+)?\.(tmp|old)|\.loss\.\d+\.tmp\.png"
+    r"|\.(settings\.json|tokenizer\.json|metrics\.jsonl|samples\.txt|wandb_id\.txt|\.run\.json)\.\d+\.tmp"
 )
 
 
@@ -152,7 +153,7 @@ def save_and_prune(
 
 
 def recover_run_folder(run: Path) -> None:
-    """Clean up after a crash: restore folders that were being replaced, and remove temporary files."""
+    """Clean up a run after a crash: restore folders that were being replaced, and remove temporary files."""
     for old in [path for path in run.glob(".*.old") if LEFTOVER_NAME.fullmatch(path.name)]:
         original = run / old.name.removeprefix(".").removesuffix(".old")
         if original.exists():  # the crash came after the new folder was renamed

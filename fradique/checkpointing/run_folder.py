@@ -116,7 +116,8 @@ def claim_run_folder(
             run.mkdir(parents=True, exist_ok=True)
             lock = folder_lock.FolderLock(run)
             on_error.callback(lock.release)
-            checkpoint.recover_run_folder(run)
+            if run_files.is_run(run):
+                checkpoint.recover_run_folder(run)
             if resume_step is not None:
                 # Keep the init_from of the first start, from which the weights came. It is "resume" now.
                 settings = settings | {"init_from": saved_settings(run).get("init_from", "scratch")}

@@ -44,7 +44,19 @@ from fradique.tokenizer.tokenizer import (
 
 FORMAT = 1  # version of the format of meta.json
 DOCUMENTS = "documents"  # "val_split" in the meta.json of a corpus of documents: whole ones, spread evenly
-INSTALLING = ".installing"  # in the folder of a corpus while its files are moved to it
+INSTALLING = (
+    ".installing"  # in the folder of a corpus while its files are moved to it: lists old and new ones
+)
+# Any of these shows that a folder is that of a run or a model.
+FILES_OF_MODELS = (
+    ".run.json",
+    "settings.json",
+    "config.json",
+    "ckpt.pt",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
 STALE_SECONDS = 3600  # a temporary folder without a lock file that is older than this is removed
 
 
@@ -176,24 +188,39 @@ def make_metadata(
 
 
 def check_replaceable(out_dir: Path) -> None:
-    """Raise ValueError if a corpus would replace files in `out_dir` that prepare.py has not made."""
-    if _is_corpus(out_dir) or (out_dir / INSTALLING).exists():  # INSTALLING: a process was killed in _install
-        return
+    """Raise ValueError if `out_dir` has files that prepare.py has not made and that a corpus would replace.
+
+    These are token files, meta.json and tokenizer.json. The folder of a run or a model is refused too.
+    """
+    if names := [name for name in FILES_OF_MODELS if (out_dir / name).exists()]:
+        raise ValueError(
+            f"{out_dir} contains {names[0]}, so it is the folder of a run or a model: choose another folder "
+            "with --out_dir"
+        )
+    own = _own_files(out_dir)
     names = [name for name in ("meta.json", "tokenizer.json") if (out_dir / name).exists()]
     names += [path.name for path in find_token_files(out_dir)]
-    if names:
+    if foreign := [name for name in names if name not in own]:
         raise ValueError(
-            f"{out_dir} contains {names[0]}, which prepare.py has not made: delete it, or choose another "
-            "folder with --out_dir"
+            f"{out_dir} contains {foreign[0]}, which prepare.py has not made: move it to another folder, or "
+            "choose another folder for the corpus with --out_dir"
         )
 
 
-def _is_corpus(folder: Path) -> bool:
-    try:
+def _own_files(folder: Path) -> set[str]:
+    """The names of the files of the corpus in `folder`; none if there is no corpus.
+
+    They are in its meta.json, or, if a process was killed in `_install`, in the file INSTALLING.
+    """
+    own: set[str] = set()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        own |= set(read_json(folder / INSTALLING)["files"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         meta = read_json(folder / "meta.json")
-        return meta["format"] == FORMAT and meta["splits"].keys() == {"train", "val"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        if meta["format"] == FORMAT and meta["splits"].keys() == {"train", "val"}:
+            own |= {entry["file"] for split in meta["splits"].values() for entry in split["shards"]}
+            own |= {"meta.json", "tokenizer.json"}
+    return own
 
 
 def _install(temp_dir: Path, out_dir: Path, names: list[str]) -> None:
@@ -203,11 +230,13 @@ def _install(temp_dir: Path, out_dir: Path, names: list[str]) -> None:
     them; tokenizer.json is before the token files, so that they are never decoded with an older tokenizer.
     """
     check_replaceable(out_dir)
-    (out_dir / INSTALLING).touch()
+    old_names = _own_files(out_dir)
+    write_json(out_dir / INSTALLING, {"files": sorted(old_names | set(names))})
     fsync(out_dir)
     (out_dir / "meta.json").unlink(missing_ok=True)
     for path in find_token_files(out_dir):
-        path.unlink()
+        if path.name in old_names:
+            path.unlink()
     fsync(out_dir)
     try:
         for name in names:

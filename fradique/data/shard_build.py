@@ -32,7 +32,7 @@ from fradique.data.encode import MIN_TOKENS, check_splits, encode_splits
 from fradique.data.shard_plan import Job, ShardPlan
 from fradique.data.shard_progress import WORK_FOLDER, ShardCount, count_shards, restart_hint, sidecar_name
 from fradique.data.token_files import find_token_files
-from fradique.io.files import fsync, read_json, write_json
+from fradique.io.files import checksum, fsync, read_json, write_json
 from fradique.tokenizer.tokenizer import save_tokenizer, tokenizer_from_json
 
 MAX_SHOWN_CHARS = 60  # of one value in an error message
@@ -147,7 +147,7 @@ def _load_or_make_plan(job: Job, work_dir: Path) -> tuple[ShardPlan, str]:
     if planned != requested:
         differences = [
             f"{name}: {_shorten(planned.get(name))}, not {_shorten(value)}"
-            for name, value in requested.items()
+            for name, value in (dict.fromkeys(planned) | requested).items()
             if planned.get(name) != value
         ]
         raise ValueError(
@@ -245,6 +245,7 @@ class _ShardBuilder:
 
     def make(self, shard: int) -> None:
         """Encode one shard, move its token files to their final folders, and mark it as finished."""
+        was_finished = (self.work_dir / sidecar_name(shard)).exists()  # and its token file damaged since
         try:
             with _temporary_folder(self.work_dir, f"{shard:05d}") as folder:
                 splits = encode_splits(self.job.pieces(self.plan, shard), self.tokenizer, folder)
@@ -257,7 +258,7 @@ class _ShardBuilder:
                 for split, path in self._paths(shard).items():
                     (entry,) = splits[split]["shards"]
                     entries[split] = entry | {"file": path.name}
-                    (folder / entry["file"]).replace(path)
+                    self._move(folder / entry["file"], path, is_own=was_finished)
                     fsync(path.parent)
                 write_json(folder / "shard.json", {"plan": self.plan_sha256, "splits": entries})
                 (folder / "shard.json").replace(self.work_dir / sidecar_name(shard))
@@ -297,10 +298,23 @@ class _ShardBuilder:
             save_tokenizer(self.tokenizer, folder / "tokenizer.json")
             write_json(folder / "meta.json", meta)
             for name in ("tokenizer.json", "val.bin", "meta.json"):
-                (folder / name).replace(self.out_dir / name)
+                self._move(folder / name, self.out_dir / name)
                 fsync(self.out_dir)
         shutil.rmtree(self.work_dir, ignore_errors=True)
         return meta
+
+    def _move(self, source: Path, target: Path, is_own: bool = False) -> None:
+        """Move a file to its final name.
+
+        An existing file with this name is replaced only if it has the same content, as the file of another
+        worker has, or if it `is_own`: made by a worker and damaged since. Raises ValueError for any other.
+        """
+        if target.exists() and not is_own and checksum(target) != checksum(source):
+            raise ValueError(
+                f"{target} exists, and prepare.py has not made it: move it to another folder, then run the "
+                "same command again"
+            )
+        source.replace(target)
 
     def _join_val(self, entries: list[dict[str, Any]], path: Path) -> dict[str, Any]:
         """Concatenate the validation files of all shards. Returns the entry of the split in meta.json.

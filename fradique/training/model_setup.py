@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,13 +142,13 @@ def build_model(settings: TrainSettings, source: ModelSource, runtime: Runtime, 
 
 def _resumed_model(settings: TrainSettings, source: ModelSource, runtime: Runtime, oom: OomReport) -> GPT:
     """The model of source.checkpoint; see `build_model`."""
+    _check_same_model(source, settings)
     with torch.device("cpu" if runtime.sharded else "meta"):
         model = GPT(source.config)
         select_trainable(model, settings)
     _check_memory(settings, source.config, runtime, oom, lora.count_trainable(model))
     if not runtime.sharded:
         assign_parameters(model, source.checkpoint.model, str(source.checkpoint.folder))
-    _check_same_model(source, settings)
     return model
 
 
@@ -218,13 +218,15 @@ def _check_same_model(source: ModelSource, settings: TrainSettings) -> None:
 
     Comparing the shapes of the tensors is not enough: many of these settings do not change any shape.
     """
-    config, saved = source.config, source.checkpoint.config
-    changed = []
-    for f in fields(config):
-        before, now = saved.get(f.name, f.default), getattr(config, f.name)
-        if f.name not in CHANGEABLE_ON_RESUME and now != before:
-            changed.append(f"{f.name} was {before!r} and is {now!r} now")
-    alpha = saved.get(lora.LORA_ALPHA)
+    names = GPTConfig.names()
+    saved = {name: value for name, value in source.checkpoint.config.items() if name in names}
+    before, now = _defining_values(GPTConfig(**saved)), _defining_values(source.config)
+    changed = [
+        f"{name} was {before[name]!r} and is {value!r} now"
+        for name, value in now.items()
+        if value != before[name]
+    ]
+    alpha = source.checkpoint.config.get(lora.LORA_ALPHA)
     if settings.lora_rank and alpha is not None and not math.isclose(alpha, settings.lora_alpha):
         changed.append(f"lora_alpha was {alpha:g} and is {settings.lora_alpha:g} now")
     if changed:
@@ -233,6 +235,17 @@ def _check_same_model(source: ModelSource, settings: TrainSettings) -> None:
             f"the run in {folder} cannot continue as another model: {'; '.join(changed)}. Leave these as "
             f"they were, or start a new run with --init_from={folder}"
         )
+
+
+def _defining_values(config: GPTConfig) -> dict[str, Any]:
+    """The values of a config that define the function of the model, equal if the functions are."""
+    values = {name: value for name, value in asdict(config).items() if name not in CHANGEABLE_ON_RESUME}
+    values |= {"n_kv_head": config.kv_heads, "n_inner": config.inner}  # 0: the default
+    if config.position != "rope":
+        del values["rope_theta"]
+    if config.position != "learned":
+        del values["block_size"]  # no weight depends on it
+    return values
 
 
 def _print_warning(text: str) -> None:

@@ -14,10 +14,11 @@ from fradique.checkpointing import checkpoint, embedding_snapshots, run_files
 from fradique.data.sampler import derive_seed
 from fradique.distributed import process_group
 from fradique.nn import lora
-from fradique.optim import lr_schedule, optimizer
+from fradique.optim import optimizer
 from fradique.tokenizer.tokenizer import encode_prompt
 from fradique.training import skip_step
 from fradique.training.logger import format_count
+from fradique.training.time_budget import format_duration
 
 if TYPE_CHECKING:
     from fradique.training.evaluation import SplitLoss
@@ -190,13 +191,27 @@ def log_startup(t: Trainer) -> None:
         t.log.info(note)
     if t.settings.init_from == "resume":
         t.log.info(f"resuming at step {t.state.step}")
-        if t.budget.limit is None and t.state.step >= t.settings.max_iters and not t.settings.eval_only:
-            t.log.info(
-                f"the run is finished: it has all of its max_iters = {t.settings.max_iters} steps. To train "
-                f"longer, use --max_iters={2 * t.settings.max_iters}"
-            )
+        if not t.settings.eval_only and (finished := describe_end(t)):
+            t.log.info(f"the run is finished: {finished}")
     if t.budget.limit is None and not t.settings.eval_only:
         warn_about_schedule(t, t.settings.max_iters)
+
+
+def describe_end(t: Trainer) -> str:
+    """How a run that is resumed has come to its end, and what trains it longer; "" if it has not."""
+    settings, step, limit = t.settings, t.state.step, t.budget.limit
+    if limit is None and step >= settings.max_iters:
+        return (
+            f"it has made {step} of max_iters = {settings.max_iters} steps. To train longer, use "
+            f"--max_iters={2 * max(settings.max_iters, step)}"
+        )
+    used = t.state.seconds
+    if limit is not None and used >= 0.99 * t.budget.training_ends:  # a step more would take too long
+        return (
+            f"it has used {format_duration(used)} of time_budget = {settings.time_budget}. To train longer, "
+            f"use --time_budget={format_duration(2 * max(limit, used))}"
+        )
+    return ""
 
 
 def log_ignored_settings(t: Trainer, given: dict[str, Any]) -> None:
@@ -223,7 +238,10 @@ def warn_about_schedule(t: Trainer, total_steps: int) -> None:
 def schedule_warnings(settings: TrainSettings, total_steps: int) -> list[str]:
     """Warnings about warm-up, decay and evaluations that do not fit into a run of `total_steps` steps."""
     warnings = []
-    warmup, decay_end, fraction = settings.warmup_iters, settings.lr_decay_iters, max(1, total_steps // 20)
+    warmup, fraction = settings.warmup_iters, max(1, total_steps // 20)
+    # with a time budget, or a constant rate, lr_decay_iters has no effect
+    decays = settings.lr_schedule != "constant" and not settings.time_budget
+    decay_end = settings.lr_decay_iters if decays else 0
     if settings.decay_lr and 1 < total_steps <= warmup:
         reached = settings.learning_rate * total_steps / (warmup + 1)
         warnings.append(
@@ -244,6 +262,14 @@ def schedule_warnings(settings: TrainSettings, total_steps: int) -> list[str]:
 
 
 MIN_TIMED_STEPS = 10  # after which the number of steps in a time budget is estimated
+
+
+def check_schedule(t: Trainer) -> None:
+    """In a run with a time budget, after MIN_TIMED_STEPS steps: warn about settings that do not fit."""
+    budget, step = t.budget, t.state.step
+    if budget.limit is not None and step >= MIN_TIMED_STEPS and not t.schedule_checked:
+        steps_left = (budget.training_ends - budget.now) / max(budget.step_seconds, 1e-9)
+        warn_about_schedule(t, step + max(0, int(steps_left)))
 
 
 def log_step(t: Trainer, loss: Tensor, norm: Tensor) -> None:
@@ -271,9 +297,6 @@ def log_step(t: Trainer, loss: Tensor, norm: Tensor) -> None:
         del record["loss"]
     t.log.write(record)
     t.log.show_record(bar_position(t), record)
-    if t.budget.limit is not None and t.state.step >= MIN_TIMED_STEPS:
-        total_steps = lr_schedule.estimate_total_steps(t.state.step, t.budget.now, t.budget.training_ends)
-        warn_about_schedule(t, int(total_steps))
 
 
 def bar_position(t: Trainer) -> float:

@@ -39,15 +39,18 @@ def check_best(t: Trainer) -> None:
             "looks for new ones"
         )
         state.best_step, state.best_val_loss, state.evals_since_best = None, None, 0
-    elif earlier not in ("", fingerprint):  # "": saved by an older version
-        _evaluate_best_again(t, best["step"])
+        state.last_eval_step = -1  # evaluate this step again: it may be the last one, and then the best
+    elif best.get("eval_fingerprint", "") not in ("", fingerprint):  # "": saved by an older version
+        _evaluate_best_again(t, best)
     elif best["step"] != state.best_step:
         # A later one if the run was killed after it wrote best/, or if its newest checkpoints are gone.
         t.log.info(
             f"the run resumes at step {state.step}, where step {state.best_step} was the best, and best/ has "
             f"the weights of step {best['step']}: they stay the best until a validation loss is lower"
         )
-        state.best_step, state.best_val_loss = best["step"], best["best_val_loss"]
+        state.best_step, state.best_val_loss, state.evals_since_best = best["step"], best["best_val_loss"], 0
+    if earlier not in ("", fingerprint):
+        state.last_eval_step = -1  # this step was evaluated on other windows
 
 
 def _read_best_state(t: Trainer) -> tuple[dict | None, str]:
@@ -65,9 +68,9 @@ def _read_best_state(t: Trainer) -> tuple[dict | None, str]:
     return state, ""
 
 
-def _evaluate_best_again(t: Trainer, best_step: int) -> None:
-    """Replace the best loss by that of the best weights on the windows of now."""
-    state, before = t.state, t.state.best_val_loss
+def _evaluate_best_again(t: Trainer, best: dict) -> None:
+    """Replace the best loss by that of the best weights on the windows of now. `best`: of best/state.json."""
+    state = t.state
     with t.budget.pause(), torch.no_grad():
         if t.runtime.sharded:
             t.model.reshard()
@@ -78,12 +81,11 @@ def _evaluate_best_again(t: Trainer, best_step: int) -> None:
             t.model.reshard()
         for name, p in t.model.named_parameters():
             p.copy_(last_weights[name])
-    state.best_step, state.evals_since_best = best_step, 0
-    state.last_eval_step = -1  # this step was evaluated on other windows
+    state.best_step, state.evals_since_best = best["step"], 0
     t.log.info(
         "the corpus or the evaluation windows (eval_iters, batch_size, block_size) are not those of the "
-        f"earlier evaluations: the best weights, of step {best_step}, have the validation loss "
-        f"{state.best_val_loss:.4f} now, and had {before:.4f} before"
+        f"earlier evaluations: the best weights, of step {state.best_step}, have the validation loss "
+        f"{state.best_val_loss:.4f} now, and had {best['best_val_loss']:.4f} before"
     )
 
 
@@ -92,12 +94,20 @@ def report_rate_jump(t: Trainer, expected: float) -> None:
 
     expected: what the schedule of now gives for the last step that was made.
     """
-    made_with = t.state.learning_rate
+    settings = t.settings
+    _report_jump(t, "the learning rate", t.state.learning_rate, expected)
+    if settings.optimizer == "muon":
+        expected *= settings.muon_learning_rate / settings.learning_rate
+        _report_jump(t, "Muon's learning rate", t.state.muon_learning_rate, expected)
+
+
+def _report_jump(t: Trainer, name: str, made_with: float, expected: float) -> None:
+    """Report a rate that differs much from the one with which the last step was made; 0: it is not known."""
     if t.saved_step < 0 or not made_with or not math.isfinite(expected):
         return
     if abs(expected - made_with) > MAX_RATE_CHANGE * max(made_with, expected):
         t.log.info(
-            f"the learning rate jumps: step {t.state.step} was made with {made_with:.2e}, and these settings "
+            f"{name} jumps: step {t.state.step} was made with {made_with:.2e}, and these settings "
             f"would have given {expected:.2e}. If this is not wanted, resume with the earlier "
             "learning_rate, min_lr, warmup_iters, lr_schedule and, if max_iters has changed, lr_decay_iters"
         )

@@ -77,7 +77,8 @@ class TrainState:
     last_eval_step: int = -1
     eval_windows: int = 0  # at most, of each split in an evaluation; 0: eval_iters * batch_size
     eval_fingerprint: str = ""  # of the corpus and the windows of the best loss; "": an older version's
-    learning_rate: float = 0.0  # of the last step; 0: none was made, or not saved
+    learning_rate: float = 0.0  # AdamW's in the last step; 0: none was made, or not saved
+    muon_learning_rate: float = 0.0  # Muon's, likewise
     # The next four are as read from a checkpoint. Their current values are in Trainer.budget and
     # Trainer.scaler, from where Trainer.state_dict saves them.
     seconds: float = 0.0  # elapsed in earlier processes of this run

@@ -1,6 +1,7 @@
 """Checkpoints: written atomically, verified when read, pruned."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from support import ROOT
 
-from fradique.checkpointing import checkpoint
+from fradique.checkpointing import checkpoint, run_files
 from fradique.checkpointing.checkpoint import Checkpoint
 from fradique.io import files
 
@@ -144,7 +145,8 @@ def test_best_is_written_before_the_step_checkpoint(tmp_path, monkeypatch):
 
 
 def test_recovery_leaves_other_files_alone(tmp_path):
-    names = [".draft.tmp", ".draft.tmp.png", ".idea", ".notes.old"]
+    names = [".diary.txt.12.tmp", ".draft.tmp", ".draft.tmp.png", ".idea", ".notes.old", ".notes.txt.tmp"]
+    names += [".samples.txt.tmp", ".todo.json.12.tmp", ".todo.json.old"]
     for name in names:
         (tmp_path / name).write_text("mine")
     checkpoint.recover_run_folder(tmp_path)
@@ -152,8 +154,12 @@ def test_recovery_leaves_other_files_alone(tmp_path):
 
 
 def test_recovery_removes_temporary_files_of_every_kind(tmp_path):
-    for name in (".settings.json.12.tmp", ".loss.345.tmp.png", ".samples.txt.6.tmp"):
-        (tmp_path / name).write_text("half")
+    for name in (*run_files.TOP_FILES, run_files.MARKER):
+        with files.atomic_path(tmp_path / name, keep_suffix=name.endswith(".png")) as temporary:
+            temporary.write_text("half")
+            shutil.copy(temporary, tmp_path / "copy")
+        (tmp_path / name).unlink()
+        (tmp_path / "copy").rename(temporary)
     checkpoint.recover_run_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -200,7 +206,7 @@ def test_a_full_disk_is_reported_and_changes_nothing(tmp_path):
 import resource, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from fradique.checkpointing import checkpoint
+from fradique.checkpointing import checkpoint, run_files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 small = checkpoint.Checkpoint({{}}, {{"a": torch.zeros(8)}}, {{}}, {{"step": 1}})
 large = checkpoint.Checkpoint({{}}, {{"a": torch.zeros(8192)}}, {{}}, {{"step": 2}})
@@ -227,7 +233,7 @@ def test_kill_9_leaves_no_incomplete_checkpoint(tmp_path):
 import sys, torch, itertools
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from fradique.checkpointing import checkpoint
+from fradique.checkpointing import checkpoint, run_files
 run = Path({str(tmp_path)!r})
 checkpoint.recover_run_folder(run)
 print("ready", flush=True)

@@ -191,3 +191,14 @@ def test_only_listed_names_are_deleted(tmp_path):
     write(tmp_path / run_files.MARKER, json.dumps({"format": 1, "run": "id", "files": listed}))
     run_files.delete_run(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "samples.txt"]
+
+
+def test_a_first_run_leaves_hidden_files_of_others_alone(settings):
+    """Their names look like temporary files."""
+    folder = Path(settings.out_dir)
+    folder.mkdir()
+    names = [".diary.txt.12.tmp", ".settings.json.12.tmp", ".todo.json.old"]
+    for name in names:
+        (folder / name).write_text("mine")
+    run_training(replace(settings, max_iters=1))
+    assert all((folder / name).read_text() == "mine" for name in names)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_helpers import CORPORA, STORY, file_names, needs_corpora, read_ids, text_of
+from corpus_helpers import CORPORA, STORY, file_names, needs_corpora, read_ids, text_job, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fradique.data import build
 from fradique.data.build import prepare_documents, prepare_text
+from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.text import Text, files_text
 from fradique.io import folder_lock
 from fradique.tokenizer import tokenizer
@@ -161,9 +162,9 @@ def test_an_error_leaves_the_old_corpus_unchanged(tmp_path):
 
 
 def test_a_new_corpus_replaces_all_files_of_the_old_one(tmp_path):
-    prepare_text(text_of(STORY), tmp_path)
-    for name in ("train_00000.bin", "train_00001.bin", "val_00000.bin", "train.bin", "other.bin"):
-        (tmp_path / name).write_text("old")
+    prepare_shards(text_job(n=2), tmp_path, Worker())
+    assert (tmp_path / "train_00001.bin").exists()
+    (tmp_path / "other.bin").write_text("mine")
     prepare_text(text_of(STORY), tmp_path)
     assert file_names(tmp_path) == ["meta.json", "other.bin", "tokenizer.json", "train.bin", "val.bin"]
 
@@ -172,16 +173,48 @@ def test_a_new_corpus_replaces_all_files_of_the_old_one(tmp_path):
 def test_files_that_prepare_has_not_made_are_not_replaced(tmp_path, name):
     """For example those of a model of Hugging Face, or of a corpus of nanoGPT."""
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=rf"contains {name}, which prepare\.py has not made: delete it"):
+    with pytest.raises(ValueError, match=rf"contains {name}, which prepare\.py has not made: move it"):
         prepare_text(text_of(STORY), tmp_path)
     assert file_names(tmp_path) == [name] and (tmp_path / name).read_text() == "{}"
 
 
 def test_an_installation_that_was_killed_can_be_repeated(tmp_path):
-    for name in (build.INSTALLING, "tokenizer.json", "val.bin"):
-        (tmp_path / name).write_text("")
+    prepare_shards(text_job(n=2), tmp_path, Worker())
+
+    def kill(path, target):
+        if target == tmp_path / "val.bin":
+            os._exit(9)
+        return replace(path, target)
+
+    replace = Path.replace
+    if (child := os.fork()) == 0:
+        Path.replace = kill
+        prepare_text(text_of(STORY), tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / build.INSTALLING).exists() and not (tmp_path / "meta.json").exists()
     prepare_text(text_of(STORY), tmp_path)
     assert file_names(tmp_path) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize("name", ["train_7.bin", "val_1.bin", "train_00003.bin"])
+def test_a_file_beside_a_corpus_that_is_not_its_own_is_kept(tmp_path, name):
+    """Only the files that meta.json lists are replaced."""
+    prepare_text(text_of(STORY), tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"contains {name}, which prepare\.py has not made"):
+        prepare_text(text_of(STORY), tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and (tmp_path / "meta.json").exists()
+
+
+@pytest.mark.parametrize("name", build.FILES_OF_MODELS)
+def test_the_folder_of_a_run_or_a_model_is_refused(tmp_path, name):
+    """Nothing in it is to be deleted: its tokenizer.json belongs to the model."""
+    for file in (name, "tokenizer.json"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match="the folder of a run or a model: choose another") as caught:
+        prepare_text(text_of(STORY), tmp_path)
+    assert name in str(caught.value) and file_names(tmp_path) == sorted([name, "tokenizer.json"])
 
 
 def test_an_interrupted_installation_leaves_no_corpus(tmp_path, monkeypatch):
@@ -203,7 +236,7 @@ def test_the_tokenizer_is_installed_before_the_token_files(tmp_path, monkeypatch
     replace, order = Path.replace, []
 
     def recording_replace(path, target):
-        if target.parent == tmp_path:
+        if target.parent == tmp_path and target.name != build.INSTALLING:
             order.append(target.name)
         return replace(path, target)
 

@@ -25,6 +25,7 @@ from fradique.data.build import prepare_documents, prepare_text
 from fradique.data.dataset import open_corpus
 from fradique.data.prepare import main
 from fradique.data.shard_build import Worker, prepare_shards
+from fradique.data.shard_plan import TextJob
 from fradique.data.shard_progress import ShardCount
 
 pytestmark = pytest.mark.usefixtures("small_shards")
@@ -208,3 +209,32 @@ def test_finished_and_unfinished_corpora_are_kept(tmp_path):
     before = checksums(tmp_path / "out")
     assert main(story_spec(tmp_path / "out"), []) == 2
     assert checksums(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["val.bin", "tokenizer.json", "train_00001.bin"])
+def test_a_file_of_the_user_beside_unfinished_shards_is_kept(tmp_path, name):
+    prepare_shards(text_job(n=2), tmp_path, Worker(0, 2))
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"{name} exists, and prepare\.py has not made it: move it"):
+        prepare_shards(text_job(n=2), tmp_path, Worker(1, 2))
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    assert prepare_shards(text_job(n=2), tmp_path, Worker(1, 2))["splits"]["val"]["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "difference"),
+    [
+        ({"val_split": "blocks"}, {}, "val_split: blocks, not None"),
+        ({}, {"val_split": "blocks"}, "val_split: None, not blocks"),
+        ({"document_separator": "</s>"}, {}, "document_separator: </s>, not None"),
+    ],
+)
+def test_shards_with_other_flags_name_the_flag(tmp_path, first, second, difference):
+    def job(flags):
+        return TextJob(text_of(STORY), "gpt2", 0.1, 2, **flags)
+
+    prepare_shards(job(first), tmp_path, Worker(0, 2))
+    with pytest.raises(ValueError, match="another preparation") as caught:
+        prepare_shards(job(second), tmp_path, Worker(1, 2))
+    assert difference in str(caught.value)

@@ -97,6 +97,22 @@ def test_the_weights_continue_unchanged_after_the_evaluation_of_the_best(finishe
     assert same_folder(tmp_path / "a" / "step-00000025", tmp_path / "b" / "step-00000025")
 
 
+def test_a_best_of_other_windows_is_evaluated_again(finished, tmp_path, capsys):
+    """A best/ from before the corpus was prepared again was put back."""
+    shutil.copytree(Path(finished.out_dir) / "best", tmp_path / "best")
+    changed = replace(finished, init_from="resume", max_iters=25, **prepared_again(finished, tmp_path))
+    run_training(changed)
+    shutil.rmtree(Path(finished.out_dir) / "best")
+    shutil.copytree(tmp_path / "best", Path(finished.out_dir) / "best")
+    capsys.readouterr()
+    _, t = run_training(replace(changed, max_iters=26))
+    expected = loss_of(changed, tmp_path / "best")
+    before = best_state(tmp_path)["best_val_loss"]
+    message = f"step 20, have the validation loss {expected:.4f} now, and had {before:.4f} before"
+    assert message in capsys.readouterr().out
+    assert t.state.best_val_loss <= expected and t.state.evals_since_best <= 1
+
+
 def test_early_stopping_counts_anew_on_another_yardstick(settings, tmp_path):
     settings = replace(settings, learning_rate=0.3, lr_schedule="constant", warmup_iters=0, max_iters=40)
     settings = replace(settings, eval_interval=2, keep_checkpoints=20)
@@ -169,7 +185,7 @@ def test_an_older_best_is_told_and_used(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize("damage", ["missing", "damaged", "of another run", "no state"])
 def test_a_missing_best_is_told_at_the_start(finished, capsys, damage):
-    """No evaluation follows, so the run ends with its last weights."""
+    """The run ends with its last weights, which are the best that are left."""
     best = Path(finished.out_dir) / "best"
     if damage == "missing":
         shutil.rmtree(best)
@@ -183,7 +199,7 @@ def test_a_missing_best_is_told_at_the_start(finished, capsys, damage):
     run_training(replace(finished, init_from="resume"))
     captured = capsys.readouterr()
     assert "the best weights so far, of step 20, are lost" in captured.err and str(best) in captured.err
-    assert "(last weights, of step 20)" in captured.out
+    assert "(best weights, of step 20)" in captured.out and loader.load_weights(finished.out_dir).tensors
     assert metrics_file.read_metrics(Path(finished.out_dir))[-1]["best_step"] == 20
 
 
@@ -248,6 +264,18 @@ def test_a_jump_of_the_learning_rate_is_reported(settings, monkeypatch, capsys, 
     stop_at(monkeypatch, 11)
     run_training(replace(settings, **change, init_from="resume"))
     output = capsys.readouterr().out
-    assert ("the learning rate jumps" in output) == expected
+    assert ("the learning rate jumps" in output) == expected and "Muon" not in output
     if expected:
         assert f"step 11 was made with {last_rate:.2e}, and these settings" in output
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.9, True), (0.02, False), (0.0201, False)])
+def test_a_jump_of_muons_learning_rate_is_reported(settings, monkeypatch, capsys, rate, expected):
+    settings = replace(settings, optimizer="muon", muon_learning_rate=0.02)
+    stop_at(monkeypatch, 10)
+    run_training(settings)
+    monkeypatch.undo()
+    stop_at(monkeypatch, 11)
+    run_training(replace(settings, muon_learning_rate=rate, init_from="resume"))
+    output = capsys.readouterr().out
+    assert ("Muon's learning rate jumps" in output) == expected and "the learning rate jumps" not in output

@@ -203,3 +203,32 @@ def test_a_resumed_run_counts_the_time_before_the_stop(settings, clock, monkeypa
     monkeypatch.undo()
     _, t = run_training(replace(settings, init_from="resume", time_budget=f"{seconds + 0.01}s"))
     assert t.state.step == 31  # no time was left
+
+
+def test_a_finished_run_that_is_resumed_says_so(settings, clock, capsys):
+    settings = replace(settings, time_budget="20s", eval_interval=50)
+    run_training(settings)
+    capsys.readouterr()
+    run_training(replace(settings, init_from="resume"))
+    assert "the run is finished: it has used 19" in (output := capsys.readouterr().out)
+    assert "of time_budget = 20s. To train longer, use --time_budget=40.0s" in output
+    run_training(replace(settings, init_from="resume", time_budget="40s"))
+    assert "the run is finished" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("log_interval", [10, 10**6])
+def test_the_warning_counts_the_steps_that_fit(settings, clock, capsys, log_interval):
+    """Start-up and evaluations are not training: 100 s before the first step must not lower the number."""
+    settings = replace(settings, time_budget="200s", eval_interval=10**6, log_interval=log_interval)
+    t = setup.setup_training(settings, started=clock.seconds - 100.0)
+    train.train(t)
+    t.close()
+    (steps,) = re.findall(r"eval_interval = 1000000 is above the (\d+) steps", capsys.readouterr().err)
+    assert int(steps) == pytest.approx(t.state.step, rel=0.1)
+
+
+@pytest.mark.parametrize("change", [{"lr_schedule": "constant"}, {"time_budget": "20s"}])
+def test_an_lr_decay_iters_without_effect_gives_no_warning(settings, clock, capsys, change):
+    settings = replace(settings, lr_decay_iters=5, warmup_iters=8, **change)
+    run_training(replace(settings, eval_interval=5))
+    assert "lr_decay_iters" not in capsys.readouterr().err

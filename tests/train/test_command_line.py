@@ -132,12 +132,20 @@ def test_resuming_without_a_run_is_rejected(settings):
     assert "no trained model in" in error_of(replace(settings, init_from="resume"))
 
 
-def test_resuming_with_another_shape_names_the_tensors(settings):
+def test_resuming_with_another_shape_names_the_settings(settings):
     run_training(replace(settings, max_iters=2))
-    message = error_of(replace(settings, init_from="resume", n_embd=32, n_layer=3))
-    assert "does not fit this model" in message
-    assert "transformer.wpe.weight has shape (16, 16), and (16, 32) in this model" in message
-    assert "transformer.h.2.ln_1.weight is missing" in message
+    message = error_of(replace(settings, init_from="resume", n_embd=32, n_layer=3, block_size=8))
+    assert "cannot continue as another model: " in message and "Leave these as they were" in message
+    for change in ("n_embd was 16 and is 32", "n_layer was 2 and is 3", "block_size was 16 and is 8"):
+        assert change in message
+
+
+def test_resuming_with_another_lora_rank_names_the_tensors(settings, tmp_path):
+    run_training(replace(settings, max_iters=2))
+    tuned = replace(settings, out_dir=str(tmp_path / "tuned"), init_from=settings.out_dir, max_iters=2)
+    run_training(replace(tuned, lora_rank=2))
+    message = error_of(replace(tuned, init_from="resume", lora_rank=4))
+    assert "does not fit this model" in message and "has shape (2, 16), and (4, 16) in this model" in message
 
 
 def test_resuming_with_another_tokenizer_is_rejected(settings, tmp_path):

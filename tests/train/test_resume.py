@@ -289,7 +289,7 @@ def test_resuming_a_finished_run_adds_no_second_ending(settings, capsys):
     ]
     capsys.readouterr()
     run_training(replace(settings, init_from="resume"))
-    assert "the run is finished: it has all of its max_iters = 20 steps" in capsys.readouterr().out
+    assert "the run is finished: it has made 20 of max_iters = 20 steps" in capsys.readouterr().out
     records = metrics_file.read_metrics(Path(settings.out_dir))
     assert [r["step"] for r in records] == [r["step"] for r in before]
     assert records[-1]["final_loss"] == before[-1]["final_loss"]

@@ -178,6 +178,24 @@ def test_architecture_configs_combine_with_a_training_config(name):
     assert model_setup.model_config(settings, 100).problems() == []
 
 
+@pytest.mark.parametrize(
+    ("start", "changes"),
+    [
+        ({"position": "rope"}, {"block_size": 8}),
+        ({"position": "alibi"}, {"block_size": 32}),
+        ({}, {"rope_theta": 5.0}),  # without effect: positions are learned
+        ({}, {"n_inner": 64}),  # 4 n_embd, the default
+        ({}, {"n_kv_head": 2}),  # n_head, the default
+    ],
+)
+def test_settings_that_leave_the_model_as_it_is_can_change(settings, start, changes, capsys):
+    settings = replace(settings, max_iters=4, **start)
+    run_training(settings)
+    status, t = run_training(replace(settings, init_from="resume", max_iters=6, **changes))
+    assert status == 0 and t.state.step == 6
+    assert ("earlier evaluations" in capsys.readouterr().out) == ("block_size" in changes)
+
+
 @pytest.mark.parametrize("changes", [{"position": "none"}, {"n_head": 4}, {"activation": "relu"}])
 def test_resuming_with_another_architecture_is_rejected(settings, changes):
     settings = replace(settings, position="rope", max_iters=4)
