@@ -78,6 +78,21 @@ def rewind_metrics(folder: Path, step: int) -> None:
         files.write_text(folder / SAMPLES_FILE, preface + kept_text)
 
 
+def set_aside_evaluations(folder: Path) -> None:
+    """Rename the losses of all evaluations so far, which are of other text than the next ones.
+
+    eval_val_loss becomes eval_val_loss_before. Curves and tables then show only losses that can be compared.
+    """
+    records = [
+        {
+            f"{key}_before" if key in ("eval_train_loss", "eval_val_loss") else key: value
+            for key, value in record.items()
+        }
+        for record in read_metrics(folder)
+    ]
+    files.write_text(folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def read_samples(folder: Path) -> list[tuple[int, str]]:
     """The samples of a run as (step, text), oldest first."""
     return _split_samples(folder)[1]

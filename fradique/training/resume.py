@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fradique.checkpointing import checkpoint
+from fradique.checkpointing import checkpoint, metrics_file
 from fradique.distributed import process_group
 from fradique.training import evaluation, outputs
 
@@ -51,6 +51,9 @@ def check_best(t: Trainer) -> None:
         state.best_step, state.best_val_loss, state.evals_since_best = best["step"], best["best_val_loss"], 0
     if earlier not in ("", fingerprint):
         state.last_eval_step = -1  # this step was evaluated on other windows
+        if t.runtime.is_main:
+            metrics_file.set_aside_evaluations(t.folder)
+            t.log.move(t.folder)  # opens the new file
 
 
 def _read_best_state(t: Trainer) -> tuple[dict | None, str]:

@@ -9,7 +9,7 @@ from support import flags, make_text, run_ranks, run_training, same_folder, stop
 
 from fradique.checkpointing import checkpoint, metrics_file
 from fradique.pretrained import loader
-from fradique.training import evaluation, outputs, setup
+from fradique.training import evaluation, loss_plot, outputs, setup
 
 
 def best_state(folder):
@@ -77,8 +77,14 @@ def test_on_another_yardstick_the_best_is_evaluated_again(finished, tmp_path, ca
     assert f"{message}{before['best_val_loss']:.4f} before" in output
     assert t.state.eval_fingerprint != before["eval_fingerprint"]
     # step 20 is evaluated again on the new windows, and is no better than itself
-    again = [r for r in metrics_file.read_metrics(t.folder) if r["step"] == 20 and "eval_val_loss" in r]
-    assert again[-1]["eval_val_loss"] == pytest.approx(expected, abs=1e-6)
+    records = metrics_file.read_metrics(t.folder)
+    again = [r for r in records if r["step"] == 20 and "eval_val_loss" in r]
+    assert [r["eval_val_loss"] for r in again] == [pytest.approx(expected, abs=1e-6)]
+    # curves have only losses that can be compared; the others keep another name
+    curves = loss_plot.read_curves(t.folder).evaluated
+    assert curves["step"].tolist() == [20, 25]
+    assert [r["step"] for r in records if "eval_val_loss_before" in r] == [0, 5, 10, 15, 20]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 26))
     records = {
         r["step"]: r["eval_val_loss"] for r in metrics_file.read_metrics(t.folder) if "eval_val_loss" in r
     }
