@@ -104,9 +104,12 @@ class Split:
                 chunk_start += len(chunk)
 
     def _vocabulary_error(self, shard: int, position: int, token: int) -> ValueError:
+        has_meta = self.text_bytes is not None
+        other_dtype = "" if has_meta else ", or its tokens are not uint16 in little-endian order"
         return ValueError(
             f"{self.paths[shard]}: token {token} at position {position} is not in the vocabulary of "
-            f"{self.vocab_size} tokens: the file was written with another tokenizer; prepare the corpus again"
+            f"{self.vocab_size} tokens: the file was written with another tokenizer{other_dtype}; prepare "
+            "the corpus again"
         )
 
     def fixed_windows(self, block_size: int, count: int) -> list[Window]:
@@ -267,8 +270,14 @@ def _read_meta(path: Path) -> dict:
 
 def _load_tokenizer(folder: Path, meta: dict | None) -> Tokenizer:
     """The tokenizer of a corpus. `meta`: the content of its meta.json; None if it has none."""
-    if meta is not None or (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    if meta is not None and not path.exists():
+        raise ValueError(
+            f"{path} is missing: it gives the text of each token. Put that file back, or prepare the "
+            "corpus again"
+        )
+    if meta is not None or path.exists():
+        tokenizer = load_tokenizer(path)
         if meta is not None:
             _check_tokenizer(folder, tokenizer, meta)
         return tokenizer
