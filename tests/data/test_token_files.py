@@ -235,7 +235,7 @@ def test_small_ids_of_a_large_vocabulary_are_not_mistaken(tmp_path, high, vocab_
         check_uint16(tmp_path / "train.bin", vocab_size)
 
 
-@pytest.mark.parametrize("ids", [[0, 0, 0, 20_480], [15_487], [50_256, 50_256, 11], [16_511, 262]])
+@pytest.mark.parametrize("ids", [[0, 0, 0, 20_480], [15_615], [50_256, 50_256, 11], [16_639, 262]])
 def test_regular_large_ids_are_not_mistaken_for_floats(tmp_path, ids):
     np.array(ids * 9000, dtype="<u2").tofile(tmp_path / "train.bin")
     check_uint16(tmp_path / "train.bin", 50257)
