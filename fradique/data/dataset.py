@@ -18,6 +18,7 @@ from fradique.data.shard_progress import check_no_unfinished_shards, is_unfinish
 from fradique.data.token_files import TokenFiles, check_uint16, sample_checksum
 from fradique.data.windows import Locations, Tiling, Window, WindowIndex, group_by_length, list_windows
 from fradique.io.files import describe_search, find_beside_project, is_count, is_plain_name, read_json
+from fradique.io.terminal import shell_command
 from fradique.tokenizer.meta_pkl import read_meta_pkl
 from fradique.tokenizer.tokenizer import (
     GPT2Tokenizer,
@@ -304,16 +305,16 @@ def _missing_corpus_message(folder: Path) -> str:
     """The message for a folder without a corpus: the command that makes it, or the corpora beside it."""
     script = folder / "prepare.py"
     if script.exists():
-        return f"the corpus {folder} is not prepared yet; make it with: python {script}"
+        return f"the corpus {folder} is not prepared yet; make it with: {shell_command(Path.cwd() / script)}"
     data = find_beside_project(folder.parent)
     folders = {path.parent for path in data.glob("*/train*.bin")}
     prepared = sorted(path.name for path in folders if not is_unfinished(path))
     preparable = sorted(path.parent.name for path in data.glob("*/prepare.py"))
     searched = "" if folder.is_absolute() else f" (looked for {describe_search(folder)})"
-    custom = find_beside_project(Path("data/custom/prepare.py"))
+    custom = shell_command("data/custom/prepare.py", "--input", "book.txt", "--name", "my_book")
     return (
         f"there is no corpus in {folder}{searched}; "
         + (f"prepared: {', '.join(prepared)}; " if prepared else "")
         + (f"can be prepared: {', '.join(preparable)}; " if preparable else "")
-        + f"to use your own text: python {custom} --input book.txt --name my_book"
+        + f"to use your own text: {custom}"
     )

@@ -21,6 +21,8 @@ from typing import NoReturn
 
 import numpy as np
 
+from fradique.io.terminal import shell_command
+
 assert sys.byteorder == "little", "token files are little-endian and are used without conversion"
 
 TOKEN_FILE_NAME = re.compile(r"(train|val)(_[0-9]+)?\.bin")
@@ -56,10 +58,11 @@ def check_uint16(path: Path, vocab_size: int) -> None:
     with path.open("rb") as file:
         data = file.read(SAMPLE_BYTES)
     if content := _other_content(data, vocab_size):
+        command = shell_command("data/custom/prepare.py", "--input", "book.txt", "--name", "my_book")
         raise ValueError(
             f"{path} has no meta.json beside it, so it must contain tokens of uint16 as nanoGPT writes them; "
             f"it contains {content}. Write the tokens with .astype(numpy.uint16).tofile(...), or prepare the "
-            "corpus from its text: python data/custom/prepare.py --input book.txt --name my_book"
+            f"corpus from its text: {command}"
         )
 
 

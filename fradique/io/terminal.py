@@ -108,8 +108,10 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def shell_command(script: str, *arguments: str) -> str:
+def shell_command(script: str | Path, *arguments: str) -> str:
     """A command that runs a script of the project, such as "train.py", when it is typed in this folder.
+
+    script: an absolute path, or one relative to the folder of the project.
 
     The arguments are quoted for a shell where necessary.
     """
