@@ -22,6 +22,7 @@ import torch
 from configurator import Resolved, command, setting
 from fradique.checkpointing import run_folder
 from fradique.checkpointing.checkpoint import assign_parameters
+from fradique.data.text import UTF_ENCODINGS, guess_encoding
 from fradique.generation import packed_weights
 from fradique.generation.sampling import GREEDY_TEMPERATURE
 from fradique.io.files import expand_home
@@ -125,12 +126,17 @@ def read_prompt(start: str) -> str:
     if start != "-" and not start.startswith("FILE:"):
         return start
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
+    if not name.strip():
+        raise ValueError("--start=FILE: names no file: write its path, as in --start=FILE:prompt.txt")
     if start == "-" and sys.stdin is None:
         raise ValueError("standard input is closed: give the prompt as --start=TEXT or --start=FILE:path")
     with nullcontext(sys.stdin.buffer) if start == "-" else Path(expand_home(name)).open("rb") as file:
         data = file.read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise ValueError(f"{name} is longer than {MAX_PROMPT_BYTES >> 20} MB: use its end as the prompt")
+    encoding = guess_encoding(data, is_start=True)
+    if b"\0" in data and encoding in UTF_ENCODINGS:
+        raise ValueError(f"{name} is not UTF-8 but {encoding}: convert it with iconv -f {encoding} -t UTF-8, or save it as UTF-8")
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ linear layers are (in, out), as in GPT-2's files.
 """
 
 import argparse
+import codecs
 import json
 import math
 import os
@@ -24,12 +25,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 Array = np.ndarray
 Tensors = dict[str, Array]
 EPS = np.float32(1e-5)  # added to the variance in a layer norm
+PUBLISHED_SIZES = ((12, 768), (24, 1024), (36, 1280), (48, 1600))  # (layers, C) of gpt2 to gpt2-xl
 GELU_SCALE = np.float32(math.sqrt(2 / math.pi))  # in the tanh of gelu
 GELU_CUBIC = np.float32(0.044715)
 
@@ -326,9 +328,10 @@ class AdamW:
 
 
 def load(path: Path, n_head: int = 0) -> GPT2:
-    """Read `model.safetensors`. If `n_head` is 0, `config.json` in the same folder gives it, else C / 64.
+    """Read `model.safetensors`. If `n_head` is 0, `config.json` in the same folder gives it.
 
-    Raises ValueError if the file is not a GPT-2, or is damaged; the message says what is wrong.
+    Without it, a published GPT-2 has C / 64. Raises ValueError if the file is not a GPT-2, or is damaged, or
+    if the number of heads is not known, which no shape shows; the message says what is wrong.
     """
     try:
         tensors = load_file(path)
@@ -350,13 +353,15 @@ def load(path: Path, n_head: int = 0) -> GPT2:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         n_head = config.get("n_head") if isinstance(config, dict) else None
         n_head = n_head if isinstance(n_head, int) else 0
-    model = GPT2(weights, n_head or max(C // 64, 1))
+    model = GPT2(weights, n_head or C // 64 or 1)
     for name, shape in shapes(model).items():
         if name not in weights or weights[name].shape != shape:
             actual = f"has shape {weights[name].shape}" if name in weights else "is missing"
             raise ValueError(f"{path} is not a GPT-2 model: {name} {actual}, expected shape {shape}")
     if extra := sorted(set(weights) - set(shapes(model))):
         raise ValueError(f"{path} is not a GPT-2 model; unexpected tensors: {', '.join(extra[:5])}")
+    if not n_head and (model.n_layer, C) not in PUBLISHED_SIZES:
+        raise ValueError(f"{path}: no config.json beside it gives the number of heads: set --heads")
     if model.n_head < 1 or C % model.n_head:
         raise ValueError(
             f"the width {C} cannot be divided into {model.n_head} heads: set --heads to a divisor"
@@ -379,6 +384,8 @@ def shapes(model: GPT2) -> dict[str, tuple[int, ...]]:
 def read_tokens(path: Path, model: GPT2, needed: int) -> Array:
     """Raw little-endian uint16. Raises ValueError for too few tokens, or one outside the vocabulary."""
     tokens = np.fromfile(path, "<u2")
+    if content := other_content(tokens):
+        raise ValueError(f"{path} must contain tokens of uint16, but it contains {content}")
     if len(tokens) < needed:
         raise ValueError(
             f"{path} contains {len(tokens)} tokens, but {needed} are needed: "
@@ -391,6 +398,23 @@ def read_tokens(path: Path, model: GPT2, needed: int) -> Array:
     return tokens.astype(np.int64)
 
 
+def other_content(tokens: Array) -> str:
+    """What a file is that was read as `tokens` of uint16; empty if it may be one.
+
+    The upper halves of small int32 are 0, and tokens are seldom UTF-8 without control characters.
+    """
+    first = tokens[: min(len(tokens), 1 << 13) // 2 * 2]
+    if len(first) < 32:
+        return ""  # too few: chance could look like another dtype
+    if not first[1::2].any() and len(np.unique(first[::2])) > 2:
+        return "tokens of 32 or 64 bits"
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(first.tobytes())  # may end within a character
+    except UnicodeDecodeError:
+        return ""
+    return "text" if all(c.isprintable() or c.isspace() for c in text) else ""
+
+
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="GPT-2 in NumPy: loss on a text, generation, training.")
     parser.add_argument("command", choices=("loss", "generate", "train"))
@@ -399,7 +423,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ids", help="generate: the prompt, for example 464,3290; default: the start of --tokens"
     )
-    parser.add_argument("--heads", type=int, default=0, help="attention heads; 0: config.json, or width / 64")
+    parser.add_argument("--heads", type=int, default=0, help="attention heads; 0: those in config.json")
     parser.add_argument(
         "--block", type=int, default=0, help="tokens per row; 0: 64 for train, else the block size"
     )
@@ -429,11 +453,21 @@ def loss_of_file(model: GPT2, tokens: Array, block: int, batch: int, max_batches
     return total / count
 
 
+def is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def train(model: GPT2, tokens: Array, args: argparse.Namespace, block: int) -> None:
     """Train on consecutive windows, again from the first after the last."""
     optimizer, windows = AdamW(model.weights), (len(tokens) - 1) // block
     if args.out and not os.access(args.out.parent, os.W_OK):
         raise ValueError(f"{args.out} cannot be written")  # before the training, not after it
+    if args.out and args.out.exists() and not is_safetensors(args.out):
+        raise ValueError(f"{args.out} exists and is no safetensors file: choose another name for --out")
     for step in range(1, (20 if args.steps is None else args.steps) + 1):
         start_time = time.perf_counter()
         starts = block * (np.arange((step - 1) * args.batch, step * args.batch) % windows)

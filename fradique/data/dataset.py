@@ -18,6 +18,7 @@ from fradique.data.shard_progress import check_no_unfinished_shards, is_unfinish
 from fradique.data.token_files import TokenFiles, check_uint16, sample_checksum
 from fradique.data.windows import Locations, Tiling, Window, WindowIndex, group_by_length, list_windows
 from fradique.io.files import describe_search, find_beside_project, is_count, is_plain_name, read_json
+from fradique.io.terminal import shell_command
 from fradique.tokenizer.meta_pkl import read_meta_pkl
 from fradique.tokenizer.tokenizer import (
     GPT2Tokenizer,
@@ -104,9 +105,12 @@ class Split:
                 chunk_start += len(chunk)
 
     def _vocabulary_error(self, shard: int, position: int, token: int) -> ValueError:
+        has_meta = self.text_bytes is not None
+        other_dtype = "" if has_meta else ", or its tokens are not uint16 in little-endian order"
         return ValueError(
             f"{self.paths[shard]}: token {token} at position {position} is not in the vocabulary of "
-            f"{self.vocab_size} tokens: the file was written with another tokenizer; prepare the corpus again"
+            f"{self.vocab_size} tokens: the file was written with another tokenizer{other_dtype}; prepare "
+            "the corpus again"
         )
 
     def fixed_windows(self, block_size: int, count: int) -> list[Window]:
@@ -267,8 +271,14 @@ def _read_meta(path: Path) -> dict:
 
 def _load_tokenizer(folder: Path, meta: dict | None) -> Tokenizer:
     """The tokenizer of a corpus. `meta`: the content of its meta.json; None if it has none."""
-    if meta is not None or (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    if meta is not None and not path.exists():
+        raise ValueError(
+            f"{path} is missing: it gives the text of each token. Put that file back, or prepare the "
+            "corpus again"
+        )
+    if meta is not None or path.exists():
+        tokenizer = load_tokenizer(path)
         if meta is not None:
             _check_tokenizer(folder, tokenizer, meta)
         return tokenizer
@@ -295,16 +305,16 @@ def _missing_corpus_message(folder: Path) -> str:
     """The message for a folder without a corpus: the command that makes it, or the corpora beside it."""
     script = folder / "prepare.py"
     if script.exists():
-        return f"the corpus {folder} is not prepared yet; make it with: python {script}"
+        return f"the corpus {folder} is not prepared yet; make it with: {shell_command(Path.cwd() / script)}"
     data = find_beside_project(folder.parent)
     folders = {path.parent for path in data.glob("*/train*.bin")}
     prepared = sorted(path.name for path in folders if not is_unfinished(path))
     preparable = sorted(path.parent.name for path in data.glob("*/prepare.py"))
     searched = "" if folder.is_absolute() else f" (looked for {describe_search(folder)})"
-    custom = find_beside_project(Path("data/custom/prepare.py"))
+    custom = shell_command("data/custom/prepare.py", "--input", "book.txt", "--name", "my_book")
     return (
         f"there is no corpus in {folder}{searched}; "
         + (f"prepared: {', '.join(prepared)}; " if prepared else "")
         + (f"can be prepared: {', '.join(preparable)}; " if preparable else "")
-        + f"to use your own text: python {custom} --input book.txt --name my_book"
+        + f"to use your own text: {custom}"
     )

@@ -74,7 +74,8 @@ def read_documents(file: Path | HubFile, first: int = 0) -> Iterator[Document]:
         if first == 0:
             yield read_file(file)
     else:
-        raise ValueError(f"{file} ends in none of {', '.join(ENDINGS)}")
+        advice = "; if it is JSON Lines, one object per line, rename it to .jsonl" if "json" in name else ""
+        raise ValueError(f"{file} ends in none of {', '.join(ENDINGS)}{advice}")
 
 
 def count_documents(file: Path | HubFile) -> int:
@@ -217,7 +218,7 @@ def _parse_line(line: bytes, path: Path, line_number: int, offset: int) -> str:
         text.encode()  # raises an error if the text has a lone surrogate, which JSON allows, or is not a str
         return text
     except UnicodeDecodeError as error:
-        raise not_utf8_error(path, offset + error.start, line[error.start]) from None
+        raise not_utf8_error(path, offset + error.start, line, error.start) from None
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{path}, line {line_number}: half of a surrogate pair is not text ({error})"

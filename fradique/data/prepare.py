@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import errno
 import re
-import shlex
 import signal
 import sys
 import textwrap
@@ -19,19 +18,29 @@ from typing import Any, NoReturn
 
 from fradique.data import documents
 from fradique.data.build import prepare_documents, prepare_text
+from fradique.data.console import print_note
 from fradique.data.input_files import find_files
 from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.shard_plan import DocumentJob, Job, TextJob
 from fradique.data.shard_progress import ShardCount, check_no_unfinished_shards
 from fradique.data.splits import VAL_SPLITS
 from fradique.data.text import Text, files_text
-from fradique.io.terminal import command_output, path_argument
+from fradique.data.token_files import TokenFiles
+from fradique.data.train_command import complete_command
+from fradique.io.terminal import command_output, path_argument, quote, relative_path, shell_command
 from fradique.tokenizer.bpe import END_OF_TEXT
 from fradique.tokenizer.tokenizer import check_separator
 
 HUB_SOURCE = "the Hugging Face hub"  # "source" in the meta.json of a corpus from the hub
 AUTO_COMMAND = "python train.py config/auto.py --dataset={name} --out_dir=out/{name}"
 NO_SEPARATOR = "none"  # as --document_separator: all text is ordinary
+OS_ERRORS = {  # errno -> the reason and what to do
+    errno.ENOSPC: "the disk is full. Free some space, or choose another folder with --out_dir",
+    errno.EROFS: "this disk cannot be written to. Choose another folder with --out_dir",
+    errno.EACCES: "you have no permission. Change it with chmod, or choose other paths: --input, --out_dir",
+    errno.EEXIST: "this is a file, not a folder. Choose another folder with --out_dir",
+    errno.ENOTDIR: "a part of this path is a file, not a folder. Choose another folder with --out_dir",
+}
 MAX_LISTED_FILES = 30  # of more files, "source" names the first and the last
 
 
@@ -70,16 +79,7 @@ def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
     args = _make_parser(spec).parse_args(argv)
     try:
         with _handle_signals():
-            out_dir = _choose_out_dir(spec, args)
-            if args.shards is None:
-                print(_format_result(spec, out_dir, _prepare(spec, args, out_dir)))
-            else:
-                worker = Worker() if args.worker is None else Worker.parse(args.worker)
-                result = prepare_shards(_make_job(spec, args), out_dir, worker)
-                if isinstance(result, ShardCount):  # other workers have not finished theirs
-                    print(_format_progress(spec, out_dir, result, argv))
-                else:
-                    print(_format_result(spec, out_dir, result))
+            summary = _run(spec, args, argv)
     except (KeyboardInterrupt, SystemExit) as stop:
         message = "finished shards are kept; run the same command to continue"
         if args.shards is None:
@@ -93,7 +93,40 @@ def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_format_error(error)}", file=sys.stderr)
         return 2
+    try:
+        print(summary)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # what is done stays done
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _run(spec: CorpusSpec, args: argparse.Namespace, argv: Sequence[str]) -> str:
+    """Prepare the corpus, or this worker's part of it. Returns what to print about it."""
+    out_dir = _choose_out_dir(spec, args)
+    if args.shards is None:
+        meta = _prepare(spec, args, out_dir)
+    else:
+        worker = Worker() if args.worker is None else Worker.parse(args.worker)
+        meta = prepare_shards(_make_job(spec, args), out_dir, worker)
+        if isinstance(meta, ShardCount):  # other workers have not finished theirs
+            return _format_progress(spec, out_dir, meta, argv)
+    if getattr(args, "document_separator", None) is not None and spec.documents is None:
+        _note_unused_separator(out_dir, meta)
+    return _format_result(spec, out_dir, meta)
+
+
+def _note_unused_separator(out_dir: Path, meta: dict[str, Any]) -> None:
+    """Print a note if a separator was given and no text of the corpus has it."""
+    separator, end_of_text = meta["document_separator"], meta["vocab_size"] - 1  # its id is the last one
+    if separator is None:
+        return
+    paths = [out_dir / shard["file"] for split in meta["splits"].values() for shard in split["shards"]]
+    files = TokenFiles(paths, meta["dtype"])
+    if not any((chunk == end_of_text).any() for i in range(len(files)) for chunk in files.chunks(i)):
+        print_note(f"--document_separator: the text has no {separator!r}; is it spelt in another way there?")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -210,7 +243,14 @@ def _choose_out_dir(spec: CorpusSpec, args: argparse.Namespace) -> Path:
     """The folder that --name or --out_dir asks for. Raises ValueError if it cannot be used."""
     name = getattr(args, "name", None)
     if name is None:
-        return args.out_dir or spec.folder
+        folder = args.out_dir or spec.folder
+        try:
+            str(folder.absolute()).encode("utf-8")
+        except UnicodeEncodeError:  # train.py writes the path to settings.json
+            raise ValueError(
+                f"--out_dir {folder}: the name is not UTF-8, so train.py cannot use it: choose another name"
+            ) from None
+        return folder
     if args.out_dir:
         raise ValueError("--name and --out_dir both set the folder of the corpus: use only one of them")
     if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name.endswith("."):
@@ -308,24 +348,25 @@ def _format_result(spec: CorpusSpec, out_dir: Path, meta: dict[str, Any]) -> str
     """A summary of a finished corpus and the command that trains on it."""
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     names = [shard["file"] for shard in train["shards"]]
+    has_gpu_command = spec.gpu_command is not None and _is_default(spec, out_dir)
     train_files = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     return (
         f"{out_dir.resolve().name}: {train['tokens']:,} training tokens and {val['tokens']:,} validation "
         f"tokens from {(train['bytes'] + val['bytes']) / 1e6:.2f} MB of text; vocabulary of "
         f"{meta['vocab_size']:,} ({meta['tokenizer']})\n"
-        f"written to {_relative(out_dir)}: {train_files}, val.bin, tokenizer.json, meta.json\n"
-        f"next: {_training_command(spec, out_dir)}"
-        + (f"\non a GPU: {spec.gpu_command}" if spec.gpu_command and _is_default(spec, out_dir) else "")
+        f"written to {relative_path(out_dir)}: {train_files}, val.bin, tokenizer.json, meta.json\n"
+        f"next: {_training_command(spec, out_dir, meta)}"
+        + (f"\non a GPU: {complete_command(spec.gpu_command, meta)}" if has_gpu_command else "")
     )
 
 
-def _training_command(spec: CorpusSpec, out_dir: Path) -> str:
+def _training_command(spec: CorpusSpec, out_dir: Path, meta: dict[str, Any]) -> str:
     """The command that trains on the corpus: with a config of its own only if it is in its default folder."""
     folder = out_dir.resolve()
     command = spec.next_command if _is_default(spec, folder) else AUTO_COMMAND
-    command = command.format(name=_quote(folder.name))
+    command = complete_command(command, meta).replace("{name}", quote(folder.name))
     if folder.parent != spec.folder.resolve().parent:
-        command += f" --data_dir={_quote(str(folder.parent))}"
+        command += f" --data_dir={quote(str(folder.parent))}"
     return command
 
 
@@ -335,7 +376,6 @@ def _is_default(spec: CorpusSpec, out_dir: Path) -> bool:
 
 def _format_progress(spec: CorpusSpec, out_dir: Path, count: ShardCount, argv: Sequence[str]) -> str:
     """The progress of an unfinished corpus, and the command that makes all remaining shards."""
-    script = str(_relative(spec.folder / "prepare.py"))
     arguments = [  # without --worker I/N
         argument
         for previous, argument in zip(["", *argv], argv, strict=False)
@@ -346,18 +386,8 @@ def _format_progress(spec: CorpusSpec, out_dir: Path, count: ShardCount, argv: S
         "are finished in total\n"
         "The worker that finishes the last shard completes the corpus. If no other worker is running, make "
         "the remaining shards with:\n"
-        f"next: python {' '.join(map(_quote, [script, *arguments]))}"
+        f"next: {shell_command(spec.folder / 'prepare.py', *arguments)}"
     )
-
-
-def _quote(word: str) -> str:
-    """`word` quoted for a shell if necessary. Unlike shlex.quote, it leaves accented letters unquoted."""
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else shlex.quote(word)
-
-
-def _relative(path: Path) -> Path:
-    """`path` relative to the current folder, if it is inside it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _format_error(error: Exception) -> str:
@@ -365,8 +395,8 @@ def _format_error(error: Exception) -> str:
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     path = f"{error.filename}: " if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"{path}the disk is full. Free some space, or choose another folder with --out_dir"
+    if error.errno in OS_ERRORS:
+        return f"{path}{OS_ERRORS[error.errno]}"
     return f"{path}{error.strerror}"
 
 

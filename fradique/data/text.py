@@ -15,6 +15,12 @@ BLOCK_BYTES = 1 << 20  # bytes that are read at a time
 PIECE_CHARS = 1 << 18  # characters in a piece of text
 MAX_PIECE_CHARS = 1 << 20  # characters in a piece, if the text has no white space
 
+GUESS_BYTES = 1 << 12  # of a file that is not UTF-8, to guess its encoding
+UTF_ENCODINGS = ("UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32")
+# the bytes of ASCII's control characters that text does not have; it may have ESC and Ctrl-Z
+CONTROL_BYTES = bytes(byte for byte in range(32) if byte not in b"\t\n\v\f\r\x1a\x1b")
+NO_TEXT_ADVICE = "It seems to be no text but an image, an archive or a program: give the text as a UTF-8 file"
+
 # A text is cut between the end of a word and the white space that follows. GPT-2's BPE splits every text
 # there, so the tokens of the pieces are those of the whole text. Both patterns match up to such a position.
 # Python's \S matches slightly fewer characters than GPT-2's, so every cut is between two tokens.
@@ -90,7 +96,7 @@ def read_file(path: Path, block_bytes: int = BLOCK_BYTES, start: int = 0) -> Ite
     """Stream a UTF-8 file in non-empty chunks, with unchanged newlines and without its byte-order mark.
 
     Reading begins at byte `start` after the byte-order mark, where a character must begin. Raises ValueError
-    naming the file and the offset of the first byte that is not UTF-8.
+    naming the file and the offset of the first byte that is not UTF-8, or of a NUL byte.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     block_start = 0  # offset in the file
@@ -105,7 +111,9 @@ def read_file(path: Path, block_bytes: int = BLOCK_BYTES, start: int = 0) -> Ite
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:  # error.start is counted from the beginning of `incomplete`
                 position = block_start - len(incomplete) + error.start
-                raise not_utf8_error(path, position, error.object[error.start]) from None
+                raise not_utf8_error(path, position, error.object, error.start) from None
+            if (nul := block.find(0)) >= 0:
+                raise nul_error(path, block_start + nul, block, nul)
             if text and may_have_bom:
                 text, may_have_bom = text.removeprefix("\ufeff"), False
             if text:
@@ -115,16 +123,63 @@ def read_file(path: Path, block_bytes: int = BLOCK_BYTES, start: int = 0) -> Ite
             block_start += len(block)
 
 
-def not_utf8_error(path: Path, offset: int, byte: int) -> ValueError:
-    """The error for a `byte` at `offset` of `path` that is not valid UTF-8 there."""
-    has_utf16_bom = offset == 0 and byte in (0xFE, 0xFF)
-    encoding = "UTF-16" if has_utf16_bom else "WINDOWS-1252"  # the most common encodings other than UTF-8
-    converted = shlex.quote(f"{path.stem}-utf8{path.suffix}")
+def not_utf8_error(path: Path, offset: int, data: bytes, position: int) -> ValueError:
+    """The error for the byte `data[position]`, at `offset` of `path`, that is not valid UTF-8 there."""
+    what = f"{path} is not UTF-8 text: byte 0x{data[position]:02x} at offset {offset} (counted from 0)"
+    encoding = guess_encoding(data, is_start=offset == position)
+    if encoding is None:
+        return ValueError(f"{what}. {NO_TEXT_ADVICE}")
+    return ValueError(f"{what}. If it is text in another encoding, {_conversion(path, encoding)}")
+
+
+def nul_error(path: Path, offset: int, data: bytes, position: int) -> ValueError:
+    """The error for the NUL byte `data[position]`, at `offset` of `path`: no text file has one."""
+    what = f"{path} is not UTF-8 text: it has a NUL byte at offset {offset} (counted from 0)"
+    encoding = guess_encoding(data, is_start=offset == position)
+    if encoding in UTF_ENCODINGS:
+        return ValueError(f"{what}. It seems to be {encoding}: {_conversion(path, encoding)}")
     return ValueError(
-        f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset} (counted from 0). If it is text in "
-        f"another encoding, convert it, for example with: iconv -f {encoding} -t UTF-8 "
-        f"{shlex.quote(str(path))} > {converted}, and pass the result to --input"
+        f"{what}. {NO_TEXT_ADVICE}. If it is text with a few such bytes, remove them with: "
+        f"tr -d '\\000' < {shlex.quote(str(path))} > {_converted_name(path)}"
     )
+
+
+def guess_encoding(data: bytes, is_start: bool) -> str | None:
+    """The likely encoding of a text that is not UTF-8; None if `data` seems to be no text at all.
+
+    is_start: whether `data` is the beginning of a file, where a byte-order mark may be.
+    """
+    data = data[:GUESS_BYTES]
+    if is_start and data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if is_start and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        chars = data.decode("utf-16", errors="replace")
+        return "UTF-16" if 10 * sum(map(_is_plain, chars)) >= 9 * len(chars) else None
+    if is_start and b"\0" in data:
+        for encoding in ("UTF-16LE", "UTF-16BE"):  # of text that is mostly in Latin letters
+            chars = data[: len(data) // 2 * 2].decode(encoding, errors="replace")
+            n_letters = sum(char == " " or (char.isascii() and char.isalpha()) for char in chars)
+            if 2 * n_letters >= len(chars) and all(map(_is_plain, chars)):
+                return encoding
+        return None
+    n_control = len(data) - len(data.translate(None, CONTROL_BYTES))
+    return None if 50 * n_control > len(data) else "WINDOWS-1252"  # the most common after UTF-8
+
+
+def _is_plain(char: str) -> bool:
+    return char.isprintable() or char.isspace()
+
+
+def _conversion(path: Path, encoding: str) -> str:
+    """How to convert a file to UTF-8."""
+    return (
+        f"convert it, for example with: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > "
+        f"{_converted_name(path)}, and pass the result to --input"
+    )
+
+
+def _converted_name(path: Path) -> str:
+    return shlex.quote(f"{path.stem}-utf8{path.suffix}")
 
 
 def cut_pieces(

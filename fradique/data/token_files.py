@@ -21,6 +21,8 @@ from typing import NoReturn
 
 import numpy as np
 
+from fradique.io.terminal import shell_command
+
 assert sys.byteorder == "little", "token files are little-endian and are used without conversion"
 
 TOKEN_FILE_NAME = re.compile(r"(train|val)(_[0-9]+)?\.bin")
@@ -56,10 +58,11 @@ def check_uint16(path: Path, vocab_size: int) -> None:
     with path.open("rb") as file:
         data = file.read(SAMPLE_BYTES)
     if content := _other_content(data, vocab_size):
+        command = shell_command("data/custom/prepare.py", "--input", "book.txt", "--name", "my_book")
         raise ValueError(
             f"{path} has no meta.json beside it, so it must contain tokens of uint16 as nanoGPT writes them; "
             f"it contains {content}. Write the tokens with .astype(numpy.uint16).tofile(...), or prepare the "
-            "corpus from its text: python data/custom/prepare.py --input book.txt --name my_book"
+            f"corpus from its text: {command}"
         )
 
 
@@ -77,9 +80,27 @@ def _other_content(data: bytes, vocab_size: int) -> str | None:
         text = codecs.getincrementaldecoder("utf-8")().decode(data)  # may end within a character
         if all(char.isprintable() or char.isspace() for char in text):
             return "text"
-    # the lower bytes of the ids of a large vocabulary have all values
-    if len(data) == SAMPLE_BYTES and max(data) < 1 << 7 and vocab_size > 1 << 14:
+    # the lower bytes of the ids of a large vocabulary have all values, and the upper bytes of small ids are 0
+    has_upper_bytes = np.count_nonzero(np.frombuffer(data[1::2], dtype="u1")) > len(data) // 4
+    if len(data) == SAMPLE_BYTES and max(data) < 1 << 7 and vocab_size > 1 << 14 and has_upper_bytes:
         return "tokens of 8 bits"
+    return _float_content(data)
+
+
+def _float_content(data: bytes) -> str | None:
+    """The floating-point dtype of the first bytes of a file; None if not all of them are ids of such a dtype.
+
+    Tokens of uint16 are not mistaken for one: ids below 15,360 would be fractions, and most ids are.
+    """
+    for dtype in ("<f2", "<f4", "<f8"):
+        size = np.dtype(dtype).itemsize
+        with np.errstate(invalid="ignore"):  # NaN
+            values = np.frombuffer(data[: len(data) // size * size], dtype=dtype).astype(np.float64)
+            is_id = (values >= 0) & (values < 1 << 16) & (values == np.floor(values))
+        if len(values) < MIN_CHECKED // size:
+            continue
+        if is_id.all() and len(np.unique(values)) > 2:
+            return f"floating-point numbers of {8 * size} bits"
     return None
 
 

@@ -5,13 +5,14 @@ import codecs
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from fradique.io.files import expand_home
+from fradique.io.files import PROJECT_FOLDER, expand_home
 
 MIN_WIDTH, MAX_WIDTH = 60, 100  # columns of a help text
 ERROR_HANDLER = "fradique.replace"  # the name under which codecs knows the one of `command_output`
@@ -105,6 +106,36 @@ def path_argument(text: str) -> Path:
         return Path(expand_home(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def shell_command(script: str | Path, *arguments: str) -> str:
+    """A command that runs a script of the project, such as "train.py", when it is typed in this folder.
+
+    script: an absolute path, or one relative to the folder of the project.
+
+    The arguments are quoted for a shell where necessary.
+    """
+    return " ".join(["python", quote(str(relative_path(PROJECT_FOLDER / script))), *map(quote, arguments)])
+
+
+def quote(word: str) -> str:
+    """`word` quoted for a shell if necessary. Unlike shlex.quote, it leaves accented letters unquoted.
+
+    Of --key=value only the value is quoted.
+    """
+    key, equals, value = word.partition("=")
+    if equals and re.fullmatch(r"--\w+", key):
+        return f"{key}={quote(value)}" if value else word
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else shlex.quote(word)
+
+
+def relative_path(path: Path) -> Path:
+    """`path` relative to the current folder if it is inside it, else unchanged."""
+    try:
+        folder = Path.cwd()
+    except OSError:  # the current folder was deleted
+        return path
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
 def help_width() -> int:

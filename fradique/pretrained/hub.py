@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names without an owner
 # Patterns of file names.
-CONFIG_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json")
+CONFIG_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json"),
+    *("special_tokens_map.json", "merges.txt"),
+)
 WEIGHT_FILES = (SAFETENSORS_FILE, "model-*.safetensors", INDEX_FILE)
 PICKLE_FILES = (PICKLE_FILE,)  # downloaded only if there are no safetensors files
 # The largest plausible size. float32 takes 4 bytes, but files may also contain causal masks, and a repository

@@ -4,7 +4,6 @@ The files may come from somebody else. Everything in them is checked before it i
 pickle is run.
 """
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,20 +19,12 @@ from fradique.io.files import find_beside_project, is_plain_name, read_json_obje
 from fradique.nn.lora import merge_lora
 from fradique.pretrained import hf_weights, hub, model_config, weight_files
 from fradique.pretrained.hf_config import config_from_hf
+from fradique.pretrained.hf_tokenizer import GPT2_VOCAB_SIZE, fits_embedding, read_hf_tokenizer
 from fradique.pretrained.hf_weights import GPT2, Layout
-from fradique.tokenizer.bpe import END_OF_TEXT, byte_alphabet
 from fradique.tokenizer.meta_pkl import read_meta_pkl
 from fradique.tokenizer.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from model import POSITIVE_SIZES, GPTConfig
 
-GPT2_VOCAB_SIZE = 50257
-MAX_LISTED_TOKENS = 5  # in an error message
-# The files of Hugging Face that may have added tokens, and the key of these; None: the whole object.
-ADDED_TOKEN_FILES = {
-    "tokenizer.json": "added_tokens",
-    "tokenizer_config.json": "added_tokens_decoder",
-    "added_tokens.json": None,
-}
 GPT2_HEAD_DIM = 64  # of every published GPT-2
 # (n_layer, n_embd, block_size, vocab_size) of gpt2, gpt2-medium, gpt2-large and gpt2-xl.
 PUBLISHED_GPT2_SIZES = {
@@ -180,7 +171,7 @@ def _convert_hf(
     hf_weights.check_tensors(tensors, config, source, layout)
     if problems := config.problems():
         raise ValueError(f"{source} is not a usable model: {'; '.join(problems)}")
-    tokenizer = _hf_tokenizer(folder, config.vocab_size)
+    tokenizer = read_hf_tokenizer(folder, config.vocab_size)
     converted = hf_weights.from_hf(tensors, layout, tied=config.tie_weights)
     return PretrainedWeights(config, converted, tokenizer, source)
 
@@ -213,70 +204,6 @@ def _gpt2_config_from_shapes(tensors: Mapping[str, Tensor], source: str) -> GPTC
 def _matrix_shape(tensor: Tensor | None) -> tuple[int, int]:
     """The shape of a matrix; (0, 0) if `tensor` is None or no matrix."""
     return tuple(tensor.shape) if tensor is not None and tensor.dim() == 2 else (0, 0)
-
-
-def _hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a model in Hugging Face's layout with `vocab_size` embeddings; None if unknown.
-
-    It is known if Fradique exported the folder, or if the vocabulary is GPT-2's. Raises ValueError for
-    GPT-2's vocabulary with added tokens: encoded as plain text, they would be other tokens.
-    """
-    if (folder / weight_files.FRADIQUE_TOKENIZER_FILE).exists():
-        return load_tokenizer(folder / weight_files.FRADIQUE_TOKENIZER_FILE)
-    if not _may_have_gpt2_vocabulary(folder):
-        return None
-    if added := _added_tokens(folder):
-        names = ", ".join(map(repr, added[:MAX_LISTED_TOKENS]))
-        raise ValueError(
-            f"{folder}: its tokenizer adds {len(added)} tokens to GPT-2's, which is not supported: {names}"
-            f"{' ...' if len(added) > MAX_LISTED_TOKENS else ''}. Use weights without added tokens"
-        )
-    return GPT2Tokenizer() if _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) else None
-
-
-def _added_tokens(folder: Path) -> list[str]:
-    """The tokens that Hugging Face's files in a folder add to GPT-2's vocabulary, in the order of ids."""
-    tokens: dict[int, str] = {}
-
-    def add(token_id: Any, entry: Any) -> None:
-        content = entry.get("content") if isinstance(entry, dict) else entry
-        if not isinstance(content, str) or not re.fullmatch("[0-9]{1,9}", str(token_id)):
-            raise ValueError(f"{folder}: the added tokens of its tokenizer are damaged")
-        if content != END_OF_TEXT:
-            tokens[int(token_id)] = content
-
-    for name, key in ADDED_TOKEN_FILES.items():
-        if (folder / name).exists():
-            entries = read_json_object(folder / name)
-            entries = entries.get(key) if key else {token_id: token for token, token_id in entries.items()}
-            if isinstance(entries, list):  # in tokenizer.json
-                for entry in entries:
-                    add(entry.get("id") if isinstance(entry, dict) else None, entry)
-            elif isinstance(entries, dict):
-                for token_id, entry in entries.items():
-                    add(token_id, entry)
-    return [tokens[token_id] for token_id in sorted(tokens)]
-
-
-def _may_have_gpt2_vocabulary(folder: Path) -> bool:
-    """Whether the vocabulary in a folder is GPT-2's, token by token. True if there is no vocabulary."""
-    if (folder / "tokenizer.json").exists():
-        model = read_json_object(folder / "tokenizer.json").get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-    elif (folder / "vocab.json").exists():
-        vocab = read_json_object(folder / "vocab.json")
-    else:
-        return True
-    if not isinstance(vocab, dict):
-        return False
-    vocab = {END_OF_TEXT: GPT2_VOCAB_SIZE - 1} | vocab  # it may be only among the added tokens
-    expected_ids = {str(i) for i in range(GPT2_VOCAB_SIZE)}
-    if {str(value) for value in vocab.values()} != expected_ids:  # as strings: values may be of any type
-        return False
-    alphabet = byte_alphabet()  # character -> byte
-    tokens = sorted(vocab, key=lambda token: int(vocab[token]))
-    token_bytes = bytes(alphabet.get(char, 0) for token in tokens for char in token)
-    return token_bytes == GPT2Tokenizer().decode_bytes(range(GPT2_VOCAB_SIZE))
 
 
 # nanoGPT
@@ -327,11 +254,5 @@ def _find_tokenizer(folders: list[Path], vocab_size: int) -> Tokenizer | None:
             tokenizer = read_meta_pkl(folder / "meta.pkl")
         else:
             continue
-        return tokenizer if _fits_embedding(tokenizer.vocab_size, vocab_size) else None
-    return GPT2Tokenizer() if _fits_embedding(GPT2_VOCAB_SIZE, vocab_size) else None
-
-
-def _fits_embedding(n_tokens: int, vocab_size: int) -> bool:
-    """Whether vocab_size is the number of tokens, possibly padded to a multiple of 64 as in nanoGPT."""
-    padded = math.ceil(n_tokens / 64) * 64
-    return vocab_size in (n_tokens, padded)
+        return tokenizer if fits_embedding(tokenizer.vocab_size, vocab_size) else None
+    return GPT2Tokenizer() if fits_embedding(GPT2_VOCAB_SIZE, vocab_size) else None

@@ -386,9 +386,12 @@ def tokenizer_from_json(value: Any) -> Tokenizer:
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     """The ids (T,) of a prompt, T >= 1. It is encoded as the corpus was.
 
+    Line ends of Windows become a line feed if the vocabulary of characters has no carriage return.
     An empty prompt becomes one token after which a text can begin: <|endoftext|>, or a line break if the
     vocabulary has no <|endoftext|>, or token 0 if it has neither.
     """
+    if isinstance(tokenizer, CharTokenizer) and "\r" not in tokenizer.chars:
+        prompt = prompt.replace("\r\n", "\n")
     if prompt:
         return tokenizer.encode(prompt)
     if tokenizer.end_of_text is not None:

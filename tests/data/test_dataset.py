@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from corpus_helpers import make_split, read_windows, text_of
+from corpus_helpers import STORY, make_split, read_windows, text_of
 from support import make_text, write_corpus
 
 from fradique.data import dataset
@@ -177,3 +177,11 @@ def test_ids_of_characters_are_not_read_as_gpt2_tokens(tmp_path):
     save_tokenizer(GPT2Tokenizer(), tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"is not the tokenizer with which the corpus was made"):
         open_corpus(tmp_path, 8)
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+def test_a_missing_tokenizer_is_reported_with_what_to_do(tmp_path, kind):
+    prepare_text(text_of(STORY), tmp_path, kind)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing: .* or prepare the corpus again"):
+        open_corpus(tmp_path, 4)

@@ -15,6 +15,7 @@ from fradique.data.prepare import main
 from fradique.data.shard_build import Worker, prepare_shards
 from fradique.data.shard_plan import TextJob
 from fradique.data.splits import Part, count_chars, divide_text
+from fradique.data.text_index import index_text
 from fradique.tokenizer.tokenizer import load_tokenizer
 
 LINES = "".join(f"linha {i} {'palavra ' * (i % 9)}\n" for i in range(4000))  # 166 KB
@@ -101,6 +102,56 @@ def test_any_text_is_divided_whole_whatever_its_chunks(string, val_fraction, chu
 
 def test_the_tail_is_the_end_of_the_text_as_in_nanogpt():
     assert divide_text(text_of(STORY), 1001, 0.1, "tail") == [Part("train", 0, 900), Part("val", 900, 1001)]
+
+
+SEPARATOR = "<|endoftext|>"
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("shift", range(-3, 17))
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_the_tail_never_begins_inside_a_separator(indexed, shift, chunk):
+    string = "x" * (90 - shift) + SEPARATOR
+    string += "y" * (120 - len(string))
+    text = text_of(string, chunk)
+    index = index_text(text) if indexed else None
+    train, val = divide_text(text, 120, 0.25, "tail", SEPARATOR, index)
+    inside = 0 < shift < len(SEPARATOR)
+    assert train.end == val.start == (90 - shift + len(SEPARATOR) if inside else 90)
+    assert divide_text(text, 120, 0.25, "tail")[0].end == 90  # without a separator, as in nanoGPT
+    assert divide_text(text, 120, 0.25, "tail", "</s>", index)[0].end == 90
+
+
+@pytest.mark.parametrize("separator", ["|", "</s>", SEPARATOR, "a" + "b" * 98 + "c"])
+@pytest.mark.parametrize("chunk", [7, 10_000])
+@pytest.mark.parametrize("distance", [0, 1, 5, 40, 3000])
+def test_blocks_do_not_begin_inside_a_separator(separator, chunk, distance):
+    string = ("x" * distance + separator) * 300
+    parts = divide_text(text_of(string, chunk), len(string), 0.2, "blocks", separator)
+    assert_whole(parts, len(string))
+    for part in parts:
+        assert (part.start % (distance + len(separator))) <= distance
+    texts = [string[part.start : part.end] for part in parts]
+    assert sum(text.count(separator) for text in texts) == 300
+
+
+def test_a_separator_changes_no_block_of_a_text_with_lines():
+    marked = LINES.replace("palavra palavra", f"palavra{SEPARATOR}palavra")
+    parts = divide_text(text_of(marked), len(marked), 0.1, "blocks", SEPARATOR)
+    assert parts == divide(marked)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    string=st.lists(st.sampled_from(["a", " ", "\n", "<>", "<"]), min_size=1, max_size=150).map("".join),
+    val_fraction=st.floats(0.001, 0.999),
+    val_split=st.sampled_from(["tail", "blocks"]),
+    chunk=st.integers(1, 50),
+)
+def test_no_cut_of_any_text_is_inside_a_separator(string, val_fraction, val_split, chunk):
+    parts = divide_text(text_of(string, chunk), len(string), val_fraction, val_split, "<>")
+    assert_whole(parts, len(string))
+    assert all(string[part.end - 1 : part.end + 1] != "<>" or part.end == 0 for part in parts)
 
 
 @pytest.mark.parametrize("kind", ["char", "gpt2", "bpe:300"])

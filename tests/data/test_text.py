@@ -15,7 +15,12 @@ SPACED = st.text("ab1é.'s \u00a0\u2003\x1c\t\r\n", max_size=120)
 
 
 @PROPERTY
-@given(string=st.text(max_size=60).filter(lambda s: not s.startswith("\ufeff")), block=st.integers(1, 9))
+@given(
+    string=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60).filter(
+        lambda s: not s.startswith("\ufeff")
+    ),
+    block=st.integers(1, 9),
+)
 def test_blocks_of_any_size_give_the_same_text(tmp_path_factory, string, block):
     path = tmp_path_factory.getbasetemp() / "blocks.txt"
     path.write_bytes(string.encode())
@@ -58,6 +63,38 @@ def test_the_error_for_a_utf16_file_shows_how_to_convert_it(tmp_path):
     (tmp_path / "a.txt").write_bytes("olá".encode("utf-16"))
     with pytest.raises(ValueError, match=r"iconv -f UTF-16"):
         list(read_file(tmp_path / "a.txt"))
+
+
+WESTERN = "Era uma vez um gato."
+ENCODINGS = {
+    "utf-32": (WESTERN.encode("utf-32"), "iconv -f UTF-32 "),
+    "utf-32-be": (b"\0\0\xfe\xff" + WESTERN.encode("utf-32-be"), "iconv -f UTF-32 "),
+    "utf-16": (WESTERN.encode("utf-16"), "iconv -f UTF-16 "),
+    "utf-16-be": (b"\xfe\xff" + WESTERN.encode("utf-16-be"), "iconv -f UTF-16 "),
+    "japanese utf-16": ("日本語のテキスト".encode("utf-16"), "iconv -f UTF-16 "),
+    "utf-16-le": (WESTERN.encode("utf-16-le"), "iconv -f UTF-16LE "),
+    "latin-1": ("garça".encode("latin-1"), "iconv -f WINDOWS-1252 "),
+    "jpeg": (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1", "seems to be no text"),
+    "mp3": (b"\xff\xfb\x90\x04\x0f\x02\x05\x1c", "seems to be no text"),
+    "bytes": (bytes(range(256)), "seems to be no text"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_the_encoding_of_a_file_that_is_not_utf8_is_guessed(tmp_path, name):
+    data, advice = ENCODINGS[name]
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(ValueError, match="is not UTF-8 text") as caught:
+        list(read_file(tmp_path / "a.txt"))
+    assert advice in str(caught.value)
+    assert name in ("jpeg", "mp3", "bytes") or "seems to be no text" not in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [1, 4, 1 << 20])
+def test_a_nul_byte_anywhere_in_a_file_is_refused(tmp_path, block):
+    (tmp_path / "a b.txt").write_bytes("olá".encode() * 9 + b"\0z")
+    with pytest.raises(ValueError, match=r"NUL byte at offset 36 .*tr -d .*'a b-utf8\.txt'"):
+        list(read_file(tmp_path / "a b.txt", block))
 
 
 def test_files_are_joined_with_a_newline_only_if_one_is_missing(tmp_path):

@@ -175,6 +175,9 @@ def write_foreign_file(path, kind):
         ("npy", "numpy.save"),
         ("text", "contains text"),
         ("uint8", "8 bits"),
+        ("float16", "floating-point numbers of 16 bits"),
+        ("float32", "floating-point numbers of 32 bits"),
+        ("float64", "floating-point numbers of 64 bits|32 or 64 bits"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -220,6 +223,33 @@ def test_small_regular_corpora_are_not_mistaken(tmp_path, vocab_size, pattern):
     ids.astype("<u2").tofile(tmp_path / "train.bin")
     if vocab_size <= 1 << 14:  # GPT-2's tokens are never so few
         check_uint16(tmp_path / "train.bin", vocab_size)
+
+
+@pytest.mark.parametrize("high", [2, 10, 64, 127, 128, 256, 1000])
+@pytest.mark.parametrize("vocab_size", [16_385, 50257])
+def test_small_ids_of_a_large_vocabulary_are_not_mistaken(tmp_path, high, vocab_size):
+    """Such as a corpus of characters without its meta.pkl."""
+    rng = np.random.default_rng(1)
+    for size in (64, 1000, 20_000):
+        rng.integers(high, size=size).astype("<u2").tofile(tmp_path / "train.bin")
+        check_uint16(tmp_path / "train.bin", vocab_size)
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 0, 20_480], [15_615], [50_256, 50_256, 11], [16_639, 262]])
+def test_regular_large_ids_are_not_mistaken_for_floats(tmp_path, ids):
+    np.array(ids * 9000, dtype="<u2").tofile(tmp_path / "train.bin")
+    check_uint16(tmp_path / "train.bin", 50257)
+
+
+@pytest.mark.parametrize("kind", [">u2", "u1", "<f2"])
+def test_an_unknown_id_may_come_from_another_dtype(tmp_path, kind):
+    meta = {"vocab_size": 65, "stoi": {chr(40 + i): i for i in range(65)}}
+    meta["itos"] = {i: char for char, i in meta["stoi"].items()}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    for name in ("train", "val"):
+        np.random.default_rng(0).integers(65, size=5000).astype(kind).tofile(tmp_path / f"{name}.bin")
+    with pytest.raises(ValueError, match=r"another tokenizer, or its tokens are not uint16"):
+        open_corpus(tmp_path, 8)
 
 
 @pytest.mark.parametrize("vocab_size", [65, 300, 4096, 50257])

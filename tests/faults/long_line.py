@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fradique.data import build, dataset, text
 
-LINE = "amor\0luz\U0001f984éç日本"  # without a space, so that no cut is at a space
+LINE = "amor\1luz\U0001f984éç日本"  # without a space, so that no cut is at a space
 
 
 def peak_memory() -> int:

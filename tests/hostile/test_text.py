@@ -154,7 +154,7 @@ def test_invalid_utf8_is_found_with_blocks_of_any_size(tmp_path, block):
 
 
 @pytest.mark.parametrize(
-    "text", ["\n" * 50, "\r\n" * 50, "\0" * 50, "a\r\nb\rc\nd" * 9, "\ufeff\ufeffabc" * 9, "\U0001f984" * 50]
+    "text", ["\n" * 50, "\r\n" * 50, "\1" * 50, "a\r\nb\rc\nd" * 9, "\ufeff\ufeffabc" * 9, "\U0001f984" * 50]
 )
 @pytest.mark.parametrize("kind", ["char", "gpt2"])
 def test_a_corpus_of_unusual_characters_is_decoded_unchanged(tmp_path, text, kind):

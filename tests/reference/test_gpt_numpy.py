@@ -339,14 +339,48 @@ def test_invalid_input_is_reported(folder, options, message):
 def test_heads_are_read_from_config_json(saved, tmp_path):
     weights = load_file(saved[1] / "model.safetensors")
     save_file(weights, tmp_path / "model.safetensors")
-    assert reference.load(tmp_path / "model.safetensors").n_head == 1  # width 12 < 64
+    with pytest.raises(ValueError, match="set --heads"):  # the shapes do not show it
+        reference.load(tmp_path / "model.safetensors")
+    assert reference.load(tmp_path / "model.safetensors", 2).n_head == 2
     (tmp_path / "config.json").write_text(json.dumps({"n_head": 3}))
     assert reference.load(tmp_path / "model.safetensors").n_head == 3
     assert reference.load(tmp_path / "model.safetensors", 4).n_head == 4
     for content in ("[]", '{"n_head": null}', '{"n_head": "x"}'):
         (tmp_path / "config.json").write_text(content)
-        assert reference.load(tmp_path / "model.safetensors").n_head == 1
+        with pytest.raises(ValueError, match="set --heads"):
+            reference.load(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").unlink()
+    reference.PUBLISHED_SIZES = (*reference.PUBLISHED_SIZES, (2, 12))  # width 12 < 64
+    assert reference.load(tmp_path / "model.safetensors").n_head == 1
+    reference.PUBLISHED_SIZES = reference.PUBLISHED_SIZES[:-1]
+    (tmp_path / "config.json").write_text(json.dumps({"n_head": 3}))
     without_prefix = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     mask = {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}  # as in the file of OpenAI's GPT-2
     save_file(without_prefix | mask, tmp_path / "bare.safetensors")
     assert reference.load(tmp_path / "bare.safetensors").n_layer == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), [("<i4", "32 or 64 bits"), ("<i8", "32 or 64 bits"), ("text", "contains text")]
+)
+def test_tokens_of_another_dtype_are_refused(folder, kind, content):
+    path = folder / "foreign.bin"
+    if kind == "text":
+        path.write_text("Era uma vez, olá. " * 50, encoding="utf-8")
+    else:
+        np.random.default_rng(0).integers(50, size=500).astype(kind).tofile(path)
+    result = run("loss", "--weights=model.safetensors", "--tokens=foreign.bin", cwd=folder)
+    assert result.returncode == 1 and content in result.stderr and "foreign.bin" in result.stderr
+
+
+@pytest.mark.parametrize("content", [b"my text", b"", bytes(range(200))])
+def test_train_overwrites_only_safetensors(folder, tmp_path, content):
+    out = tmp_path / "prec.txt"
+    out.write_bytes(content)
+    options = ("--steps=1", "--block=8", f"--out={out}")
+    result = run("train", "--weights=model.safetensors", "--tokens=tokens.bin", *options, cwd=folder)
+    assert result.returncode == 1 and "choose another name for --out" in result.stderr
+    assert out.read_bytes() == content
+    save_file({"x": np.ones(1)}, out)
+    result = run("train", "--weights=model.safetensors", "--tokens=tokens.bin", *options, cwd=folder)
+    assert result.returncode == 0 and "wte.weight" in load_file(out)

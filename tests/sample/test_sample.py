@@ -297,3 +297,16 @@ def test_lab_names_an_ignored_out_dir_too(run_folder, capsys):
     arguments = [f"--init_from={run_folder}", "--out_dir=other"]
     assert common.command(lambda resolved: 0, common.ModelSettings, arguments) == 0
     assert "--out_dir=other is ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", ["FILE:", "FILE:  "])
+def test_a_prompt_file_without_a_name_is_reported(start):
+    with pytest.raises(ValueError, match="names no file"):
+        sample.read_prompt(start)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_utf16_prompt_file_is_reported_with_its_encoding(tmp_path, encoding):
+    (tmp_path / "prompt.txt").write_bytes("Era uma vez um gato".encode(encoding))
+    with pytest.raises(ValueError, match=r"prompt\.txt is not UTF-8 but UTF-(16|32).* iconv -f UTF-"):
+        sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}")

@@ -271,3 +271,13 @@ def test_the_benchmark_measures_all_three_tokenizers():
 
 def test_the_sample_text_has_all_unicode_categories():
     assert {unicodedata.category(char)[0] for char in SAMPLE} >= {"L", "N", "P", "Z", "C", "S"}
+
+
+@pytest.mark.parametrize("prompt", ["a\r\nb", "a\r\n\r\nb", "\r\n", "a\nb\r\n"])
+def test_windows_line_ends_of_a_prompt_fit_the_vocabulary(prompt):
+    without = CharTokenizer("\nab")
+    assert without.decode(tokenizer.encode_prompt(without, prompt)) == prompt.replace("\r\n", "\n")
+    for other in (CharTokenizer("\n\rab"), GPT2Tokenizer()):
+        assert other.decode(tokenizer.encode_prompt(other, prompt)) == prompt
+    with pytest.raises(ValueError, match=r"character '.r'"):  # it ends no line
+        tokenizer.encode_prompt(without, "a\rb")
