@@ -28,7 +28,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
-from fradique.io.config_file import ConfigFile, describe_failure, did_you_mean, shorten
+from fradique.io.config_check import did_you_mean, shorten
+from fradique.io.config_file import ConfigFile, describe_failure
 from fradique.io.files import expand_home, find_beside_project
 from fradique.io.terminal import command_output, flush_stdout, help_width, wrap
 
