@@ -28,7 +28,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
-from fradique.io.config_file import ConfigFile, describe_failure, did_you_mean, shorten
+from fradique.io.config_check import did_you_mean, shorten
+from fradique.io.config_file import ConfigFile, describe_failure
 from fradique.io.files import expand_home, find_beside_project
 from fradique.io.terminal import command_output, flush_stdout, help_width, wrap
 
@@ -322,15 +323,17 @@ def command(
     argv: Sequence[str] | None = None,
     *,
     base: Callable[[T], tuple[Values, str] | None] | None = None,
+    report_error: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> int:
     """Run `main` as a shell command and return its exit status: sys.exit(command(main, Settings)).
 
     ValueError, OSError and MemoryError get one message and status 2. Other errors are bugs and propagate.
     base: a function of the settings. If they resume a run, it returns the saved settings of the run and the
     name of their file, and the command line is resolved again with the saved settings as defaults.
+    report_error: prints the message of an error, or its traceback.
     """
     with command_output():
-        return _run(main, cls, sys.argv[1:] if argv is None else argv, base)
+        return _run(main, cls, sys.argv[1:] if argv is None else argv, base, report_error)
 
 
 def _run(
@@ -338,6 +341,7 @@ def _run(
     cls: type[T],
     argv: Sequence[str],
     base: Callable[[T], tuple[Values, str] | None] | None,
+    report_error: Callable[[str], None],
 ) -> int:
     """`command`, after the encoding of the output is set."""
     _, flags = _parse_argv(argv, SWITCHES | _specs(cls))
@@ -363,7 +367,7 @@ def _run(
         probe = "\n" if isinstance(error, BrokenPipeError) else ""
         if isinstance(error, OSError) and (output_status := flush_stdout(probe)):
             return output_status
-        print(traceback.format_exc().rstrip() if debug else _format_error(error), file=sys.stderr)
+        report_error(traceback.format_exc().rstrip() if debug else _format_error(error))
         return 2
     return flush_stdout() or status or 0
 

@@ -21,7 +21,7 @@ import torch
 
 from configurator import Resolved, command, setting
 from fradique.checkpointing import run_folder
-from fradique.checkpointing.checkpoint import assign_parameters
+from fradique.checkpointing.checkpoint import assign_parameters, step_folders
 from fradique.data.text import UTF_ENCODINGS, guess_encoding
 from fradique.generation import packed_weights
 from fradique.generation.sampling import GREEDY_TEMPERATURE
@@ -215,17 +215,29 @@ def _stream_texts(loaded: LoadedModel, ids: torch.Tensor, settings: SampleSettin
     yield [sample.flush() for sample in samples]
 
 
-def note_ignored_out_dir(resolved: Resolved[Any]) -> None:
-    """Print a note if the user set both out_dir and init_from, which names other weights."""
-    settings = resolved.settings
-    if {"out_dir", "init_from"} <= resolved.explicit and settings.init_from not in ("", "resume"):
-        text = f"--out_dir={settings.out_dir} is ignored, because --init_from={settings.init_from} names the weights"
+def note_ignored_settings(resolved: Resolved[Any]) -> None:
+    """Print a note for each setting that the user gave and that init_from, which names other weights, replaces."""
+    settings, source = resolved.settings, resolved.settings.init_from
+    if source in ("", "resume"):
+        return
+    if {"out_dir", "init_from"} <= resolved.explicit:
+        text = f"--out_dir={settings.out_dir} is ignored, because --init_from={source} names the weights"
         print(f"note: {text}", file=sys.stderr)
+    if "checkpoint" in resolved.explicit and not _has_checkpoints(Path(source)):
+        text = f"--checkpoint={settings.checkpoint} is ignored, because --init_from={source} is no run folder"
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    """Whether `loader.load_weights` chooses one of several checkpoints in a folder: it is a run folder."""
+    if (folder / "manifest.json").exists():  # it is itself a checkpoint of a run
+        return False
+    return (folder / run_folder.SETTINGS_FILE).exists() or (folder / "best").is_dir() or bool(step_folders(folder))
 
 
 def main(resolved: Resolved[SampleSettings]) -> int:
     """Print the samples. Returns the exit status."""
-    note_ignored_out_dir(resolved)
+    note_ignored_settings(resolved)
     with OomReport():
         print_samples(resolved.settings, configure_process(resolved.settings.device))
     return 0

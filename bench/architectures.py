@@ -30,9 +30,10 @@ from typing import Any
 import torch
 
 import train
+from bench.command import bench_command
 from configurator import resolve
 from fradique.io import files
-from fradique.io.terminal import command_output
+from fradique.io.terminal import path_argument
 from fradique.runtime.device import configure_process
 from fradique.training import evaluation, setup
 from fradique.training.trainer import Trainer
@@ -207,7 +208,7 @@ def write_table(path: Path, text: str) -> None:
     files.write_text(path, f"{before}{begin}\n{text}\n{end}{after}")
 
 
-@command_output()
+@bench_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure, print the table, and one line of JSON."""
     parser = argparse.ArgumentParser(
@@ -222,7 +223,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dataset", default="machado_char", help="corpus (default: %(default)s)")
     parser.add_argument(
-        "--data_dir", default=str(ROOT / "data"), help="folder that contains the corpora (default: data)"
+        "--data_dir",
+        type=path_argument,
+        default=ROOT / "data",
+        help="folder that contains the corpora (default: data)",
     )
     parser.add_argument(
         "--steps", type=int, default=1500, help="training steps per run (default: %(default)s)"

@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.command import bench_command
 from fradique.data import dataset
 from fradique.data.input_files import find_files
 from fradique.data.sampler import Sampler
 from fradique.data.sources import python_library
 from fradique.data.text import Text, cut_pieces, files_text
-from fradique.io.terminal import command_output, path_argument
+from fradique.io.terminal import path_argument
 from fradique.tokenizer import bpe
 from fradique.tokenizer.tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
 
@@ -160,7 +161,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@command_output()
+@bench_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and one line of JSON."""
     parser = argparse.ArgumentParser(

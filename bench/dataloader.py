@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.command import bench_command
 from fradique.data import dataset
 from fradique.data.sampler import Sampler
 from fradique.data.token_files import MAX_CACHED_BYTES
-from fradique.io.terminal import command_output
 from fradique.tokenizer import tokenizer
 
 UNCACHED_TOKENS = MAX_CACHED_BYTES  # of two bytes, so twice the limit: TokenFiles reads them from the files
@@ -172,7 +172,7 @@ def memory_of_training(folder: Path, steps: int) -> dict[str, float]:
     return peaks
 
 
-@command_output()
+@bench_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and one line of JSON."""
     parser = argparse.ArgumentParser(

@@ -30,9 +30,10 @@ import torch
 
 import train
 from bench import machine
+from bench.command import bench_command
 from bench.train import ROOT, config_name, one_step, settings_for, split_by_config
 from fradique.distributed import process_group
-from fradique.io.terminal import command_output
+from fradique.io.terminal import path_argument
 from fradique.runtime import memory_estimate
 from fradique.runtime.device import configure_process
 from fradique.training import model_setup, outputs, setup
@@ -187,7 +188,7 @@ def recorded(step: Callable[[], object]) -> tuple[int, int]:
 def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
     """Call `run_once` in a new process, or in several under torchrun.
 
-    Returns the result with the highest peak. Raises RuntimeError if a process fails.
+    Returns the result with the highest peak. Raises ValueError if a process fails.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -196,7 +197,7 @@ def measure(argv: Sequence[str], processes: int) -> dict[str, Any]:
         completed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     results = list(_results(completed.stdout))
     if completed.returncode or len(results) != processes:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{completed.stderr[-2000:]}")
+        raise ValueError(f"{' '.join(command)} failed:\n{completed.stderr[-2000:]}")
     return max(results, key=lambda result: result["measured_bytes"])
 
 
@@ -229,7 +230,7 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
-@command_output()
+@bench_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table or the measurements, and one line of JSON."""
     parser = argparse.ArgumentParser(
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--processes", type=int, default=1, help="number of processes under torchrun (default: %(default)s)"
     )
-    parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--once", type=path_argument, help=argparse.SUPPRESS)
     args, train_flags = parser.parse_known_args(argv)  # train_flags: configs and settings of train.py
     if args.gpt2:
         layers, heads, width = GPT2_SIZES[args.gpt2]

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.command import bench_command
 from fradique.checkpointing import metrics_file
-from fradique.io.terminal import command_output
 from fradique.runtime import device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +139,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-@command_output()
+@bench_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all configs, print each result, the table, and one line of JSON."""
     parser = argparse.ArgumentParser(

@@ -24,7 +24,8 @@ from torch import Tensor
 
 import sample  # sample.py of the project, not this file
 from bench import machine
-from fradique.io.terminal import command_output, path_argument
+from bench.command import bench_command
+from fradique.io.terminal import path_argument
 from fradique.runtime.device import configure_process, setup_runtime
 from model import GPT, GPTConfig
 
@@ -182,7 +183,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@command_output()
+@bench_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the result, and one line of JSON."""
     parser = argparse.ArgumentParser(
@@ -192,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--shape", choices=SHAPES, default="gpt2", help="random weights of this shape (default: %(default)s)"
     )
     parser.add_argument(
-        "--out_dir", help="model to measure instead: a run folder, or another value of sample.py's init_from"
+        "--out_dir",
+        type=lambda text: str(path_argument(text)),
+        help="model to measure instead: a run folder, or another value of sample.py's init_from",
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (default: %(default)s)"

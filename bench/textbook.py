@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fradique.io.terminal import command_output
+from fradique.io.terminal import command_output, path_argument
 
 
 class Attention(nn.Module):
@@ -181,7 +181,9 @@ def main() -> None:
     parser.add_argument(
         "settings", type=json.loads, help="JSON: sizes of the model and batch, and the device"
     )
-    parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="use the nanoGPT in this folder")
+    parser.add_argument(
+        "--nanogpt", type=path_argument, metavar="FOLDER", help="use the nanoGPT in this folder"
+    )
     args = parser.parse_args()
     trainer = BaselineTrainer(args.settings, args.nanogpt)
     for line in sys.stdin:

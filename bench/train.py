@@ -29,9 +29,10 @@ import torch
 
 import train
 from bench import machine, textbook
+from bench.command import bench_command
 from configurator import resolve
 from fradique.io.files import find_beside_project
-from fradique.io.terminal import command_output, path_argument
+from fradique.io.terminal import path_argument
 from fradique.runtime.device import configure_process
 from fradique.training import setup
 from fradique.training.logger import format_count
@@ -241,7 +242,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@command_output()
+@bench_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each config, print the results, and one line of JSON."""
     parser = argparse.ArgumentParser(

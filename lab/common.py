@@ -27,7 +27,7 @@ from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer.bpe import END_OF_TEXT
 from fradique.tokenizer.tokenizer import CharTokenizer, Tokenizer, encode_prompt
 from fradique.training import loss_plot
-from sample import LoadedModel, load_model, note_ignored_out_dir, read_prompt
+from sample import LoadedModel, load_model, note_ignored_settings, read_prompt
 
 WHITESPACE_SYMBOLS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "·"}
 DOTTED_CIRCLE = "◌"
@@ -72,7 +72,7 @@ def command(main: Callable[[Resolved[Any]], int], cls: type, argv: Sequence[str]
     """`configurator.command` for a command that runs a model: it reports a lack of memory in one message."""
 
     def run(resolved: Resolved[Any]) -> int:
-        note_ignored_out_dir(resolved)
+        note_ignored_settings(resolved)
         with OomReport():
             return main(resolved)
 

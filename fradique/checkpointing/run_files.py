@@ -28,6 +28,22 @@ TOP_FILES = (  # that a run writes at the top of its folder
 CHECKPOINT_NAME = re.compile(r"best|(damaged-)?step-[0-9]{1,18}")
 WANDB_FOLDER = "wandb"
 WANDB_LINKS = ("latest-run", "debug.log", "debug-internal.log")  # symbolic links to files of the last run
+CONTENTS = {  # what a folder is, and patterns of the file names by which it is recognized
+    "a corpus": (".shards", "meta.pkl"),
+    "the folder of a corpus": ("prepare.py",),  # not prepared yet
+    "a run of nanoGPT": ("ckpt.pt",),
+    "a checkpoint of a run": ("manifest.json",),
+    "a pretrained model": (
+        "config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "pytorch_model*.bin*",
+        "*.gguf",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+    ),
+}
 # Settings that settings.json of every version has; another program's settings.json does not have them all.
 KNOWN_SETTINGS = {"out_dir", "init_from", "max_iters", "n_layer"}
 
@@ -72,16 +88,14 @@ def delete_run(folder: Path) -> None:
 
 def other_content(folder: Path) -> str | None:
     """What `folder` holds if it belongs to something else than a run: a corpus, a model, ...; None if not."""
-    if (folder / ".shards").exists() or find_token_files(folder):
+    for content, patterns in CONTENTS.items():
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            return content
+    if find_token_files(folder):
         return "a corpus"
-    if (folder / "ckpt.pt").exists():
-        return "a run of nanoGPT"
-    names = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    if any((folder / name).exists() for name in names) or any(folder.glob("*.gguf")):
-        return "a pretrained model"
-    path = folder.resolve()
+    path = files.absolute_path(folder)
     with suppress(RuntimeError):  # the user has no home folder
-        if path == Path.home().resolve():
+        if path == files.absolute_path(Path.home()):
             return "your home folder"
     if path == Path.cwd():
         return "the current folder"

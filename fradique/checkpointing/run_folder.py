@@ -7,6 +7,7 @@ settings.json contains the metadata of the run: its id, its settings, what was c
 import contextlib
 import importlib.metadata
 import platform
+import shlex
 import subprocess
 import uuid
 from dataclasses import dataclass
@@ -66,12 +67,17 @@ def check_available(run: Path, overwrite: bool) -> None:
     files that no run has written and that this run would replace, or contains a run and `overwrite` is not
     set.
     """
+    if link := files.broken_link(run):
+        raise ValueError(
+            f"out_dir={run}: {link} is a symbolic link to {link.readlink()}, which leads nowhere: remove it, "
+            "or choose another --out_dir"
+        )
     if run.exists() and not run.is_dir():
         raise ValueError(f"out_dir={run} is a file: choose another folder")
     if content := run_files.other_content(run):
+        suggestion = shlex.quote(f"out/{files.absolute_path(run).name or 'my'}-run")
         raise ValueError(
-            f"out_dir={run} is {content}: choose a folder for this run, such as "
-            f"--out_dir=out/{run.resolve().name or 'my'}-run"
+            f"out_dir={run} is {content}: choose a folder for this run, such as --out_dir={suggestion}"
         )
     check_unlocked(run)
     if names := run_files.foreign_files(run):
@@ -158,7 +164,7 @@ def _no_run_message(folder: Path) -> str:
     if not runs:
         return f"no trained model in {where}. Train one with: make demo"
     listed = ", ".join(runs[:MAX_LISTED_RUNS]) + (" ..." if len(runs) > MAX_LISTED_RUNS else "")
-    return f"no trained model in {where}. Found: {listed}. Try --out_dir={runs[0]}"
+    return f"no trained model in {where}. Found: {listed}. Try --out_dir={shlex.quote(runs[0])}"
 
 
 def run_metadata(run: Path) -> dict[str, Any]:
@@ -212,13 +218,31 @@ def load_run_tokenizer(run: Path) -> Tokenizer | None:
 
 
 def check_tokenizer(run: Path, tokenizer: Tokenizer, corpus: Path) -> None:
-    """Raise ValueError if a run was not trained with `tokenizer`, which is now that of its corpus."""
-    if load_tokenizer(run / TOKENIZER_FILE) != tokenizer:
+    """Raise ValueError if a run was not trained with `tokenizer`, which is now that of its corpus.
+
+    Also if the tokenizer.json of the run is missing, damaged, or is not the one that the run wrote.
+    """
+    own = load_run_tokenizer(run)
+    if own is None:
+        raise ValueError(f"{run / TOKENIZER_FILE} is missing: put the run's own file back")
+    if own == tokenizer:
+        return
+    if own.has_same_vocabulary(tokenizer):
         raise ValueError(
-            f"the run in {run} was trained with another tokenizer than that of {corpus} now "
-            f"({tokenizer.kind}, {tokenizer.vocab_size} tokens). Prepare the corpus as before, or start a "
-            "new run"
+            f"the run in {run} was trained with {_describe_separator(own)} between documents, and {corpus} "
+            f"has {_describe_separator(tokenizer)} now. Prepare the corpus with --document_separator="
+            f"{shlex.quote(own.document_separator or 'none')}, or start a new run"
         )
+    raise ValueError(
+        f"the run in {run} was trained with another tokenizer ({own.kind}, {own.vocab_size} tokens) than "
+        f"that of {corpus} now ({tokenizer.kind}, {tokenizer.vocab_size} tokens). Prepare the corpus as "
+        "before, or start a new run"
+    )
+
+
+def _describe_separator(tokenizer: Tokenizer) -> str:
+    separator = tokenizer.document_separator
+    return "no separator" if separator is None else f"the separator {separator!r}"
 
 
 def versions() -> dict[str, str]:

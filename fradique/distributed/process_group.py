@@ -7,6 +7,7 @@ import atexit
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 USER_ERROR_STATUS = 2  # the exit status after an error that the user can correct
+REPORT_SECONDS = 5.0  # more than torchrun needs to stop all ranks of a machine after one has ended
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,19 @@ def exit_process(status: int) -> NoReturn:
     atexit._run_exitfuncs()
     flush_output()
     os._exit(status)
+
+
+def report_error(text: str) -> None:
+    """Print an error message to stderr, only once per machine if all of its ranks meet the same error.
+
+    Ranks meet a mistake in the settings or the corpus all at the same time. The first rank of the machine
+    prints it and exits; torchrun then stops the others, which wait here. If a rank is still running after
+    REPORT_SECONDS, the first rank did not meet the error (such as CUDA out of memory): this rank prints it.
+    """
+    ranks = rank_info()
+    if ranks.local_rank != 0:
+        time.sleep(REPORT_SECONDS)
+    print(f"rank {ranks.rank}: {text}" if ranks.rank else text, file=sys.stderr, flush=True)
 
 
 def flush_output() -> None:

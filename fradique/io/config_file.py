@@ -1,39 +1,32 @@
 """Config files: Python that assigns settings, and the settings.json of a run.
 
-A config file runs in a namespace that contains the settings so far. Statements that look like settings but
-set nothing are reported.
+A config file runs in a namespace that contains the settings so far.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
+import codecs
 import json
+import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from fradique.io.config_check import did_you_mean, ineffective_statements, shorten
 from fradique.io.files import PROJECT_FOLDER, describe_search
 
 if TYPE_CHECKING:
     from configurator import SettingSpec
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_SHOWN_CHARS = 200  # of a flag or statement that a message repeats
 NOT_PYTHON = {".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".toml": "TOML", ".ini": "INI"}
 # Settings that apply to one command only: the settings.json of an earlier run does not set them.
 SETTINGS_OF_ONE_COMMAND = ("overwrite", "eval_only", "debug")
-
-
-def did_you_mean(name: str, candidates: Mapping[str, str]) -> str:
-    """A hint for a misspelt name: the value of the most similar key of `candidates`, or "" if none is."""
-    by_lower_name = {candidate.lower(): shown for candidate, shown in candidates.items()}
-    matches = difflib.get_close_matches(name.lower(), by_lower_name, n=1)
-    return f" (did you mean {by_lower_name[matches[0]]}?)" if matches else ""
 
 
 class NotAConfigFileError(ValueError):
@@ -79,6 +72,11 @@ class ConfigFile(dict[str, Any]):
             raise NotAConfigFileError(
                 f"{kind}, but a config file is Python: write n_layer = 12, in a file x.py"
             )
+        if source.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in source:
+            raise NotAConfigFileError(
+                "not UTF-8 text but UTF-16 or binary: save it as UTF-8 (in an editor: Save as, encoding "
+                "UTF-8; in PowerShell: ... | Out-File -Encoding utf8 x.py instead of >)"
+            )
         tree = ast.parse(source, self.path)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -97,6 +95,10 @@ class ConfigFile(dict[str, Any]):
                 "12, in a file x.py"
             ) from None
         keys = self.specs.keys() - SETTINGS_OF_ONE_COMMAND
+        if "init_from" in keys and self.specs["init_from"].default != "scratch":
+            keys -= {
+                "init_from"
+            }  # the one of train.py: where its weights came from. This command loads out_dir
         self.update({key: value for key, value in saved if key in keys})
 
     def assigned(self) -> list[str]:
@@ -111,37 +113,6 @@ class ConfigFile(dict[str, Any]):
         return is_code or name.startswith("_") or name in self.imported
 
 
-def ineffective_statements(tree: ast.Module, specs: Mapping[str, SettingSpec]) -> Iterator[str]:
-    """Problems with statements that look like settings but set nothing, such as `n_layer: 2`."""
-    statements: list[ast.AST] = list(tree.body)
-    while statements:
-        node = statements.pop(0)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        advice = None
-        if isinstance(node, ast.AnnAssign) and node.value is None:
-            name = ast.unparse(node.target)
-            if name in specs or isinstance(node.annotation, ast.Constant):
-                advice = f"{name} = {ast.unparse(node.annotation)}"
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Compare | ast.Tuple | ast.Name):
-            names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in specs]
-            if names:
-                values = getattr(node.value, "comparators", getattr(node.value, "elts", [])[1:])
-                advice = f"{names[0]} = {ast.unparse(values[0]) if values else '...'}"
-        elif isinstance(node, ast.ClassDef):
-            assigned = [
-                n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-            ]
-            names = [name for name in assigned if name in specs]
-            advice = f"{names[0]} = ... outside of the class" if names else None
-        else:
-            for field in ("body", "orelse", "handlers", "finalbody"):
-                statements += getattr(node, field, [])
-        if advice:
-            line = shorten(ast.unparse(node).splitlines()[0])
-            yield f"line {node.lineno}: {line!r} sets nothing: write {shorten(advice)}"
-
-
 def describe_failure(path: str, error: BaseException, specs: Mapping[str, SettingSpec]) -> str:
     """The message for an error that a config file raised, or for a config file that cannot be read."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -153,6 +124,11 @@ def describe_failure(path: str, error: BaseException, specs: Mapping[str, Settin
         return f"{path}: {error}"
     elif isinstance(error, FileNotFoundError) and not line_numbers:
         message = f"no such config file{suggest_flag(path, specs) or suggest_file(path)}"
+    elif not path:
+        message = "an empty argument: name a config file (is a variable of the shell unset?)"
+    elif isinstance(error, IsADirectoryError) and not line_numbers:
+        flag = f", or write --out_dir={shlex.quote(path)}" if "out_dir" in specs else ""
+        message = f"a folder, not a config file: name a file, such as config/x.py{flag}"
     elif isinstance(error, OSError) and not line_numbers:
         message = error.strerror or message
     line = f" line {line_numbers[-1]}" if line_numbers and line_numbers[-1] else ""
@@ -176,7 +152,3 @@ def suggest_file(path: str) -> str:
             files |= {name: (typed / name).as_posix() for name in names}
     searched = "" if Path(path).is_absolute() else f"; looked for {describe_search(Path(path))}"
     return did_you_mean(Path(path).name, files) + searched
-
-
-def shorten(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"

@@ -194,6 +194,20 @@ def expand_home(text: str) -> str:
     return expanded
 
 
+def absolute_path(path: Path) -> Path:
+    """`path` as an absolute path without symbolic links.
+
+    Unlike Path.resolve it raises no error for a link that leads to itself, whose own path it returns.
+    """
+    return Path(os.path.realpath(path))
+
+
+def broken_link(path: Path) -> Path | None:
+    """The first of `path` and its parents that is a symbolic link to nothing or to itself, if any."""
+    links = (link for link in (path, *path.parents) if link.is_symlink() and not _exists(link))
+    return next(links, None)
+
+
 def find_beside_project(path: Path) -> Path:
     """`path`, or the same path beside train.py if it exists there and not in the current folder.
 

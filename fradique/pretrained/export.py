@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fradique.io.files import format_json, replace_folder
+from fradique.io.files import absolute_path, broken_link, format_json, replace_folder
 from fradique.pretrained.hf_config import config_to_hf, unsupported_settings
 from fradique.pretrained.hf_weights import GPT2, LAYOUTS, Layout, to_hf
 from fradique.pretrained.weight_files import FRADIQUE_TOKENIZER_FILE
@@ -53,7 +53,9 @@ def export_model(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {config.vocab_size}: the "
             "tokenizer is not the one of this model"
         )
-    folder = folder.expanduser().resolve()
+    if link := broken_link(folder.expanduser()):
+        raise ValueError(f"{link} is a symbolic link that leads nowhere: remove it, or choose another folder")
+    folder = absolute_path(folder.expanduser())
     _check_folder(folder, overwrite)
     if layout is GPT2 and not config.bias:
         config, tensors = replace(config, bias=True), _add_zero_biases(tensors)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from support import flags
 
+from bench import architectures, dataloader, machine, textbook
 from bench import data as bench_data
-from bench import dataloader, machine, textbook
+from bench import memory as bench_memory
 from bench import quality as bench_quality
 from bench import reference as bench_reference
 from bench import sample as bench_sample
@@ -248,3 +249,44 @@ def test_the_references_are_compared_with_torch(capsys):
             rates["tokens_per_second"] / result["pytorch"]["tokens_per_second"], rel=1e-6
         )
     assert "c" in result or shutil.which("cc") is None
+
+
+# bench.command
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (architectures.main, ["--data_dir", ""], "--data_dir: empty: name a file or folder"),
+        (architectures.main, ["--data_dir=nowhere"], "error: there is no corpus in nowhere/machado_char"),
+        (
+            architectures.main,
+            ["--n_layerz=3"],
+            "error: --n_layerz=3: unknown setting 'n_layerz' (did you mean",
+        ),
+        (bench_train.main, ["--n_layerz=3"], "error: --n_layerz=3: unknown setting 'n_layerz'"),
+        (bench_train.main, ["--nanogpt="], "--nanogpt: empty"),
+        (bench_memory.main, ["--measure", "nowhere.py"], "\nerror: nowhere.py: no such config file"),
+        (bench_sample.main, ["--out_dir=nowhere/else/x"], "error: nowhere/else/x is no file or folder"),
+        (bench_sample.main, ["--out_dir="], "--out_dir: empty"),
+        (bench_data.main, ["--input", "nowhere"], "there is no file or folder nowhere"),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_message(capsys, main, arguments, message):
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert exited.value.code == 2 and message in error and "Traceback" not in error
+
+
+def test_the_home_folder_is_expanded_in_paths(monkeypatch, capsys, tmp_path):
+    seen = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(textbook, "BaselineTrainer", lambda settings, nanogpt: seen.append(nanogpt))
+    monkeypatch.setattr("sys.argv", ["textbook", "{}", "--nanogpt=~/nanoGPT"])
+    monkeypatch.setattr("sys.stdin", [])
+    textbook.main()
+    monkeypatch.setattr(architectures, "train_all", lambda names, rates, flags, folder: seen.append(flags))
+    monkeypatch.setattr(architectures, "measure_speeds", lambda results, rounds, steps, tokens: [])
+    architectures.main(["--data_dir=~/data"])
+    assert seen[0] == tmp_path / "nanoGPT" and f"--data_dir={tmp_path / 'data'}" in seen[1]

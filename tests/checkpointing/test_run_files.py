@@ -9,7 +9,7 @@ import pytest
 from support import run_training
 
 from fradique.checkpointing import checkpoint, run_files, run_folder
-from fradique.tokenizer.tokenizer import CharTokenizer
+from fradique.tokenizer.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer, tokenizer_checksum
 
 
 def write(path: Path, text: str = "mine") -> Path:
@@ -126,6 +126,14 @@ def test_a_run_of_an_older_version_is_recognized_by_its_settings(settings):
         ("config.json", "a pretrained model"),
         ("model.safetensors", "a pretrained model"),
         ("model.Q8_0.gguf", "a pretrained model"),
+        ("prepare.py", "the folder of a corpus"),
+        ("meta.pkl", "a corpus"),
+        ("manifest.json", "a checkpoint of a run"),
+        ("model-00001-of-00002.safetensors", "a pretrained model"),
+        ("model.safetensors.index.json", "a pretrained model"),
+        ("pytorch_model-00001-of-00002.bin", "a pretrained model"),
+        ("vocab.json", "a pretrained model"),
+        ("merges.txt", "a pretrained model"),
     ],
 )
 def test_folders_of_something_else_are_refused_by_name(settings, name, content):
@@ -133,6 +141,77 @@ def test_folders_of_something_else_are_refused_by_name(settings, name, content):
     with pytest.raises(ValueError, match=f"is {content}: choose a folder for this run"):
         run_training(replace(settings, overwrite=True))
     assert snapshot(mine.parent) == {mine.name: b"mine"}
+
+
+def test_the_suggested_folder_is_quoted_for_the_shell(settings, tmp_path):
+    write(tmp_path / "my $run" / "prepare.py")
+    with pytest.raises(ValueError, match=r"such as --out_dir='out/my \$run-run'$"):
+        run_training(replace(settings, out_dir=str(tmp_path / "my $run")))
+    write(tmp_path / "my $run" / "settings.json")
+    with pytest.raises(ValueError, match=r"Try --out_dir='.*/my \$run'$"):
+        run_folder.saved_settings(tmp_path / "other")
+
+
+@pytest.mark.parametrize("target", ["link", "nowhere"])
+@pytest.mark.parametrize("name", ["link", "link/run"])
+def test_a_link_that_leads_nowhere_is_refused(settings, tmp_path, target, name):
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=f"link is a symbolic link to .*{target}, which leads nowhere"):
+        run_training(replace(settings, out_dir=str(tmp_path / name)))
+    with pytest.raises(ValueError, match="no trained model in"):
+        run_folder.saved_settings(tmp_path / name)
+
+
+def test_a_run_behind_a_link_can_be_written_and_resumed(settings, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    settings = replace(settings, out_dir=str(tmp_path / "link" / "run"), max_iters=2)
+    assert run_training(settings)[0] == 0
+    assert run_training(replace(settings, init_from="resume", max_iters=4))[0] == 0
+
+
+def save_own_tokenizer(folder: Path, tokenizer) -> None:
+    """Write what `load_run_tokenizer` reads."""
+    save_tokenizer(tokenizer, write(folder / "tokenizer.json"))
+    write(folder / "settings.json", json.dumps({"tokenizer_sha256": tokenizer_checksum(tokenizer)}))
+
+
+def test_the_tokenizer_of_the_corpus_must_be_that_of_the_run(tmp_path):
+    save_own_tokenizer(tmp_path, CharTokenizer("abc"))
+    run_folder.check_tokenizer(tmp_path, CharTokenizer("abc"), Path("data/x"))
+    message = r"another tokenizer \(char, 3 tokens\) than that of data/x now \(char, 2 tokens\)"
+    with pytest.raises(ValueError, match=message):
+        run_folder.check_tokenizer(tmp_path, CharTokenizer("ab"), Path("data/x"))
+
+
+def test_a_swapped_tokenizer_of_the_run_is_not_the_corpus(tmp_path):
+    save_own_tokenizer(tmp_path, CharTokenizer("abc"))
+    save_tokenizer(CharTokenizer("cba"), tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not the tokenizer of this run"):
+        run_folder.check_tokenizer(tmp_path, CharTokenizer("abc"), Path("data/x"))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing: put the run's own file back"):
+        run_folder.check_tokenizer(tmp_path, CharTokenizer("abc"), Path("data/x"))
+
+
+@pytest.mark.parametrize(
+    ("own", "now", "names", "flag"),
+    [
+        ("</s>", "<|endoftext|>", "the separator '</s>' .* has the separator '<|endoftext|>'", "'</s>'"),
+        (None, "</s>", "no separator between documents, .* the separator '</s>'", "none"),
+        (
+            "<|endoftext|>",
+            None,
+            "the separator '<|endoftext|>' between .* has no separator",
+            "'<|endoftext|>'",
+        ),
+    ],
+)
+def test_another_separator_of_documents_is_named(tmp_path, own, now, names, flag):
+    save_own_tokenizer(tmp_path, BPETokenizer([("a", "b")], own))
+    with pytest.raises(ValueError, match=names.replace("|", r"\|")) as caught:
+        run_folder.check_tokenizer(tmp_path, BPETokenizer([("a", "b")], now), Path("data/x"))
+    assert f"Prepare the corpus with --document_separator={flag}," in str(caught.value)
 
 
 def test_the_home_and_the_current_folder_are_refused(settings, tmp_path, monkeypatch):

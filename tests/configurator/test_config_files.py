@@ -199,8 +199,11 @@ def test_a_flag_without_dashes_is_suggested():
 
 def test_a_folder_or_invalid_path_is_not_a_config_file():
     Path("config").mkdir()
-    assert problem("config") == "config: Is a directory"
-    assert problem("") == "'': Is a directory"
+    message = "a folder, not a config file: name a file, such as config/x.py, or write --out_dir="
+    assert problem("config") == f"config: {message}config"
+    Path("my run").mkdir()
+    assert problem("my run") == f"my run: {message}'my run'"
+    assert problem("").startswith("'': an empty argument: name a config file")
     assert "null" in problem("a\0b.py")
     assert problem("x" * 5000).startswith("xxx")
 

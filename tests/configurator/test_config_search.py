@@ -76,7 +76,7 @@ def test_a_deleted_current_folder_is_no_obstacle(folder, monkeypatch):
 
 def test_a_folder_is_not_replaced_by_a_file_beside_train_py():
     Path("train.py").mkdir()
-    assert problem("train.py") == "train.py: Is a directory"
+    assert problem("train.py").startswith("train.py: a folder, not a config file")
 
 
 def test_train_py_runs_in_another_folder(folder):

@@ -119,6 +119,71 @@ def test_all_ranks_exit_with_status_2_after_an_error_on_rank_0(settings, tmp_pat
     assert "files that no run has written" in errors[0] and errors[1] == ""
 
 
+REPORT_SCRIPT = """
+import os, sys, time
+from dataclasses import dataclass
+from configurator import command, setting
+from fradique.distributed import process_group
+process_group.REPORT_SECONDS = float(os.environ.get("REPORT_SECONDS", process_group.REPORT_SECONDS))
+
+@dataclass(frozen=True)
+class Settings:
+    'a toy'
+    failing: str = setting("all", "ranks that fail")
+
+def main(resolved):
+    rank = process_group.rank_info().rank
+    if resolved.settings.failing in ("all", str(rank)):
+        raise ValueError("the corpus is missing")
+    time.sleep(60)  # as in a collective, until torchrun stops this rank
+
+sys.exit(command(main, Settings, report_error=process_group.report_error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--failing=all", "error: the corpus is missing"),
+        ("--failing=0", "error: the corpus is missing"),
+        ("--failing=1", "rank 1: error: the corpus is missing"),
+        ("--faling=1", "error: --faling=1: unknown setting 'faling' (did you mean 'failing'?)"),
+    ],
+)
+def test_torchrun_shows_an_error_once_with_its_rank(tmp_path, flag, message):
+    script = tmp_path / "toy.py"
+    script.write_text(REPORT_SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if flag == "--failing=1":
+        environment["REPORT_SECONDS"] = "0.1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*command, str(script), flag],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    lines = [line for line in result.stderr.splitlines() if line.startswith(("error", "rank"))]
+    assert result.returncode != 0 and lines == [message], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "prefix", "waits"),
+    [(0, 0, "", False), (8, 0, "rank 8: ", False), (3, 3, "rank 3: ", True)],
+)
+def test_the_first_rank_of_a_machine_reports_at_once(monkeypatch, capsys, rank, local_rank, prefix, waits):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr(
+        process_group, "rank_info", lambda: process_group.RankInfo(rank, local_rank, world=16, local_world=8)
+    )
+    process_group.report_error("error: no memory")
+    assert capsys.readouterr().err == f"{prefix}error: no memory\n"
+    assert slept == [process_group.REPORT_SECONDS] * waits
+
+
 def test_a_tensor_that_is_not_sharded_is_its_own_full_and_local_tensor():
     tensor = torch.ones(2)
     assert process_group.full_tensor(tensor) is tensor and process_group.local_tensor(tensor) is tensor

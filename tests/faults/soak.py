@@ -17,6 +17,8 @@ from pathlib import Path
 
 from harness import last_step, start_train, train_flags, write_tiny_corpus
 
+from fradique.io.terminal import path_argument
+
 # changes to harness.RUN
 CHANGES = {
     "eval_interval": 500,
@@ -38,7 +40,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--to", default="", help="plot both to this file")
+    parser.add_argument("--to", type=path_argument, help="plot both to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -60,7 +62,7 @@ def main() -> int:
     memory = [statistics.median(row[1] for row in period) for period in (early, late)]
     files = [statistics.median(row[2] for row in period) for period in (early, late)]
     if args.to:
-        plot(rows, args.steps, Path(args.to))
+        plot(rows, args.steps, args.to)
     grew = memory[1] - memory[0] > ALLOWED_MB or files[1] - files[0] > ALLOWED_FILES
     print(
         f"soak: {args.steps:,} steps in {rows[-1][0]:.0f} s; resident memory {memory[0]:.1f} MB in the "

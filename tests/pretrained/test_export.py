@@ -301,3 +301,20 @@ def test_invalid_arguments_give_one_message_and_status_2(arguments, message, cap
     assert __main__.main(["export", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("target", ["link", "nowhere"])
+def test_a_link_that_leads_nowhere_is_one_message(target, capsys):
+    save_run()
+    Path("link").symlink_to(target)
+    for to in ("link", "link/hf"):
+        assert __main__.main(["export", "--out_dir=run", f"--to={to}"]) == 2
+        assert capsys.readouterr().err.startswith("error: link is a symbolic link that leads nowhere")
+
+
+def test_an_export_through_a_link_goes_to_its_target():
+    save_run()
+    Path("disk").mkdir()
+    Path("link").symlink_to("disk")
+    assert __main__.main(["export", "--out_dir=run", "--to=link"]) == 0
+    assert Path("disk/model.safetensors").exists() and Path("link").is_symlink()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support import ROOT, run_script, run_training
 
 import sample
-from configurator import command
+from configurator import command, resolve
 from lab import common
 from sample import SampleSettings
 from train import TrainSettings
@@ -310,3 +310,23 @@ def test_a_utf16_prompt_file_is_reported_with_its_encoding(tmp_path, encoding):
     (tmp_path / "prompt.txt").write_bytes("Era uma vez um gato".encode(encoding))
     with pytest.raises(ValueError, match=r"prompt\.txt is not UTF-8 but UTF-(16|32).* iconv -f UTF-"):
         sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}")
+
+
+@pytest.mark.parametrize("place", ["run", "checkpoint", "hf"])
+@pytest.mark.parametrize("flag", [["--checkpoint=best"], []])
+def test_a_checkpoint_beside_other_weights_is_named_as_ignored(run_folder, tmp_path, capsys, place, flag):
+    path = {"run": run_folder, "checkpoint": run_folder / "best", "hf": tmp_path / "hf"}[place]
+    for cls in (sample.SampleSettings, common.ModelSettings):
+        sample.note_ignored_settings(resolve(cls, [f"--init_from={path}", *flag]))
+        note = f"note: --checkpoint=best is ignored, because --init_from={path} is no run folder\n"
+        assert capsys.readouterr().err == (note if flag and place != "run" else "")
+    sample.note_ignored_settings(resolve(sample.SampleSettings, [f"--out_dir={path}", *flag]))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_settings_json_of_a_run_samples_that_run(run_folder, capsys):
+    arguments = [str(run_folder / "settings.json"), "--max_new_tokens=0", "--start=a", "--device=cpu"]
+    assert command(sample.main, sample.SampleSettings, arguments) == 0
+    assert capsys.readouterr().err == ""
+    settings = resolve(common.ModelSettings, arguments[:1]).settings
+    assert (settings.out_dir, settings.init_from) == (str(run_folder), "")
