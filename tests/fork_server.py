@@ -1,14 +1,18 @@
 """Run scripts of the repository in forks of a process that has already imported torch and the project.
 
 A new process would import them for seconds. The server reads one request per line from its standard input, as
-JSON, and answers each with exit statuses: see `run_in_forks`.
+JSON, and answers each with one line: the process ids that it has started, or exit statuses.
 """
 
 import atexit
+import contextlib
 import functools
+import gc
+import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +21,13 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+# Seconds after which SIGALRM ends a process that hangs. No machine is so slow that a test takes this long.
+TIMEOUT = 900
+# what the scripts import; torch imports torch._dynamo with the first step of an optimizer
+PRELOADED = ("matplotlib.backends.backend_agg", "matplotlib.figure", "torch", "torch._dynamo")
 
 
 @functools.cache
@@ -32,76 +40,156 @@ def start_server() -> subprocess.Popen:
     )
 
 
+def ask_server(request: Mapping[str, Any]) -> list[int]:
+    """Send a request to the server and return its answer."""
+    server = start_server()
+    try:
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+    except BaseException:  # such as pytest-timeout's: the answer that comes later belongs to no request
+        start_server.cache_clear()
+        server.kill()
+        server.communicate()
+        raise
+
+
+class ForkedProcesses:
+    """Processes that run the same program, started by `start_in_forks`; a context manager that kills them."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        """folder: a new folder for the streams of `count` processes."""
+        self.folders = [folder / str(index) for index in range(count)]
+        self.pids, self.statuses = [], None
+        self.lines = None  # of the standard output of the first process, if `start_in_forks` was asked to
+        for path in self.folders:
+            path.mkdir()
+
+    def open_fifo(self) -> None:
+        """Make the standard output of the first process a FIFO that `lines` reads."""
+        fifo = self.folders[0] / "stdout"
+        os.mkfifo(fifo)
+        descriptor = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the other end
+        os.set_blocking(descriptor, True)
+        self.lines = os.fdopen(descriptor, encoding="utf-8")
+
+    def wait(self) -> list[int]:
+        """Wait until all of them have ended. Returns their exit statuses; -n if signal n ended a process."""
+        if self.statuses is None:
+            self.statuses = ask_server({"wait": self.pids})
+        return self.statuses
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, signal.SIGKILL)
+
+    def __enter__(self) -> "ForkedProcesses":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.statuses is None:
+            self.kill()
+            if not any(error):  # else the server may have been killed too
+                self.wait()
+        if self.lines:
+            self.lines.close()
+        shutil.rmtree(self.folders[0].parent)
+
+
+def start_in_forks(
+    program: str,
+    arguments: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    cwd: Path = ROOT,
+    stdin: str = "",
+    *,
+    read_lines: bool = False,
+) -> ForkedProcesses:
+    """Start train.py, sample.py, another file, a module such as lab.curves, or code (`-c`, code).
+
+    It runs in one process for each of `environments`, all at the same time. Warnings are errors. After
+    TIMEOUT seconds SIGALRM ends the processes: their status is then -14.
+
+    read_lines: the `lines` of the first process can be read while it runs.
+    """
+    processes = ForkedProcesses(Path(tempfile.mkdtemp()), len(environments))
+    for folder in processes.folders:
+        (folder / "stdin").write_text(stdin, encoding="utf-8")
+    if read_lines:
+        processes.open_fifo()
+    request = {
+        "program": program,
+        "arguments": list(arguments),
+        "environments": [dict(environment) for environment in environments],
+        "folders": [str(path) for path in processes.folders],
+        "cwd": str(cwd),
+    }
+    processes.pids = ask_server(request)
+    return processes
+
+
 def run_in_forks(
     program: str,
     arguments: Sequence[str],
     environments: Sequence[Mapping[str, str]],
     cwd: Path = ROOT,
     stdin: str = "",
-    timeout: int = 120,
 ) -> list[subprocess.CompletedProcess]:
-    """Run train.py, sample.py, another file, or a module such as lab.curves: status and output.
-
-    It runs in one process for each of `environments`, all at the same time. Warnings are errors. After
-    `timeout` seconds SIGALRM ends the processes: their status is then -14.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / str(i) for i in range(len(environments))]
-        for folder in folders:
-            folder.mkdir()
-            (folder / "stdin").write_text(stdin, encoding="utf-8")
-        request = {
-            "program": program,
-            "arguments": list(arguments),
-            "environments": [dict(environment) for environment in environments],
-            "folders": [str(folder) for folder in folders],
-            "cwd": str(cwd),
-            "timeout": timeout,
-        }
-        server = start_server()
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        statuses = json.loads(server.stdout.readline())
+    """`start_in_forks`, to the end: status and output of each process."""
+    with start_in_forks(program, arguments, environments, cwd, stdin) as processes:
+        statuses = processes.wait()
         return [
             subprocess.CompletedProcess(
                 [program, *arguments],
                 status,
                 *((folder / stream).read_text(encoding="utf-8") for stream in ("stdout", "stderr")),
             )
-            for status, folder in zip(statuses, folders, strict=True)
+            for status, folder in zip(statuses, processes.folders, strict=True)
         ]
 
 
 def serve() -> None:
-    """Answer each request with the exit statuses of its processes, until standard input is closed."""
-    import matplotlib.figure  # noqa: F401  # what the scripts import
-    import torch  # noqa: F401
-
-    import sample  # noqa: F401
-    import train  # noqa: F401
-
+    """Answer each request until standard input is closed: start processes, or wait for them."""
+    for module in (*PRELOADED, "sample", "train"):
+        importlib.import_module(module)
+    os.fsync = os.fstat  # see conftest.py
+    gc.freeze()  # so that a collection in a fork does not visit, and copy, all that has been imported
     for line in sys.stdin:
         request = json.loads(line)
-        children = []
-        for environment, folder in zip(request.pop("environments"), request.pop("folders"), strict=True):
-            child = os.fork()
-            if child == 0:
-                run_program(environment=environment, folder=Path(folder), **request)
-            children.append(child)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps(statuses), flush=True)
+        if "wait" in request:
+            answer = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in request["wait"]]
+        else:
+            environments, folders = request.pop("environments"), request.pop("folders")
+            answer = [
+                fork_program(environment=environment, folder=Path(folder), **request)
+                for environment, folder in zip(environments, folders, strict=True)
+            ]
+        print(json.dumps(answer), flush=True)
+
+
+def fork_program(folder: Path, **options: Any) -> int:
+    """`run_program` in a fork of this process. Returns its process id."""
+    # before the fork: who reads a FIFO must not find it without a writer
+    streams = [os.open(folder / name, os.O_RDWR | os.O_CREAT) for name in ("stdin", "stdout", "stderr")]
+    child = os.fork()
+    if child == 0:
+        run_program(streams=streams, **options)
+    for descriptor in streams:
+        os.close(descriptor)
+    return child
 
 
 def run_program(
-    program: str, arguments: list[str], environment: dict[str, str], folder: Path, cwd: str, timeout: int
+    program: str, arguments: list[str], environment: dict[str, str], cwd: str, streams: list[int]
 ) -> NoReturn:
     """Run a program as `__main__` in this process, and exit."""
-    signal.alarm(timeout)
+    signal.alarm(TIMEOUT)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    for descriptor, stream in enumerate(("stdin", "stdout", "stderr")):
-        os.dup2(os.open(folder / stream, os.O_RDWR | os.O_CREAT), descriptor)
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
@@ -110,13 +198,20 @@ def run_program(
     warnings.simplefilter("error")
     status = 1
     try:
-        if program.endswith(".py"):
+        if program == "-c":
+            sys.argv = ["-c", *arguments[1:]]
+            exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
+        elif program.endswith(".py"):
+            sys.path.insert(0, str((ROOT / program).parent))
             runpy.run_path(str(ROOT / program), run_name="__main__")
         else:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as error:
         status = error.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         traceback.print_exc()
     finally:

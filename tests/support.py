@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fork_server import run_in_forks
+from fork_server import TIMEOUT, ForkedProcesses, run_in_forks, start_in_forks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -97,8 +97,24 @@ def run_script(name: str, *arguments: object, cwd: Path = ROOT, **options) -> su
         return run_in_forks(name, [*map(str, arguments)], [environment], cwd, stdin)[0]
     program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
     command = [sys.executable, "-W", "error", *program, *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": cwd} | options
+    options = {"capture_output": True, "text": True, "timeout": TIMEOUT, "cwd": cwd} | options
     return subprocess.run(command, check=False, **options)
+
+
+def run_code(code: str, *arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """Python code in a process of its own, which has already imported torch (see `run_script`)."""
+    return run_in_forks("-c", [code, *map(str, arguments)], [options.get("env", os.environ)], cwd)[0]
+
+
+def start_script(name: str, *arguments: object) -> ForkedProcesses:
+    """Start a script as `run_script` does: a context manager with its `pids`, and `lines` of its output."""
+    return start_in_forks(name, [*map(str, arguments)], [os.environ], read_lines=True)
+
+
+def run_forked(command: list[str], **_) -> subprocess.CompletedProcess:
+    """subprocess.run for a command that starts train.py: for modules whose runs need no new process."""
+    assert command[:2] == [sys.executable, str(ROOT / "train.py")]
+    return run_script("train.py", *command[2:])
 
 
 def run_lab(name: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -133,15 +149,19 @@ def run_ranks(
     processes: int, *arguments: object, program: Path = ROOT / "train.py"
 ) -> subprocess.CompletedProcess:
     """train.py, or another program, as torchrun starts it on one machine: status and output of all ranks."""
-    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
-    environments = [
-        os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
-    ]
-    ranks = run_in_forks(str(program), [*map(str, arguments)], environments, timeout=240)
+    environments = rank_environments(processes)
+    ranks = run_in_forks(str(program), [*map(str, arguments)], environments)
     status = next((rank.returncode for rank in ranks if rank.returncode), 0)
     output, errors = ("".join(getattr(rank, stream) for rank in ranks) for stream in ("stdout", "stderr"))
     return subprocess.CompletedProcess([program, *arguments], status, output, errors)
+
+
+def rank_environments(processes: int) -> list[dict[str, str]]:
+    """The environment variables of each rank, as torchrun sets them on one machine."""
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
+    return [os.environ | world | rank for rank in ranks]
 
 
 def unused_port() -> int:

@@ -174,6 +174,7 @@ def import_in_fork(importers, module):
     return int(line.split()[1]), "".join(output)[:-1]  # without the newline printed before the status
 
 
+@pytest.mark.xdist_group("imports")  # the importer processes are started once
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "fradique.pretrained.__main__"])
 def test_importing_a_module_has_no_side_effects(importers, module):
     """No file, environment variable, process, device or output, as Python's audit hooks show."""

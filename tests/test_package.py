@@ -1,11 +1,13 @@
 """The wheel that pyproject.toml describes contains every module, and runs without the repository."""
 
+import json
 import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
+from fork_server import TIMEOUT
 from support import ROOT, imported_names
 
 MODULES = {
@@ -25,7 +27,7 @@ def wheel(tmp_path_factory):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-c", BUILD, str(dist)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=TIMEOUT)
     (path,) = dist.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         archive.extractall(site)
@@ -35,6 +37,17 @@ def wheel(tmp_path_factory):
 def test_the_wheel_contains_every_module(wheel):
     modules = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*.py")}
     assert modules == MODULES
+
+
+# As `python -m`, for several modules with their arguments, in one process.
+RUN_MODULES = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, f"{sys.argv}: status {ended.code}"
+"""
 
 
 def test_the_wheel_trains_and_samples_outside_the_repository(wheel, data_dir, tmp_path):
@@ -49,21 +62,20 @@ def test_the_wheel_trains_and_samples_outside_the_repository(wheel, data_dir, tm
     settings += ["--gradient_accumulation_steps=1", "--max_iters=3", "--eval_iters=1"]
     settings += ["--device=cpu", "--compile=False"]
     commands = [
-        ["-m", "train", *settings, f"--data_dir={data_dir}", "--dataset=tiny", "--out_dir=run"],
-        ["-m", "sample", "--out_dir=run", "--max_new_tokens=5"],
-        ["-m", "fradique.pretrained", "export", "--out_dir=run", "--to=exported"],
+        ["train", *settings, f"--data_dir={data_dir}", "--dataset=tiny", "--out_dir=run"],
+        ["sample", "--out_dir=run", "--max_new_tokens=5"],
+        ["fradique.pretrained", "export", "--out_dir=run", "--to=exported"],
     ]
-    for command in commands:
-        result = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(wheel), "PATH": "", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", RUN_MODULES, json.dumps(commands)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(wheel), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "exported" / "model.safetensors").exists()
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import flags
+from support import flags, run_forked
 
 from bench import architectures, dataloader, machine, textbook
 from bench import data as bench_data
@@ -163,7 +163,13 @@ def test_memory_of_training_with_sparse_shards_is_measured(capsys):
 # bench.quality
 
 
-def test_quality_reports_the_loss_and_time_of_each_config(capsys, data_dir, tmp_path):
+@pytest.fixture
+def train_in_forks(monkeypatch):
+    """bench.quality starts train.py in forks of a process that has already imported torch."""
+    monkeypatch.setattr(bench_quality, "subprocess", SimpleNamespace(run=run_forked))
+
+
+def test_quality_reports_the_loss_and_time_of_each_config(capsys, train_in_forks, data_dir, tmp_path):
     config = tmp_path / "small.py"
     config.write_text(
         "max_iters = 12\nlog_interval = 3\neval_interval = 4\neval_iters = 1\nwarmup_iters = 1\n"

@@ -2,12 +2,11 @@
 
 import io
 import os
-import subprocess
 import sys
 
 import pytest
 import torch.distributed as dist
-from support import ROOT, run_ranks
+from support import run_ranks, run_script
 
 from fradique.distributed import lost_ranks
 
@@ -25,6 +24,18 @@ class Store(dict):
         return all(key in self for key in keys)
 
 
+class SleepingClock:
+    """The module `time`, for a process in which only sleeping takes time."""
+
+    seconds = 0.0
+
+    def monotonic(self):
+        return self.seconds
+
+    def sleep(self, seconds):
+        self.seconds += seconds
+
+
 @pytest.fixture
 def rank2_of_4_missing(monkeypatch):
     """As if this were rank 1 of four, and ranks 0 and 3 had answered the roll call."""
@@ -33,16 +44,15 @@ def rank2_of_4_missing(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(lost_ranks, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(lost_ranks, "time", SleepingClock())
 
 
 def test_the_roll_call_finds_the_missing_rank(rank2_of_4_missing):
-    assert lost_ranks.find_missing_ranks(lambda: False, seconds=0.05) == {2: "host-b, process 77"}
+    assert lost_ranks.find_missing_ranks(lambda: False, seconds=9) == {2: "host-b, process 77"}
     assert lost_ranks.find_missing_ranks(lambda: True, seconds=9) is None
 
 
 def test_the_message_names_the_rank_and_how_to_resume(rank2_of_4_missing, monkeypatch):
-    monkeypatch.setattr(lost_ranks.find_missing_ranks, "__defaults__", (0.05,))
     message = lost_ranks.explain_lost_rank(RuntimeError("gloo timed out"), lambda: False)
     assert message.startswith("rank 1: rank 2 (host-b, process 77) of 4 does not answer")
     assert "--max-restarts" in message and "--init_from=resume" in message
@@ -70,26 +80,31 @@ def test_other_errors_propagate(rank2_of_4_missing):
 
 def test_a_stopped_rank_is_named_and_the_run_resumes_exactly():
     """Two ranks under torchrun, one is sent SIGSTOP; `make faults` does it with four, and with SIGKILL."""
-    words = "--ranks 2 --rounds 1 --parallel ddp --signals SIGSTOP --patience 12"
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "ranks.py"), *words.split()]
-    # how many seconds torchrun waits for the stopped rank to exit
-    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    words = "--ranks 2 --rounds 1 --parallel ddp --signals SIGSTOP --patience 12 --steps 20 --kill"
+    result = run_script("tests/faults/ranks.py", *words.split())
     assert result.returncode == 0 and "1 of 1 runs" in result.stdout, result.stdout + result.stderr
 
 
 ROLL_CALL_SCRIPT = """
-import os, sys, time
+import time
+from types import SimpleNamespace
 import torch
 from fradique.distributed import lost_ranks, process_group
-process_group.join(torch.device("cpu"), "gloo", 60)
-rank = process_group.rank_info().rank
+process_group.join(torch.device("cpu"), "gloo", 600)
+rank, store = process_group.rank_info().rank, process_group.rank_store()
 process_group.barrier()
-if rank == 1:
-    time.sleep(4)  # does not answer
-    os._exit(0)
-missing = lost_ranks.find_missing_ranks(lambda: False, seconds=2)
-assert list(missing) == [1] and "process" in missing[1], missing
+seconds = 0
+def monotonic():
+    global seconds
+    seconds += store.check(["present/0", "present/2"])  # time passes when these two have answered
+    return seconds
+if rank != 1:  # which does not answer
+    lost_ranks.time = SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
+    missing = lost_ranks.find_missing_ranks(lambda: False, seconds=2)
+    assert list(missing) == [1] and "process" in missing[1], missing
+store.set(f"done/{rank}", "yes")
+store.wait([f"done/{other}" for other in range(3)])
+process_group.barrier()  # the store ends with rank 0
 process_group.exit_process(0)
 """
 
@@ -102,7 +117,6 @@ def test_the_roll_call_uses_the_store_of_the_process_group(tmp_path):
 
 
 def test_a_process_with_closed_output_exits_too(rank2_of_4_missing, monkeypatch):
-    monkeypatch.setattr(lost_ranks.find_missing_ranks, "__defaults__", (0.05,))
     monkeypatch.setattr(os, "_exit", sys.exit)
     for stream in ("stdout", "stderr"):
         closed = io.StringIO()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, flags, run_training, unused_port
+from fork_server import run_in_forks
+from support import ROOT, flags, rank_environments, run_training
 
 from fradique.checkpointing import checkpoint, run_folder
 from fradique.distributed import lost_ranks, process_group
@@ -102,20 +103,10 @@ def test_all_ranks_exit_with_status_2_after_an_error_on_rank_0(settings, tmp_pat
     """Rank 0 finds that out_dir holds a run; rank 1 learns it from rank 0. Without torchrun, to see both."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.json").write_text("{}")
-    port = unused_port()
-    ranks = []
-    for rank in ("0", "1"):
-        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            *flags(replace(settings, out_dir=str(tmp_path / "run"))),
-        ]
-        pipe = subprocess.PIPE
-        ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2]
+    arguments = flags(replace(settings, out_dir=str(tmp_path / "run")))
+    ranks = run_in_forks("train.py", arguments, rank_environments(2))
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    errors = [rank.stderr for rank in ranks]
     assert "files that no run has written" in errors[0] and errors[1] == ""
 
 

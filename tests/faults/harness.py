@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support import make_text, write_corpus  # noqa: E402
+from support import make_text, rank_environments, write_corpus  # noqa: E402
 
 from fradique.checkpointing import checkpoint, metrics_file  # noqa: E402
 
+TIMEOUT = 600  # seconds after which a run is taken to hang
 # A run of a few seconds: two layers, an evaluation and a checkpoint every five steps.
 RUN = {
     "dataset": "tiny",
@@ -51,9 +53,9 @@ def train_flags(data: Path, out: Path, **changes: object) -> list[str]:
 
 
 def start_train(
-    flags: Sequence[str], ranks: int = 1, restarts: int = 0, **options: object
+    flags: Sequence[str], ranks: int = 1, restarts: int = 0, script: str = "train.py", **options: object
 ) -> subprocess.Popen:
-    """Start train.py in a new process group, with torchrun if ranks > 1."""
+    """Start train.py, or another script, in a new process group, with torchrun if ranks > 1."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -61,7 +63,7 @@ def start_train(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments: dict[str, object] = {"env": environment, "cwd": ROOT, "text": True, "start_new_session": True}
     arguments |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
-    return subprocess.Popen([*command, str(ROOT / "train.py"), *flags], **arguments)  # type: ignore[call-overload]
+    return subprocess.Popen([*command, str(ROOT / script), *flags], **arguments)  # type: ignore[call-overload]
 
 
 def fork_train(flags: Sequence[str], output: Path, before: Callable[[], None] = lambda: None) -> int:
@@ -97,10 +99,17 @@ def exit_status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def fork_ranks(flags: Sequence[str], ranks: int, output: Path) -> None:
+    """Run train.py on several ranks, without torchrun, to the end. Raises AssertionError if it fails."""
+    environments = rank_environments(ranks)
+    pids = [fork_train(flags, output, partial(os.environ.update, rank)) for rank in environments]
+    assert [exit_status(pid) for pid in pids] == [0] * ranks, output.read_text()
+
+
 def run_train(flags: Sequence[str], ranks: int = 1, **options: object) -> str:
     """Run train.py to its end and return its output. Raises AssertionError if it fails."""
     process = start_train(flags, ranks, **options)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, output
     return output or ""
 
@@ -113,7 +122,7 @@ def last_step(out: Path) -> int:
         return -1
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> bool:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = TIMEOUT) -> bool:
     """Wait until `condition` holds. Returns False if the process ends first."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

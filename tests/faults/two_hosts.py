@@ -3,10 +3,10 @@
 The hosts are two network namespaces connected by a veth pair, with torchrun in each; the link is set down for
 a while. The run must end with the losses of an uninterrupted run.
 
-    sudo python tests/faults/two_hosts.py [--cut 5,40] [--steps 400]
+    sudo python tests/faults/two_hosts.py [--cut 5,40] [--steps 400] [--patience 12]
 
 `--cut`: seconds without connection. After a short cut the ranks continue; after a cut longer than
-`dist_timeout`, both torchruns rendezvous again and resume from the last checkpoint. Needs root, Linux and
+`--patience`, both torchruns rendezvous again and resume from the last checkpoint. Needs root, Linux and
 iproute2.
 """
 
@@ -27,10 +27,12 @@ from pathlib import Path
 
 from harness import (
     ROOT,
+    TIMEOUT,
+    exit_status,
+    fork_train,
     kill_all,
     last_step,
     losses,
-    run_train,
     tensor_checksums,
     train_flags,
     wait_for,
@@ -39,9 +41,8 @@ from harness import (
 
 A, B = (f"fradique-{os.getpid()}-{name}" for name in "ab")
 HOSTS = {A: "10.203.77.1", B: "10.203.77.2"}  # in a network of only these two
-PATIENCE = 12  # seconds that ranks wait for each other
 # changes to harness.RUN
-CHANGES = {"eval_interval": 25, "dropout": 0.0, "gradient_accumulation_steps": 2, "dist_timeout": PATIENCE}
+CHANGES = {"eval_interval": 25, "dropout": 0.0, "gradient_accumulation_steps": 2}
 
 
 def missing_requirement() -> str | None:
@@ -99,8 +100,8 @@ def set_link(state: str) -> None:
     ip(f"-n {A} link set fradique0 {state}")
 
 
-def start_host(name: str, number: int, flags: list[str], output: Path) -> subprocess.Popen:
-    """Start torchrun on a host, with one rank. The first host has the rendezvous store."""
+def start_host(name: str, number: int, arguments: list[str], output: Path) -> subprocess.Popen:
+    """Start torchrun on a host, with one rank of a script. The first host has the rendezvous store."""
     interface = "fradique0" if name == A else "fradique1"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint={HOSTS[A]}:29500", "--rdzv_id=cut"]
@@ -108,7 +109,7 @@ def start_host(name: str, number: int, flags: list[str], output: Path) -> subpro
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
     with output.open("w") as file:
         return subprocess.Popen(
-            ["ip", "netns", "exec", name, *torchrun, str(ROOT / "train.py"), *flags],
+            ["ip", "netns", "exec", name, *torchrun, *arguments],
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -116,23 +117,28 @@ def start_host(name: str, number: int, flags: list[str], output: Path) -> subpro
         )
 
 
-def cut_link(folder: Path, data: Path, seconds: float, steps: int, expected: dict[int, float]) -> list[str]:
+def cut_link(
+    folder: Path, data: Path, seconds: float, args: argparse.Namespace, expected: dict[int, float]
+) -> list[str]:
     """Cut the connection of a run for some seconds. Returns the problems."""
-    out = folder / f"cut-{seconds:g}"
-    flags = train_flags(data, out, max_iters=steps, **CHANGES)
+    out, steps = folder / f"cut-{seconds:g}", args.steps
+    flags = train_flags(data, out, max_iters=steps, dist_timeout=args.patience, **CHANGES)
+    gate = folder / f"gate-{seconds:g}"  # the run waits for it, so that it cannot end before the cut
+    arguments = [str(ROOT / "tests/faults/gated_train.py"), str(steps // 3), str(gate), *flags]
     outputs = [folder / f"{name}-{seconds:g}.txt" for name in HOSTS]
-    processes = [start_host(name, i, flags, outputs[i]) for i, name in enumerate(HOSTS)]
+    processes = [start_host(name, i, arguments, outputs[i]) for i, name in enumerate(HOSTS)]
     try:
-        if not wait_for(lambda: last_step(out) >= steps // 6, processes[0], 240):
+        if not wait_for(lambda: last_step(out) >= steps // 6, processes[0]):
             return [f"it did not start: {outputs[0].read_text()[-2000:]}"]
         set_link("down")
+        gate.touch()
         time.sleep(seconds)
         step = last_step(out)
         set_link("up")
         if step >= steps:
-            return ["the run ended before the connection was cut"]
+            return ["the run ended while the connection was cut"]
         for process in processes:
-            process.wait(timeout=300)
+            process.wait(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         return [f"it does not end: {outputs[0].read_text()[-1500:]}\n{outputs[1].read_text()[-1500:]}"]
     finally:
@@ -159,6 +165,7 @@ def main() -> int:
     )
     parser.add_argument("--cut", default="5,40", help="seconds, separated by commas")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--patience", type=int, default=12, help="seconds that ranks wait for each other")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are deleted
     if reason := missing_requirement():
@@ -167,12 +174,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, connected_hosts():
         folder = Path(name)
         data, reference = write_tiny_corpus(folder), folder / "undisturbed"
-        run_train(train_flags(data, reference, max_iters=args.steps, **CHANGES))
+        output = folder / "undisturbed.txt"
+        status = exit_status(
+            fork_train(train_flags(data, reference, max_iters=args.steps, **CHANGES), output)
+        )
+        assert status == 0, output.read_text()
         tensor_checksums(reference)  # fails if there is no complete checkpoint
         expected, cuts = losses(reference), args.cut.split(",")
-        problems = [
-            problem for n in cuts for problem in cut_link(folder, data, float(n), args.steps, expected)
-        ]
+        problems = [problem for n in cuts for problem in cut_link(folder, data, float(n), args, expected)]
     print(f"two hosts: {'failed' if problems else 'ok'}")
     return 1 if problems else 0
 

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import http.server
 import threading
-import time
 import urllib.request
 
 import pytest
@@ -175,10 +174,8 @@ def test_only_https_is_downloaded(tmp_path, url):
 
 def test_a_finished_download_leaves_no_timer_thread(server, tmp_path):
     HostileHandler.good = lambda self: (self.send(), self.wfile.write(PAGE))
-    before = threading.active_count()
+    before = set(threading.enumerate())
     assert fetch(server.url("good"), PAGE_SHA256, tmp_path / "a.txt").read_bytes() == PAGE
-    for _ in range(100):
-        if threading.active_count() <= before:
-            break
-        time.sleep(0.05)
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), thread

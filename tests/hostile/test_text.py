@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from fork_server import TIMEOUT
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -167,7 +168,7 @@ def test_a_corpus_of_unusual_characters_is_decoded_unchanged(tmp_path, text, kin
 
 def test_a_line_of_64_mb_needs_less_than_64_mb_of_memory(tmp_path):
     arguments = [sys.executable, str(LONG_LINE_SCRIPT), str(64 << 20), "char", str(tmp_path / "made")]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert result.returncode == 0, result.stderr
     before, peak = map(int, re.findall(r"\d+", result.stdout.rpartition("resident:")[2]))
     assert peak - before < 64, result.stdout

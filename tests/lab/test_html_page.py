@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +16,11 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 from support import TrainSettings, make_text, run_training
 
 from configurator import command
-from fradique.training import loss_plot
+from fradique.training import loss_plot, outputs
 from lab import attention, curves, embeddings, html_page, report, sampling, tokens
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -32,19 +32,21 @@ pytestmark = [
     pytest.mark.xdist_group("browser"),  # one browser for all tests
 ]
 ERROR_LEVELS = ("SEVERE", "ERROR")
+TIMEOUT = 300  # seconds for what takes one or two on a machine that is not busy
 
 
 @pytest.fixture(scope="module")
 def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,900"):
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=700,600"):
         options.add_argument(f"--{flag}")
     for flag in ("use-angle=swiftshader", "enable-unsafe-swiftshader"):  # WebGL without a graphics card
         options.add_argument(f"--{flag}")
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")  # no network
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(TIMEOUT)
     yield driver
     driver.quit()
 
@@ -60,29 +62,38 @@ def pages(tmp_path_factory, data_dir):
         **{"max_iters": 20, "eval_interval": 5, "eval_iters": 2, "gradient_accumulation_steps": 1},
         **{"warmup_iters": 2, "sample_interval": 10, "snapshot_interval": 10},
     )
-    run_training(settings)
-    text = make_text(3)[:14]
-    for module, cls, options in (
-        (curves, curves.CurveSettings, []),
-        (attention, attention.AttentionSettings, [f"--start={text}"]),
-        (tokens, tokens.TokenSettings, [f"--start={text}"]),
-        (sampling, sampling.SamplingSettings, [f"--start={text[:4]}", "--tokens=30"]),
-        (embeddings, embeddings.EmbeddingSettings, []),
-        (report, report.ReportSettings, []),
-    ):
-        assert command(module.main, cls, [f"--out_dir={folder}", *options]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # no pictures, and short animations
+        patch.setattr(outputs, "draw_loss_plot", lambda t: None)
+        patch.setattr(tokens, "write_temperature_gif", lambda logits, order, labels, path: path.touch())
+        patch.setattr(report, "MOVIE_SECONDS", 0.5)
+        run_training(settings)
+        text = make_text(3)[:14]
+        for module, cls, options in (
+            (curves, curves.CurveSettings, []),
+            (attention, attention.AttentionSettings, [f"--start={text}"]),
+            (tokens, tokens.TokenSettings, [f"--start={text}"]),
+            (sampling, sampling.SamplingSettings, [f"--start={text[:4]}", "--tokens=30"]),
+            (embeddings, embeddings.EmbeddingSettings, []),
+            (report, report.ReportSettings, []),
+        ):
+            assert command(module.main, cls, [f"--out_dir={folder}", *options]) == 0
     return folder
 
 
 def open_page(browser, path: Path):
+    """Open a page and wait until its figures are drawn in the colors of the page."""
     browser.get(path.as_uri())
-    deadline = time.monotonic() + 30
-    script = "return [...document.querySelectorAll('.js-plotly-plot')].every(d => d._fullLayout)"
-    while not browser.execute_script(script):
-        assert time.monotonic() < deadline, "the figures were not drawn"
-        time.sleep(0.1)
-    time.sleep(0.5)  # the colors are set after the first drawing
+    script = """
+        const color = getComputedStyle(document.documentElement).getPropertyValue('--text').trim();
+        const figures = [...document.querySelectorAll('.js-plotly-plot')];
+        return figures.every(d => d._fullLayout && d._fullLayout.font.color == color)"""
+    wait_until(browser, lambda: browser.execute_script(script))
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
     return browser
+
+
+def wait_until(browser, condition):
+    WebDriverWait(browser, TIMEOUT, poll_frequency=0.05).until(lambda _: condition())
 
 
 def console_errors(browser):
@@ -110,7 +121,7 @@ def test_a_page_has_no_errors_and_follows_the_color_scheme(browser, pages, name,
     expected = {"light": "#1b1b1b", "dark": "#ececec"}[scheme]
     assert set(font_colors) <= {expected}
     for figure in browser.find_elements(By.CSS_SELECTOR, ".js-plotly-plot"):
-        assert is_drawn(figure)
+        wait_until(browser, lambda figure=figure: is_drawn(figure))
     width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(width) <= 0  # no horizontal scrolling
 
@@ -139,9 +150,12 @@ def test_the_3d_view_rotates_with_the_mouse(browser, pages):
     for _ in range(5):
         drag = drag.move_by_offset(30, 10)
     drag.release().perform()
-    time.sleep(0.5)
-    after = camera_position(browser)
-    assert sum(abs(before[axis] - after[axis]) for axis in "xyz") > 0.1
+
+    def camera_has_moved():
+        after = camera_position(browser)
+        return sum(abs(before[axis] - after[axis]) for axis in "xyz") > 0.1
+
+    wait_until(browser, camera_has_moved)
     assert not console_errors(browser)
 
 
@@ -154,13 +168,13 @@ def test_hovering_over_a_heat_map_shows_the_weight(browser, pages):
     ActionChains(browser).move_to_element_with_offset(
         plot, -int(0.2 * size["height"]), int(0.2 * size["height"])
     ).perform()
-    deadline = time.monotonic() + 5
-    tooltip = ""
-    while "reads" not in tooltip and time.monotonic() < deadline:
-        time.sleep(0.1)
+
+    def tooltip_shows_the_weight():
         labels = browser.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext")
         tooltip = " ".join(label.text for label in labels)
-    assert "reads" in tooltip and ": 0." in tooltip
+        return "reads" in tooltip and ": 0." in tooltip
+
+    wait_until(browser, tooltip_shows_the_weight)
 
 
 def test_the_menu_selects_another_head(browser, pages):
@@ -169,8 +183,8 @@ def test_the_menu_selects_another_head(browser, pages):
     values_before = browser.execute_script(script)
     browser.find_element(By.CSS_SELECTOR, ".updatemenu-header").click()
     browser.find_elements(By.CSS_SELECTOR, ".updatemenu-dropdown-button")[3].click()
-    time.sleep(0.5)
-    assert browser.execute_script(script) != values_before and not console_errors(browser)
+    wait_until(browser, lambda: browser.execute_script(script) != values_before)
+    assert not console_errors(browser)
 
 
 def test_each_token_has_a_tooltip_with_its_score(browser, pages):
@@ -208,9 +222,11 @@ def test_plotly_draws_tags_and_entities_as_text(browser, tmp_path):
     browser.execute_script(
         show_tooltips, 1, [{"curveNumber": i, "pointNumber": 0} for i in range(len(labels))]
     )
-    deadline, tooltips = time.monotonic() + 5, set()
-    while len(tooltips) < len(labels) and time.monotonic() < deadline:
+
+    def tooltips_are_shown():
         elements = browser.find_elements(By.CSS_SELECTOR, ".hovertext .nums, .hovertext .name")
         tooltips = {element.get_attribute("textContent") for element in elements}
-    assert tooltips >= {"&lt; reads <b>: 0.143", *labels, *groups}
+        return tooltips >= {"&lt; reads <b>: 0.143", *labels, *groups}
+
+    wait_until(browser, tooltips_are_shown)
     assert not console_errors(browser)

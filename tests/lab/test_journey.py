@@ -1,13 +1,16 @@
 """lab.journey: runs are trained, resumed or reused, and then compared."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import run_script, run_training
+from support import run_forked, run_script, run_training
 
+from configurator import command
 from fradique.checkpointing import metrics_file
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
@@ -46,10 +49,24 @@ def configs(data_dir, tmp_path):
     return paths
 
 
-def test_runs_are_trained_once_and_compared(configs, tmp_path):
+@pytest.fixture
+def run_journey(monkeypatch, capsys):
+    """A function that runs lab.journey in this process; its runs of train.py are forks."""
+    monkeypatch.setattr(journey, "subprocess", SimpleNamespace(run=run_forked))
+
+    def run(*arguments):
+        own_flags, configs, train_flags = journey.split_arguments([*map(str, arguments)])
+        main = lambda resolved: journey.main(resolved, configs, train_flags)  # noqa: E731
+        status = command(main, journey.JourneySettings, own_flags)
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return run
+
+
+def test_runs_are_trained_once_and_compared(configs, run_journey, tmp_path):
     to, arrays = tmp_path / "pictures" / "journey", tmp_path / "x.npz"
     options = [*configs, f"--to={to}", f"--save_arrays={arrays}"]
-    result = run_script("lab.journey", *options)
+    result = run_journey(*options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("python train.py ") >= 2 and "is already trained" not in result.stdout
     for name in ("wide-8", "wide-16"):
@@ -61,13 +78,14 @@ def test_runs_are_trained_once_and_compared(configs, tmp_path):
     assert columns["parameters"][0] < columns["parameters"][1]
     assert columns["name"].tolist() == ["wide-8", "wide-16"]
     metrics_before = (tmp_path / "wide-8" / metrics_file.METRICS_FILE).read_bytes()
-    result = run_script("lab.journey", *options)
+    result = run_journey(*options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("is already trained") == 2
     assert (tmp_path / "wide-8" / metrics_file.METRICS_FILE).read_bytes() == metrics_before
 
 
 def test_an_interrupted_run_is_resumed(configs, tmp_path):
+    """The command, and train.py in a new process."""
     result = run_script("train.py", configs[0])
     assert result.returncode == 0, result.stderr
     path = tmp_path / "wide-8" / metrics_file.METRICS_FILE
@@ -79,13 +97,13 @@ def test_an_interrupted_run_is_resumed(configs, tmp_path):
     assert "final_loss" in json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
 
-def test_a_run_with_different_settings_is_refused(configs, tmp_path):
+def test_a_run_with_different_settings_is_refused(configs, run_journey, tmp_path):
     options = [configs[0], f"--to={tmp_path / 'x'}"]
-    assert run_script("lab.journey", *options).returncode == 0
-    result = run_script("lab.journey", *options, "--max_iters=3")
+    assert run_journey(*options).returncode == 0
+    result = run_journey(*options, "--max_iters=3")
     assert result.returncode == 2
     assert "other settings (max_iters was 6 and is 3 now). Move that folder" in result.stderr
-    result = run_script("lab.journey", *options, "--max_iters=3", "--overwrite=True")
+    result = run_journey(*options, "--max_iters=3", "--overwrite=True")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "wide-8" / "settings.json").read_text())["settings"]["max_iters"] == 3
 

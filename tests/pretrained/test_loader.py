@@ -70,7 +70,8 @@ def test_gpt2_at_its_full_size_equals_that_of_transformers():
     hf_model = randomize(GPT2LMHeadModel(GPT2Config()), std=0.02)
     hf_model.save_pretrained("gpt2")
     weights = loader.load_weights("gpt2")
-    model = GPT(weights.config)
+    with torch.device("meta"):
+        model = GPT(weights.config)
     checkpoint.assign_parameters(model, weights.tensors, weights.source)
     del weights
     model.eval()
@@ -83,10 +84,11 @@ def test_gpt2_at_its_full_size_equals_that_of_transformers():
     expected.loss.backward()
     loss.backward()
     check_same_gradients(model, hf_model)
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 50256}
-    prompt = idx[:1, :5]
-    tokens = hf_model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=200, **options)
-    assert torch.equal(model.generate(prompt, 200, temperature=0), tokens)
+    tokens = model.generate(idx[:1, :5], 200, temperature=0)
+    assert torch.equal(tokens[:, :5], idx[:1, :5]) and tokens.shape == (1, 205)
+    with torch.no_grad():
+        most_probable = hf_model(tokens).logits.argmax(-1)  # after each token
+    assert torch.equal(tokens[:, 5:], most_probable[:, 4:-1])
 
 
 def test_unprefixed_names_buffers_and_tied_heads_are_accepted():
@@ -251,6 +253,25 @@ def test_another_vocabulary_of_the_same_size_is_not_gpt2s(gpt2_vocab_folder):
         assert loader.load_weights(str(gpt2_vocab_folder)).tokenizer is None
 
 
+@pytest.fixture(scope="module")
+def folder_with_added_tokens(tmp_path_factory):
+    """The tokenizer files of GPT-2 with two more tokens, as versions of transformers save them."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    own = tokenizer.GPT2Tokenizer()
+    fast = huggingface.Tokenizer.from_str(json.dumps(bpe.to_hf_json(own.merges)))
+    hf_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>")
+    hf_tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    hf_tokenizer.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(gpt2_vocabulary()), encoding="utf-8")
+    added = {"<|assistant|>": 50258, "<|user|>": 50257}
+    (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    details = {str(i): {"content": token, "special": True} for token, i in added.items()}
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"added_tokens_decoder": details | {"50256": {"content": "<|endoftext|>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize(
     "files",
     [
@@ -261,24 +282,11 @@ def test_another_vocabulary_of_the_same_size_is_not_gpt2s(gpt2_vocab_folder):
     ],
 )
 @pytest.mark.parametrize("vocab_size", [50259, 50304])
-def test_tokens_added_to_gpt2s_vocabulary_are_refused(tmp_path, files, vocab_size):
+def test_tokens_added_to_gpt2s_vocabulary_are_refused(folder_with_added_tokens, files, vocab_size):
     """As transformers saves them: as plain text, <|user|> would be five other tokens."""
     folder, _ = save_gpt2(vocab_size=vocab_size, n_embd=8, n_head=2, n_layer=1)
-    (tmp_path / "source").mkdir()
-    own = tokenizer.GPT2Tokenizer()
-    fast = huggingface.Tokenizer.from_str(json.dumps(bpe.to_hf_json(own.merges)))
-    hf_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>")
-    hf_tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
-    hf_tokenizer.save_pretrained(tmp_path / "source")
-    (tmp_path / "source" / "vocab.json").write_text(json.dumps(gpt2_vocabulary()), encoding="utf-8")
-    added = {"<|assistant|>": 50258, "<|user|>": 50257}
-    (tmp_path / "source" / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
-    details = {str(i): {"content": token, "special": True} for token, i in added.items()}
-    config = json.loads((tmp_path / "source" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config |= {"added_tokens_decoder": details | {"50256": {"content": "<|endoftext|>"}}}
-    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in files:
-        shutil.copy(tmp_path / "source" / name, folder / name)
+        shutil.copy(folder_with_added_tokens / name, folder / name)
     message = load_error(str(folder))
     assert "adds 2 tokens to GPT-2's" in message and "'<|user|>', '<|assistant|>'" in message
 

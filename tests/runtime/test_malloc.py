@@ -1,4 +1,4 @@
-"""The malloc options of a process, measured in new processes."""
+"""The malloc options of a process, measured in other processes."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, run_code
 
 from fradique.distributed.process_group import RankInfo
 from fradique.runtime import device, malloc
@@ -17,10 +17,10 @@ linux_only = pytest.mark.skipif(
 )
 
 
-def run_python(code, environ=None):
-    """The number that `code` prints in a new process."""
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environ)
+def run_python(code):
+    """The number that `code` prints in a process of its own."""
+    result = run_code(code)
+    assert result.returncode == 0, result.stderr
     return int(result.stdout)
 
 
@@ -39,8 +39,10 @@ def test_tensors_use_huge_pages():
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this kernel has no transparent huge pages")
     environ = {key: value for key, value in os.environ.items() if not key.startswith("THP")}
+    command = [sys.executable, "-c", HUGE_PAGES]  # a new process: torch reads the option once
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environ)
     # in kB: a quarter of x, because the kernel may have no more huge pages
-    assert run_python(HUGE_PAGES, environ) >= 1 << 14
+    assert int(result.stdout) >= 1 << 14
 
 
 PAGE_FAULTS = """

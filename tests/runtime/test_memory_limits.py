@@ -3,13 +3,12 @@
 import errno
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from support import ROOT
+from support import run_code
 
 import sample
 from configurator import command
@@ -33,15 +32,7 @@ sys.exit(command(train.main, train.TrainSettings, sys.argv[1:], base=setup.saved
 def train_with_limit(kind, mib, *flags):
     """Run train.py in a process that may allocate `mib` MiB after its imports."""
     field = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[kind]
-    code = LIMITED_TRAIN.format(kind=kind, field=field, extra=mib << 20)
-    return subprocess.run(
-        [sys.executable, "-c", code, *flags],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=280,
-    )
+    return run_code(LIMITED_TRAIN.format(kind=kind, field=field, extra=mib << 20), *flags)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's process limits")

@@ -2,44 +2,23 @@
 
 import re
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import fake_clock
 import pytest
 import torch
 from support import run_training, stop_at
 
 import train
 from fradique.checkpointing import checkpoint, metrics_file
-from fradique.data import dataset
 from fradique.runtime import device
-from fradique.training import evaluation, logger, outputs, setup, time_budget
+from fradique.training import evaluation, setup, time_budget
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A fake clock. A training step takes 0.1 s. An evaluation of 700 windows (about the whole corpus) takes
-    `windows` seconds, and each of its batches takes the next of `waits` longer. Nothing else takes time."""
-    now = SimpleNamespace(seconds=1000.0, waits=iter(()), windows=1.0)
-    fake_time = SimpleNamespace(monotonic=lambda: now.seconds, time_ns=time.time_ns)
-    for module in (train, setup, time_budget, evaluation, outputs, logger):
-        monkeypatch.setattr(module, "time", fake_time)
-    real_step, real_batches = train.train_step, dataset.Split.batches
-
-    def slow_step(*arguments):
-        now.seconds += 0.1
-        return real_step(*arguments)
-
-    def slow_batches(self, *arguments):
-        for x, y in real_batches(self, *arguments):
-            now.seconds += now.windows * len(y) / 700 + next(now.waits, 0.0)
-            yield x, y
-
-    monkeypatch.setattr(train, "train_step", slow_step)
-    monkeypatch.setattr(dataset.Split, "batches", slow_batches)
-    return now
+    return fake_clock.install(monkeypatch.setattr)
 
 
 def test_a_time_budget_ends_the_run_and_its_schedule_in_time(settings, clock):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import flags, make_text, run_script, run_training, write_corpus
+from support import flags, make_text, run_code, run_script, run_training, write_corpus
 
 import train
 from configurator import command
@@ -233,16 +233,15 @@ def test_a_read_only_out_dir_is_reported_and_unchanged(settings, arguments, enfo
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX's")
 def test_a_full_disk_keeps_the_earlier_checkpoint(settings):
     """The second run can write at most 8 kB per file: enough for its settings, not for its checkpoint."""
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     run_training(replace(settings, max_iters=5))
     folder = Path(settings.out_dir)
-    result = run_script(
-        "train.py",
-        "--init_from=resume",
-        f"--out_dir={folder}",
-        "--max_iters=10",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    code = (
+        "import resource, runpy\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
     )
+    result = run_code(code, "--init_from=resume", f"--out_dir={folder}", "--max_iters=10")
     assert result.returncode == 2, result.stderr
     assert "could not be written" in result.stderr and "Traceback" not in result.stderr
     assert checkpoint.read_checkpoint(checkpoint.newest_checkpoint(folder, print)).state["step"] == 5

@@ -5,8 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from support import (
-    ROOT,
     before_steps,
     flags,
     losses,
@@ -24,6 +21,7 @@ from support import (
     run_script,
     run_training,
     same_folder,
+    start_script,
     stop_at,
 )
 
@@ -218,24 +216,17 @@ def test_resuming_is_exact_after_kill_9_at_random_moments(settings, tmp_path):
         has_checkpoint = Path(settings.out_dir, "settings.json").exists() and any(
             Path(settings.out_dir).glob("step-*")
         )
-        program = [sys.executable, str(ROOT / "train.py"), *arguments]
-        process = subprocess.Popen(
-            [*program, "--init_from=resume"] if has_checkpoint else [*program, "--overwrite"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={"PATH": "", "OMP_NUM_THREADS": "1"},
-        )
-        steps = 0
-        kill_after = rng.randint(5, 35)
-        for line in process.stdout:
-            steps += line.startswith("step ")
-            if steps >= kill_after:
-                break
-        time.sleep(rng.random() / 50)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        option = "--init_from=resume" if has_checkpoint else "--overwrite"
+        with start_script("train.py", *arguments, option) as process:
+            steps = 0
+            kill_after = rng.randint(5, 35)
+            for line in process.lines:
+                steps += line.startswith("step ")
+                if steps >= kill_after:
+                    break
+            time.sleep(rng.random() / 50)
+            process.kill()
+            process.wait()
     run_training(replace(settings, init_from="resume"))
     assert 0 < state_of(tmp_path / "uninterrupted" / "best")["step"] < 80
     assert_same_run(Path(settings.out_dir), tmp_path / "uninterrupted")
@@ -244,18 +235,13 @@ def test_resuming_is_exact_after_kill_9_at_random_moments(settings, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_a_checkpoint_and_sets_the_exit_status(settings, number, status):
     settings = replace(settings, max_iters=10**6, eval_interval=10**6)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *flags(settings)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step 3:"):
-            process.send_signal(number)
-            break
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == status
+    with start_script("train.py", *flags(settings)) as process:
+        for line in process.lines:
+            if line.startswith("step 3:"):
+                os.kill(process.pids[0], number)
+                break
+        output = process.lines.read()
+        assert process.wait() == [status]
     assert re.search(
         r"SIG(TERM|INT): saved step \d+; continue with: python train.py --init_from=resume", output
     )

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import run_ranks, run_script
+from support import ROOT, losses, run_ranks, run_script
 
 from fradique.training import autoconfig
 from fradique.training.autoconfig import PRESETS, Throughput
+
+CLOCKED_TRAIN = "tests/fake_clock.py"  # train.py with a simulated clock
 
 
 class Machine:
@@ -168,22 +170,38 @@ def test_the_estimated_loss_ranks_models_as_measured_runs_did(smaller, larger, b
     assert (reducible_loss(larger) < reducible_loss(smaller)) == better
 
 
+def auto_arguments(data_dir, folder):
+    """A run of ten seconds on a simulated machine whose training step takes 0.1 s."""
+    arguments = ["config/auto.py", f"--out_dir={folder}", f"--data_dir={data_dir}", "--dataset=tiny"]
+    return [
+        *arguments,
+        "--time_budget=10s",
+        "--block_size=16",
+        "--n_embd=16",
+        "--device=cpu",
+        "--eval_iters=1",
+    ]
+
+
 def test_a_run_reports_its_choice_and_keeps_it_when_resumed(data_dir, tmp_path):
     folder = tmp_path / "run"
-    arguments = ["config/auto.py", f"--out_dir={folder}", f"--data_dir={data_dir}", "--dataset=tiny"]
-    arguments += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
-    result = run_script("train.py", *arguments)
+    arguments = auto_arguments(data_dir, folder)
+    result = run_script(CLOCKED_TRAIN, *arguments)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\nauto: 3 layers 16 wide on 16 x 16 tokens: about ") == 1
+    assert "no time was left to try a larger one" in result.stdout
     assert result.stderr == ""  # the trials print nothing
+    steps = max(losses(folder))
+    assert 70 < steps < 90  # of 0.1 s; the trials took 1.2 s of the ten
     saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings = saved["settings"]
     assert settings["n_embd"] == 16 and settings["block_size"] == 16
     assert settings["n_layer"] == PRESETS[0].n_layer and settings["optimizer"] == "muon"
     assert any(note.startswith("auto: ") for note in saved["decided"]["notes"])
-    resumed = run_script("train.py", "--init_from=resume", f"--out_dir={folder}", "--time_budget=12s")
+    resumed = run_script(CLOCKED_TRAIN, "--init_from=resume", f"--out_dir={folder}", "--time_budget=12s")
     assert resumed.returncode == 0, resumed.stderr
     assert "\nauto: " not in resumed.stdout
+    assert 10 < max(losses(folder)) - steps < 25
     settings_after = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
     assert settings_after == settings | {"time_budget": "12s"}
     repeated = run_script("train.py", *arguments)
@@ -191,14 +209,7 @@ def test_a_run_reports_its_choice_and_keeps_it_when_resumed(data_dir, tmp_path):
 
 
 def test_processes_agree_on_the_choice(data_dir, tmp_path):
-    arguments = [
-        "config/auto.py",
-        f"--out_dir={tmp_path / 'run'}",
-        f"--data_dir={data_dir}",
-        "--dataset=tiny",
-    ]
-    arguments += ["--time_budget=10s", "--block_size=16", "--n_embd=16", "--device=cpu", "--eval_iters=1"]
-    result = run_ranks(2, *arguments)
+    result = run_ranks(2, *auto_arguments(data_dir, tmp_path / "run"), program=ROOT / CLOCKED_TRAIN)
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout and result.stdout.count("\nauto: ") == 1
 
