@@ -27,6 +27,7 @@ from configurator import Resolved, command, setting
 from fradique.checkpointing.run_files import LOSS_PLOT_FILE
 from fradique.data.sampler import derive_seed
 from fradique.distributed import lost_ranks, process_group
+from fradique.io.terminal import shell_command
 from fradique.nn.functional import ACTIVATIONS
 from fradique.optim import lr_schedule, optimizer
 from fradique.runtime import device, signals
@@ -385,7 +386,7 @@ def save_and_exit(t: Trainer, stop: signals.StopSignal) -> None:
     outputs.save_checkpoint(t)
     t.log.info(
         f"{stop.name}: saved step {t.state.step}; continue with: "
-        f"python train.py --init_from=resume --out_dir={t.folder}"
+        + shell_command("train.py", "--init_from=resume", f"--out_dir={t.folder}")
     )
 
 
@@ -413,7 +414,7 @@ def finish(t: Trainer) -> None:
         f"\n{sample}\n\n{'whole ' if metrics.is_whole else ''}validation split: {metrics} ({kind} weights, of step {weights_step})\n"
         f"{state.step} steps in {format_duration(budget.elapsed())}; run folder: {t.folder.resolve()}"
         + (f"; loss curve: {plot}" if plot.exists() else "")
-        + f"\nnext: python sample.py --out_dir={t.folder}"
+        + "\nnext: " + shell_command("sample.py", f"--out_dir={t.folder}")
     )
 
 
@@ -430,7 +431,9 @@ def report_evaluation(t: Trainer) -> int:
 
 if __name__ == "__main__":
     try:
-        status = command(main, TrainSettings, base=setup.saved_run_settings)
+        status = command(
+            main, TrainSettings, base=setup.saved_run_settings, report_error=process_group.report_error
+        )
     except SystemExit as error:  # on ranks other than 0, after rank 0 has failed: rank 0 prints the error
         status = error.code
     process_group.exit_process(status)

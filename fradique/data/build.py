@@ -84,7 +84,8 @@ def prepare_text(
     check_replaceable(out_dir)
     with _temporary_folder(out_dir) as temp_dir:
         index = index_text(text)
-        parts = divide_text(text, index.chars, val_fraction, val_split)
+        separator = None if spec == "char" else document_separator
+        parts = divide_text(text, index.chars, val_fraction, val_split, separator, index)
         encoder = make_tokenizer(spec, text, parts, index.alphabet, document_separator)
         with progress_bar(index.chars, "encoding", "char") as bar:
             pieces = split_pieces(cut_pieces(text.chunks()), parts)

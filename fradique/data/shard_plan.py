@@ -71,12 +71,13 @@ class TextJob:
     def make_plan(self) -> ShardPlan:
         """Index the text and make the tokenizer. Raises ValueError if there are too many shards."""
         index = index_text(self.text)
-        parts = divide_text(self.text, index.chars, self.val_fraction, self.val_split)
+        spec = parse_spec(self.tokenizer)
+        separator = None if spec == "char" else self.document_separator
+        parts = divide_text(self.text, index.chars, self.val_fraction, self.val_split, separator, index)
         n_train = count_chars(parts, "train")
         max_shards = n_train // MIN_SHARD_CHARS
         if max_shards < self.shards:
             raise _too_many_shards(self.shards, f"{n_train:,} characters to train on", max_shards)
-        spec = parse_spec(self.tokenizer)
         tokenizer = make_tokenizer(spec, self.text, parts, index.alphabet, self.document_separator)
         return {
             "asked": self.request,

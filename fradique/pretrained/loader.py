@@ -112,7 +112,10 @@ def load_run(run: Path, source: str, checkpoint: str, warn: Callable[[str], None
     # a step number may have leading zeros, as in the names of the folders
     name = str(int(checkpoint)) if re.fullmatch("[0-9]{1,18}", checkpoint) else checkpoint
     if name not in folders:
-        raise ValueError(f"{run} has no checkpoint {checkpoint!r}; it has {', '.join(folders) or 'none yet'}")
+        raise ValueError(
+            f"{run} has no checkpoint {checkpoint!r}; it has "
+            + (f"{', '.join(folders)}. Try --checkpoint=newest" if folders else "none yet")
+        )
     return load_checkpoint(folders[name], run, source)
 
 
