@@ -38,6 +38,7 @@ demo: $(READY)
 	@$(BIN)/python -m lab.report --out_dir=out/python-char
 
 test: $(READY)
+	@echo "running all tests, a dot for each: 4 minutes on two cores"
 	@$(BIN)/python -m pytest
 
 lint: $(READY)

@@ -32,9 +32,9 @@ def pytest_sessionfinish():
 
 @pytest.fixture(autouse=True, scope="session")
 def no_waiting_for_the_disk():
-    """Let os.fsync only check its descriptor: the tests would wait for the disk half of their time.
+    """Let os.fsync only check its descriptor: runs would wait for the disk half of their time.
 
-    Tests that start a new process, such as those of SIGKILL, still sync.
+    No test cuts the power, and what a killed process has written is not lost. New processes still sync.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)

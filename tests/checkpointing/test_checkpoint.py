@@ -3,14 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, run_code, start_script
 
 from fradique.checkpointing import checkpoint, run_files
 from fradique.checkpointing.checkpoint import Checkpoint
@@ -220,35 +218,33 @@ except ValueError as error:
 assert checkpoint.read_checkpoint(run / "best").state["step"] == 1
 assert [p.name for p in run.iterdir()] == ["best"], list(run.iterdir())
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
     assert "could not be written" in result.stdout
 
 
+SAVE_FOREVER = """
+import itertools, sys, torch
+from pathlib import Path
+from fradique.checkpointing import checkpoint
+run = Path(sys.argv[1])
+checkpoint.recover_run_folder(run)
+for step in itertools.count(1):
+    saved = checkpoint.Checkpoint({}, {"a": torch.full((2000,), float(step))}, {}, {"step": step})
+    checkpoint.save_and_prune(run, saved, best=True, keep=2)
+    print("saved", flush=True)
+"""
+
+
 def test_kill_9_leaves_no_incomplete_checkpoint(tmp_path):
     """A process that saves checkpoints in a loop is killed at 12 different moments."""
-    code = f"""
-import sys, torch, itertools
-sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from fradique.checkpointing import checkpoint, run_files
-run = Path({str(tmp_path)!r})
-checkpoint.recover_run_folder(run)
-print("ready", flush=True)
-for step in itertools.count(1):
-    tensors = {{"a": torch.full((2000,), float(step))}}
-    saved = checkpoint.Checkpoint({{}}, tensors, {{}}, {{"step": step}})
-    checkpoint.save_and_prune(run, saved, best=True, keep=2)
-"""
     for attempt in range(12):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(0.003 + 0.011 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        with start_script("-c", SAVE_FOREVER, tmp_path) as process:
+            for _ in range(attempt // 2 + 1):
+                assert process.lines.readline() == "saved\n"
+            time.sleep(0.0004 * attempt)
+            process.kill()
+            assert process.wait() == [-signal.SIGKILL]
         checkpoint.recover_run_folder(tmp_path)
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
         for folder in tmp_path.iterdir():
