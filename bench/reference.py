@@ -84,9 +84,9 @@ def torch_step(model: GPT, ids: torch.Tensor) -> Callable[[], float]:
     return step
 
 
-def numpy_step(weights: Path, ids: np.ndarray) -> Callable[[], float]:
+def numpy_step(weights: Path, n_head: int, ids: np.ndarray) -> Callable[[], float]:
     """As `torch_step`, with reference/gpt_numpy.py."""
-    model = load_module("gpt_numpy").load(weights)
+    model = load_module("gpt_numpy").load(weights, n_head)
 
     def step() -> float:
         start = time.perf_counter()
@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ids.flatten().numpy().astype("<u2").tofile(folder / "tokens.bin")
         steps = {
             "pytorch": torch_step(model, ids),
-            "numpy": numpy_step(folder / "model.safetensors", ids.numpy()),
+            "numpy": numpy_step(folder / "model.safetensors", model.config.n_head, ids.numpy()),
         }
         if program := build(folder):
             steps["c"] = c_step(

@@ -348,9 +348,7 @@ class Adam:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a GPT in plain Python on a text, and generate text.")
-    parser.add_argument(
-        "--input", type=lambda name: Path(name).expanduser(), required=True, help="a text file, UTF-8"
-    )
+    parser.add_argument("--input", type=Path, required=True, help="a text file, UTF-8")
     for name, value in (SIZES | {"write": 200, "seed": 1337, "learning_rate": 0.01}).items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
     choices = {"position": ("learned", "sinusoidal"), "activation": tuple(ACTIVATIONS), "loss": tuple(LOSSES)}
@@ -364,8 +362,7 @@ def main() -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     args = options().parse_args()
     try:
-        args.input = args.input.expanduser()
-        text = args.input.read_text(encoding="utf-8-sig")
+        text = args.input.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: there is no such user
         sys.exit(f"{args.input} cannot be read as UTF-8 text: {error}")
     if too_small := [f"--{name}" for name in SIZES if getattr(args, name) < 1]:

@@ -224,7 +224,7 @@ def _check_same_model(source: ModelSource, settings: TrainSettings) -> None:
     changed = [
         f"{name} was {before[name]!r} and is {value!r} now"
         for name, value in now.items()
-        if value != before[name]
+        if value != before.get(name, value)  # missing: another position, which is reported, makes it matter
     ]
     alpha = source.checkpoint.config.get(lora.LORA_ALPHA)
     if settings.lora_rank and alpha is not None and not math.isclose(alpha, settings.lora_alpha):
