@@ -229,7 +229,7 @@ def test_the_home_folder_in_input_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "short.txt").write_text("abc")
     result = run("--input=~/short.txt", cwd=tmp_path)
-    assert f"{tmp_path}/short.txt has 3 characters" in result.stderr
+    assert "~/short.txt has 3 characters" in result.stderr
 
 
 def test_a_wrong_sign_in_any_backward_pass_is_detected():
