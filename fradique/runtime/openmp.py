@@ -4,9 +4,9 @@ import os
 
 # How often a thread of GNU's OpenMP (torch's on Linux) looks for work before it sleeps. By default 300,000
 # times: milliseconds, in which it takes the core from the thread that it waits for, if another program runs.
-# Measured on two cores of an AMD EPYC (Zen 5), milliseconds per training step of 4 layers 128 wide, with the
-# default, with 1,000, and on one thread: beside one busy program 1,360, 190 and 225; beside two of them more
-# than 3,000, 120 to 380 and 300 to 400; alone 135 (it varied), 45 and 78.
+# Mean milliseconds per training step of 4 layers 128 wide (8 x 128 tokens), two cores of an AMD EPYC (Zen 5),
+# with the default, with 1,000, and on one thread. Alone: 42, 44 and 71. Beside one busy program: 134, 92 and
+# 71. Beside two: 158 to 260, 92 to 114, and 110. With 5,000: alone 43, beside one busy program 135.
 SPIN_COUNT = 1000
 
 
