@@ -57,25 +57,36 @@ def save_checkpoint(t: Trainer, best: bool = False) -> None:
     t.runtime.barrier()
 
 
+def read_best_state(t: Trainer) -> tuple[dict | None, str]:
+    """The content of best/state.json, if its checkpoint is not damaged; else None, and the problem.
+
+    Only rank 0 calls this.
+    """
+    folder = t.folder / "best"
+    if not folder.exists():
+        return None, f"{folder} is missing"
+    try:
+        checkpoint.verify_checkpoint(folder, t.lock.run_id if t.lock else None)
+        state = checkpoint.read_checkpoint_metadata(folder).state
+        if not isinstance(state.get("step"), int) or not isinstance(state.get("best_val_loss"), float):
+            raise ValueError(f"{folder / 'state.json'} is damaged")
+    except ValueError as error:
+        return None, str(error)
+    return state, ""
+
+
 def load_best_weights(t: Trainer) -> int | None:
     """Copy the weights of `best/` into the model, and return their step.
 
     Returns None, after a warning, if `best/` is missing or damaged; the model is then unchanged.
     """
-
-    def read_step() -> tuple[int | None, str]:
-        try:
-            checkpoint.verify_checkpoint(t.folder / "best")
-            return checkpoint.read_checkpoint_metadata(t.folder / "best").state["step"], ""
-        except (ValueError, KeyError) as error:
-            return None, str(error)
-
-    step, problem = process_group.broadcast_from_rank0(read_step)
-    if step is None:
+    best, problem = process_group.broadcast_from_rank0(lambda: read_best_state(t))
+    if best is None:
         t.log.warn(f"the best weights cannot be used: {problem}. The run ends with its last weights")
-    elif step != t.state.step:
+        return None
+    if best["step"] != t.state.step:
         copy_best_weights(t)
-    return step
+    return best["step"]
 
 
 def copy_best_weights(t: Trainer) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fradique.checkpointing import checkpoint, metrics_file
+from fradique.checkpointing import metrics_file
 from fradique.distributed import process_group
 from fradique.training import evaluation, outputs
 
@@ -32,7 +32,7 @@ def check_best(t: Trainer) -> None:
     earlier, state.eval_fingerprint = state.eval_fingerprint, fingerprint
     if t.saved_step < 0 or state.best_step is None:
         return
-    best, problem = process_group.broadcast_from_rank0(lambda: _read_best_state(t))
+    best, problem = process_group.broadcast_from_rank0(lambda: outputs.read_best_state(t))
     if best is None:
         t.log.warn(
             f"{problem}: the best weights so far, of step {state.best_step}, are lost. From now on, the run "
@@ -54,21 +54,6 @@ def check_best(t: Trainer) -> None:
         if t.runtime.is_main:
             metrics_file.set_aside_evaluations(t.folder)
             t.log.move(t.folder)  # opens the new file
-
-
-def _read_best_state(t: Trainer) -> tuple[dict | None, str]:
-    """The content of best/state.json, and the problem if it cannot be used."""
-    folder = t.folder / "best"
-    if not folder.exists():
-        return None, f"{folder} is missing"
-    try:
-        checkpoint.verify_checkpoint(folder, t.lock.run_id if t.lock else None)
-        state = checkpoint.read_checkpoint_metadata(folder).state
-        if not isinstance(state.get("step"), int) or not isinstance(state.get("best_val_loss"), float):
-            raise ValueError(f"{folder / 'state.json'} is damaged")
-    except ValueError as error:
-        return None, str(error)
-    return state, ""
 
 
 def _evaluate_best_again(t: Trainer, best: dict) -> None:
