@@ -391,7 +391,7 @@ def save_and_exit(t: Trainer, stop: signals.StopSignal) -> None:
 
 
 def finish(t: Trainer) -> None:
-    """Evaluate the whole validation split with the best weights, write a sample, and print the results."""
+    """Measure the best weights on the validation split, write a sample, and print the results."""
     state, budget = t.state, t.budget
     if budget.too_short:
         finish_time = format_duration(budget.finish_seconds)

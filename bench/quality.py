@@ -37,7 +37,7 @@ def measure(
     config: str, budget: str, corpus: str, flags: Sequence[str], target_loss: float | None
 ) -> dict[str, Any]:
     """Run train.py once and return its results. Raises SystemExit with train.py's stderr if it fails."""
-    arguments = [config, *flags]
+    arguments = [config, "--final_eval=whole", *flags]  # so that all runs are measured on the same text
     arguments += [f"--time_budget={budget}"] if budget else []
     arguments += [f"--dataset={corpus}"] if corpus else []
     with tempfile.TemporaryDirectory() as scratch:

@@ -57,8 +57,8 @@ class RunResult:
     best_val_loss: float  # of the best evaluation, on its fixed windows; nats per token
     train_loss: float  # of the same evaluation
     best_step: int  # of the same evaluation
-    loss: float  # of the whole validation split; nats per token
-    bits_per_byte: float  # of the whole validation split
+    loss: float  # of the final measurement on the validation split; nats per token
+    bits_per_byte: float  # of the same measurement
     seconds: float  # of the whole run
     sample: str  # the last one
 

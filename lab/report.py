@@ -93,7 +93,13 @@ def summary(records: list[dict[str, Any]], config: GPTConfig, parameters: int) -
     final = next((r for r in reversed(records) if {"final_loss", "seconds"} <= r.keys()), None)
     if final:
         loss, bits = final["final_loss"], final.get("final_bits_per_byte")
-        result = f"whole validation split: loss {loss:.4f}, perplexity {evaluation.perplexity(loss):.2f}"
+        is_whole = final.get("final_tokens") == final.get("final_split_tokens")  # older runs have neither
+        part = (
+            "whole validation split"
+            if is_whole
+            else f"{final['final_tokens']:,} tokens of the validation split"
+        )
+        result = f"{part}: loss {loss:.4f}, perplexity {evaluation.perplexity(loss):.2f}"
         parts.append(result + (f", {bits:.3f} bits per byte" if bits else ""))
         parts.append(f"{final['step']:,} steps in {time_budget.format_duration(final['seconds'])}")
     return html_page.note("; ".join(parts))

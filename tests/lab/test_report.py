@@ -15,6 +15,7 @@ pytest.importorskip("plotly", reason="the pages need plotly")
 pytest.importorskip("sklearn", reason="t-SNE and PCA need scikit-learn")
 
 from lab import common, report
+from model import GPTConfig
 
 SECTIONS = [
     "Settings",
@@ -49,6 +50,14 @@ def test_a_report_is_complete_and_self_contained(settings, position):
     final = metrics_file.read_metrics(folder)[-1]
     assert f"loss {final['final_loss']:.4f}" in body
     assert not list(folder.glob(".report*"))
+
+
+@pytest.mark.parametrize(("tokens", "part"), [(900, "whole validation split"), (256, "256 tokens of the")])
+def test_the_report_says_on_which_text_the_loss_is(tokens, part):
+    final = {"step": 5, "final_loss": 2.0, "final_bits_per_byte": 3.0, "seconds": 9.0}
+    measured = {"final_tokens": tokens, "final_split_tokens": 900}
+    assert part in report.summary([final | measured], GPTConfig(), 1000)
+    assert "whole validation split" in report.summary([final], GPTConfig(), 1000)  # an older run
 
 
 def test_the_report_says_which_data_are_missing(settings):
