@@ -33,7 +33,7 @@ from fradique.optim import lr_schedule, optimizer
 from fradique.runtime import device, signals
 from fradique.runtime.device import DTYPES
 from fradique.runtime.memory_limits import OomReport
-from fradique.training import autoconfig, evaluation, outputs, resume, setup, skip_step
+from fradique.training import autoconfig, evaluation, outputs, resume, setup, skip_step, thread_choice
 from fradique.training.model_setup import model_config
 from fradique.training.time_budget import format_duration, parse_duration
 from fradique.training.trainer import Trainer, TrainState
@@ -54,7 +54,7 @@ class TrainSettings:
     max_iters: int = setting(600000, "number of training steps", common=True, lo=0)
     auto: bool = setting(False, "choose model size, batch size and schedule for this machine, corpus and time_budget; settings that you give are kept", common=True)
     time_budget: str = setting("", "stop after this much time (evaluation included) instead of max_iters, for example 90s, 10m, 1h30m; the learning rate schedule follows the clock", common=True)
-    seed: int = setting(1337, "random seed for weights, batches and dropout; the same seed repeats the run exactly", lo=0, hi=2**62)
+    seed: int = setting(1337, "random seed for weights, batches and dropout; the same seed, on the same number of threads, repeats the run exactly", lo=0, hi=2**62)
     debug: bool = setting(False, "show the traceback of an error")
 
     dataset: str = setting("openwebtext", "name of the corpus: a folder in data_dir", common=True, group="data", path=True)
@@ -125,6 +125,7 @@ class TrainSettings:
 
     device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N", common=True, group="machine")
     dtype: str = setting("auto", "dtype of the forward pass; weights stay in float32", choices=("auto", *DTYPES))
+    threads: int = setting(0, "threads of the CPU; 0: the number that trains fastest, chosen by timing, and again if training slows down", common=True, lo=0, hi=4096)
     compile: bool | str = setting("auto", "use torch.compile; auto: if the run is long enough to benefit", common=True, choices=("auto", True, False))
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third slower")
     parallel: str = setting("ddp", "under torchrun: ddp (each process holds the whole model) or fsdp (the model is sharded over the processes)", choices=("ddp", "fsdp"))
@@ -225,6 +226,7 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
             state.muon_learning_rate = t.optimizers[0].param_groups[0]["lr"]
         state.step += 1
         outputs.check_schedule(t)
+        thread_choice.watch(t, lambda: setup.time_pass(t))
         t.log.advance(outputs.bar_position(t))
         if state.step % settings.log_interval == 0:
             outputs.log_step(t, loss, norm)

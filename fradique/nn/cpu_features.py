@@ -10,6 +10,8 @@ import torch
 @functools.cache
 def cpu_has_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16 matrix products (AMX or AVX-512 BF16)."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # also if ATEN_CPU_CAPABILITY=avx2 says so
+        return False
     # torch's functions for this are private: a version of torch may lack them
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in names)

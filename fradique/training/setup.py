@@ -25,7 +25,7 @@ from fradique.optim import optimizer
 from fradique.runtime.device import Runtime, compile_with_fallback, setup_runtime
 from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer.tokenizer import encode_prompt
-from fradique.training import logger, model_setup, outputs
+from fradique.training import logger, model_setup, outputs, thread_choice
 from fradique.training.model_setup import ModelSource
 from fradique.training.time_budget import TimeBudget, parse_duration
 from fradique.training.trainer import Trainer, TrainState, tokens_per_step
@@ -85,6 +85,7 @@ def setup_training(
         saved_step=state.step if source.checkpoint else -1,
     )
     outputs.log_startup(t)
+    t.threads = thread_choice.prepare(t, lambda: time_pass(t))
     prepare_forward(t, average_gradients)
     t.budget.mark(state.step)
     return t
@@ -267,6 +268,13 @@ def warmup_pass(t: Trainer, forward: nn.Module) -> None:
         _, loss = forward(x, y, with_logits=False)
     loss.backward()
     t.model.zero_grad(set_to_none=True)
+
+
+def time_pass(t: Trainer) -> float:
+    """The seconds of a forward and backward pass, not compiled, whose gradients are discarded."""
+    start = time.monotonic()
+    warmup_pass(t, t.model)
+    return time.monotonic() - start
 
 
 # Restarts

@@ -165,6 +165,12 @@ class TimeBudget:
         """
         return self.limit - min(self.finish_seconds, (self.limit - self.training_began) / 2)
 
+    def seconds_left(self, steps: int) -> float:
+        """Seconds that training still takes: until the limit, or for this many steps as long as the last."""
+        if self.limit is None:
+            return steps * self.step_seconds
+        return self.training_ends - self.elapsed()
+
     def synchronize(self, runtime: Runtime) -> None:
         """Set the clock to its maximum over the ranks, so that `is_over` is the same on all of them.
 

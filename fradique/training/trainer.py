@@ -16,6 +16,7 @@ from fradique.data.dataset import Corpus
 from fradique.data.sampler import Sampler
 from fradique.runtime.device import Runtime
 from fradique.training.logger import RunLogger
+from fradique.training.thread_choice import ThreadChoice
 from fradique.training.time_budget import TimeBudget
 from model import GPT
 
@@ -79,11 +80,13 @@ class TrainState:
     eval_fingerprint: str = ""  # of the corpus and the windows of the best loss; "": an older version's
     learning_rate: float = 0.0  # AdamW's in the last step; 0: none was made, or not saved
     muon_learning_rate: float = 0.0  # Muon's, likewise
-    # The next four are as read from a checkpoint. Their current values are in Trainer.budget and
-    # Trainer.scaler, from where Trainer.state_dict saves them.
+    # The next six are as read from a checkpoint. Their current values are in Trainer.budget, Trainer.threads
+    # and Trainer.scaler, from where Trainer.state_dict saves them.
     seconds: float = 0.0  # elapsed in earlier processes of this run
     closing_seconds: float = 0.0  # TimeBudget.finish_seconds
     writing_seconds: float = 0.0  # TimeBudget.sample_seconds
+    threads: int = 0  # ThreadChoice.chosen; 0: not chosen
+    pace: float = 0.0  # ThreadChoice.pace
     scaler: dict[str, float] = field(default_factory=dict)  # GradScaler.state_dict()
     past: LossHistory = field(default_factory=LossHistory)
 
@@ -141,6 +144,7 @@ class Trainer:
     budget: TimeBudget
     log: RunLogger
     folder: Path  # the run folder; changes if somebody moves the folder
+    threads: ThreadChoice = field(default_factory=lambda: ThreadChoice((torch.get_num_threads(),)))
     lock: run_folder.RunLock | None = None  # None on ranks other than 0, and with eval_only
     saved_step: int = -1  # step of the last checkpoint, written or resumed from; -1: none
     schedule_checked: bool = False  # whether outputs.warn_about_schedule was called
@@ -152,7 +156,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The content of state.json."""
-        return asdict(self.state) | self.budget.state() | {"scaler": self.scaler.state_dict()}
+        threads = {"threads": self.threads.chosen, "pace": self.threads.pace}
+        return asdict(self.state) | self.budget.state() | threads | {"scaler": self.scaler.state_dict()}
 
     def close(self) -> None:
         """Close the log and release the run folder."""
