@@ -251,6 +251,8 @@ def print_samples(settings: SampleSettings, device: torch.device) -> None:
         run_folder.saved_settings(Path(source))  # raises if there is no run: it is not a name on the hub
     prompt = read_prompt(settings.start)
     loaded = load_model(source, checkpoint_name=settings.checkpoint, device=device, dtype=settings.dtype)
+    for warning in loaded.runtime.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     loaded = prepare_for_inference(loaded, settings.dtype)
     note = ""
     if settings.temperature < GREEDY_TEMPERATURE and settings.num_samples > 1:

@@ -55,6 +55,7 @@ class Runtime:
     rank: int = 0
     world: int = 1  # number of ranks
     notes: tuple[str, ...] = ()  # messages for the log: what was chosen automatically, and why
+    warnings: tuple[str, ...] = ()  # for the log: choices of the user that make the run slow
     sharded: bool = False  # each rank holds a shard of every parameter (FSDP2)
 
     @property
@@ -202,8 +203,14 @@ def setup_runtime(
         device = choose_device(device, ranks.local_rank, ranks.world)
     notes = []
     chosen_dtype, reason = choose_dtype(dtype, device, n_embd, vocab_size)
-    if dtype == "auto" or reason != "as set":
+    if dtype == "auto":
         notes.append(f"using {chosen_dtype}: {reason}")
+    slow_choices = []
+    if chosen_dtype == "bfloat16" and emulates_bf16(device):
+        slow_choices.append(
+            f"dtype=bfloat16: this {device.type} has no bfloat16 arithmetic, and emulating it is slow; "
+            "use --dtype=auto"
+        )
     chosen_compile, reason = choose_compile(compile, device, run_flops, run_seconds)
     if compile == "auto":
         notes.append(f"{'compiling' if chosen_compile else 'not compiling'}: {reason}")
@@ -214,6 +221,7 @@ def setup_runtime(
         rank=ranks.rank,
         world=ranks.world,
         notes=tuple(notes),
+        warnings=tuple(slow_choices),
         sharded=parallel == "fsdp" and ranks.world > 1,
     )
 
@@ -248,11 +256,6 @@ def choose_dtype(name: str, device: torch.device, n_embd: int, vocab_size: int =
     if name != "auto":
         if name == "float16" and device.type != "cuda":
             raise ValueError(f"dtype=float16 needs a GradScaler on CUDA; use float32 or bfloat16 on {device}")
-        if name == "bfloat16" and emulates_bf16(device):
-            return (
-                name,
-                f"as set, but {device} has no bfloat16 arithmetic, and emulating it is many times slower",
-            )
         return name, "as set"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

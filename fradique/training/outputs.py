@@ -200,6 +200,8 @@ def log_startup(t: Trainer) -> None:
     t.log.info(f"{t.corpus.folder}: {train_tokens:,} training tokens, {val_tokens:,} validation tokens")
     for note in t.runtime.notes:
         t.log.info(note)
+    for warning in t.runtime.warnings:
+        t.log.warn(warning)
     if t.settings.init_from == "resume":
         t.log.info(f"resuming at step {t.state.step}")
         if not t.settings.eval_only and (finished := describe_end(t)):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fradique.nn import cpu_features
 from fradique.runtime import device as devices
 
 
@@ -49,6 +50,37 @@ def test_float16_needs_cuda():
     with pytest.raises(ValueError, match="float16 needs a GradScaler on CUDA"):
         devices.choose_dtype("float16", torch.device("cpu"), 64)
     assert devices.choose_dtype("bfloat16", torch.device("cpu"), 64) == ("bfloat16", "as set")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bfloat16_that_is_emulated_gives_a_warning(monkeypatch, device):
+    monkeypatch.setattr(devices, "emulates_bf16", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    runtime = devices.setup_runtime(device=device, dtype="bfloat16")
+    assert runtime.warnings == (
+        f"dtype=bfloat16: this {device} has no bfloat16 arithmetic, and emulating it is slow; "
+        "use --dtype=auto",
+    )
+    assert devices.setup_runtime(device=device, dtype="float32").warnings == ()
+    monkeypatch.setattr(devices, "emulates_bf16", lambda device: False)
+    assert devices.setup_runtime(device=device, dtype="bfloat16").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("capability", "amx", "avx512_bf16", "expected"),
+    [
+        ("AVX512", False, True, True),
+        ("AVX512", True, False, True),
+        ("AVX512", False, False, False),
+        ("AVX2", True, True, False),  # ATEN_CPU_CAPABILITY=avx2
+    ],
+)
+def test_bfloat16_needs_the_instructions_and_their_use(monkeypatch, capability, amx, avx512_bf16, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert cpu_features.cpu_has_bf16.__wrapped__() is expected
 
 
 def test_compile_auto_compiles_only_long_runs(monkeypatch):

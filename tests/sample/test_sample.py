@@ -15,6 +15,7 @@ from support import ROOT, run_script, run_training
 
 import sample
 from configurator import command, resolve
+from fradique.runtime import device
 from lab import common
 from sample import SampleSettings
 from train import TrainSettings
@@ -138,6 +139,14 @@ def test_an_empty_prompt_gives_the_text_after_a_line_break(loaded):
     """A character vocabulary has no <|endoftext|>, after which a text would begin otherwise."""
     assert loaded.tokenizer.end_of_text is None
     assert sample_texts(loaded, "") == sample_texts(loaded, "\n") != sample_texts(loaded, " ")
+
+
+def test_bfloat16_that_is_emulated_gives_a_warning(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(device, "emulates_bf16", lambda device: True)
+    arguments = [f"--out_dir={run_folder}", "--device=cpu", "--max_new_tokens=2", "--num_samples=1"]
+    for dtype, warnings in (("bfloat16", 1), ("float32", 0), ("auto", 0)):
+        assert command(sample.main, SampleSettings, [*arguments, f"--dtype={dtype}"]) == 0
+        assert capsys.readouterr().err.count("warning: dtype=bfloat16: this cpu has no") == warnings
 
 
 def test_the_checkpoint_name_selects_the_weights(run_folder):

@@ -13,6 +13,7 @@ from support import before_steps, flags, run_script, run_training
 import train
 from fradique.checkpointing import checkpoint, metrics_file
 from fradique.io import files
+from fradique.runtime import device
 from fradique.training import evaluation, outputs, setup
 from train import TrainSettings
 
@@ -38,6 +39,12 @@ def test_final_metrics_cover_the_whole_validation_split(settings):
     assert final["final_loss"] == pytest.approx(total / n, abs=1e-5)
     assert final["final_perplexity"] == pytest.approx(math.exp(total / n), rel=1e-5)
     assert final["final_bits_per_byte"] == pytest.approx(total / math.log(2) / size, abs=1e-5)
+
+
+def test_choices_that_make_a_run_slow_give_a_warning(settings, monkeypatch, capsys):
+    monkeypatch.setattr(device, "emulates_bf16", lambda device: True)
+    run_training(replace(settings, max_iters=1, dtype="bfloat16"))
+    assert capsys.readouterr().err.count("warning: dtype=bfloat16: this cpu has no bfloat16 arithmetic") == 1
 
 
 def test_evaluations_of_the_same_weights_are_equal(settings):
