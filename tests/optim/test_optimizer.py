@@ -1,5 +1,7 @@
 """AdamW and Muon against their formulas, gradient clipping, and saved state."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -94,15 +96,13 @@ def test_muon_updates_the_matrices_in_blocks_and_adamw_the_rest():
     assert {g["weight_decay"] for g in muon_opt.param_groups} == {0.1}
 
 
-def newton_schulz(matrix):
-    """Muon's quintic iteration (Jordan et al. 2024) in float64."""
-    x = matrix / np.linalg.norm(matrix)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+def orthogonal_factor(matrix):
+    """The three steps of Polar Express for small matrices, applied to the singular values in float64."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.linalg.norm(matrix) / 1.01
+    for a, b, c in [(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)]:
+        s = a * s + b * s**3 + c * s**5
+    return u * s @ vt
 
 
 def test_steps_of_muon_equal_its_formula():
@@ -118,7 +118,7 @@ def test_steps_of_muon_equal_its_formula():
                 momentum[name] = 0.9 * momentum.get(name, 0.0) + 0.1 * g  # torch uses a running average
                 matrices = 3 if "c_attn" in name else 1  # q, k and v are separate
                 splits = np.split(0.1 * g + 0.9 * momentum[name], matrices)  # Nesterov's
-                update = np.concatenate([newton_schulz(split) for split in splits])
+                update = np.concatenate([orthogonal_factor(split) for split in splits])
                 scale = 0.02 * max(1.0, p.shape[0] / matrices / p.shape[1]) ** 0.5
                 before[name] = before[name] * (1 - 0.02 * 0.1) - scale * update
         optimizer.assign_gradients(opt)
@@ -130,9 +130,41 @@ def test_steps_of_muon_equal_its_formula():
         assert error < 0.05, (name, error)
 
 
+@pytest.mark.parametrize(
+    ("m", "smallest", "low", "high"),
+    [(256, 0.01, 0.72, 1.28), (257, 0.003, 0.80, 1.21), (4096, 0.003, 0.80, 1.21)],
+)
+def test_polar_express_brings_singular_values_close_to_1(m, smallest, low, high):
+    """The polynomials of all steps, on a fine grid of singular values."""
+    s = np.linspace(smallest, 1.0, 100_001)
+    for a, b, c in next(steps for rows, steps in muon_module.POLAR_EXPRESS.items() if m <= rows):
+        s = a * s + b * s**3 + c * s**5
+    assert low <= s.min() and s.max() <= high
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, 8), (8, 15), (8, 16), (48, 192), (300, 700)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalized_matrices_have_singular_values_near_1(m, n, dtype):
+    """Also of matrices with a few strong directions, whose other singular values are 30 times as small."""
+    for spread in (1.0, 30.0):
+        torch.manual_seed(m + n)
+        u, _, vt = torch.linalg.svd(torch.randn(3, m, n), full_matrices=False)
+        s = torch.ones(m).div(spread)
+        s[: m // 8] = 1.0
+        update = muon_module.orthogonalize((u * s @ vt).to(dtype)).float()
+        values = torch.linalg.svdvals(update)
+        tolerance = 0.03 if dtype == torch.float32 else 0.15
+        assert 0.7 - tolerance < values.min() and values.max() < 1.27 + tolerance
+        rotated = u.mT @ update @ vt.mT  # diagonal: the singular vectors stay
+        assert (rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))).abs().max() < 0.01 + tolerance
+
+
 @pytest.mark.parametrize("batch_elements", [1 << 24, 300])
 def test_batched_updates_equal_those_of_torchs_muon(batch_elements, monkeypatch):
     monkeypatch.setattr(muon_module, "MAX_BATCH_ELEMENTS", batch_elements)
+    jordans_steps = ((3.4445, -4.7750, 2.0315),) * 5  # those of torch
+    monkeypatch.setattr(muon_module, "POLAR_EXPRESS", {math.inf: jordans_steps})
+    monkeypatch.setattr(muon_module, "SAFETY", 1.0)
     model = tiny_model()
     (opt, _), copies, initial = muon(model), {}, {}
     for name, matrix in zip(opt.param_groups[0]["param_names"], opt.param_groups[0]["params"], strict=True):
