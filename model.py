@@ -19,18 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fradique.generation.generate import stream as stream_tokens
 from fradique.generation.kv_cache import KVCache
-from fradique.nn.attention import attention, causal_mask
+from fradique.nn.attention import attention, causal_mask, visible_keys
 from fradique.nn.cross_entropy import linear_cross_entropy
 from fradique.nn.functional import ACTIVATIONS, GATED, apply_rope, dropout
 from fradique.nn.linear import Linear
+from fradique.nn.ngrams import NgramEmbedding
 from fradique.nn.norms import NORMS, make_norm
-from fradique.nn.positions import (
-    RELATIVE_BUCKETS,
-    alibi_slopes,
-    relative_buckets,
-    rope_cos_sin,
-    sinusoidal_embedding,
-)
+from fradique.nn.positions import RELATIVE_BUCKETS, position_bias, rope_cos_sin, sinusoidal_embedding
 
 NORM_PLACES = ("pre", "post", "deepnorm")
 POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "relative", "none")
@@ -61,6 +56,8 @@ class GPTConfig:
     sliding_window: int = 0  # number of last tokens that a token attends to, including itself; 0: all
     tie_weights: bool = True  # one matrix for the token embedding and the output layer
     logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
+    ngram_max: int = 1  # n-grams of 2 to ngram_max tokens have embeddings too; 1: only the tokens
+    ngram_rows: int = 16384  # rows of the table for each n
     flash: bool = True  # fused attention; False: plain_attention below
 
     @property
@@ -136,7 +133,7 @@ class GPTConfig:
         return [field.name for field in fields(cls)]
 
 
-POSITIVE_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+POSITIVE_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram_max", "ngram_rows")
 # for these, 0 means the default, or off
 OPTIONAL_SIZES = ("n_kv_head", "n_inner", "prefix_len", "sliding_window", "logit_softcap")
 CHOICES = {"norm": NORMS, "norm_place": NORM_PLACES, "position": POSITIONS, "activation": tuple(ACTIVATIONS)}
@@ -270,6 +267,8 @@ class GPT(nn.Module):
             modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         if config.position == "relative":  # one table for all layers, as in T5
             modules["rel"] = nn.Embedding(RELATIVE_BUCKETS, config.n_head)
+        if config.ngram_max > 1:
+            modules["ngrams"] = NgramEmbedding(config.ngram_max, config.ngram_rows, config.n_embd)
         if config.embd_norm:
             modules["ln_e"] = make_norm(config.norm, config.n_embd, config.bias)
         modules["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -287,7 +286,7 @@ class GPT(nn.Module):
         DeepNorm: Xavier in the blocks, times 1 / √(2 n_layer) for all but the query and key projections.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | nn.Embedding | NgramEmbedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -331,7 +330,7 @@ class GPT(nn.Module):
         S = T if cache is None else cache.num_keys(T)
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)  # (T,)
         inputs = AttentionInputs(self._mask(positions, start, S, prefix), self._rotation(positions))
-        x = self._embed(idx, positions)  # (B, T, C)
+        x = self._embed(idx, positions, cache)  # (B, T, C)
         for block in self.transformer["h"]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, inputs, use_reentrant=False)
@@ -351,9 +350,13 @@ class GPT(nn.Module):
         logits = self._logits(x)  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def _embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, idx: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         """Token ids (B, T) at `positions` (T,) -> (B, T, C)."""
         x = self.transformer["wte"](idx)
+        if "ngrams" in self.transformer:
+            earlier = self.config.ngram_max - 1
+            ids = F.pad(idx + 1, (earlier, 0)) if cache is None else cache.update_ids(idx + 1)
+            x = x + self.transformer["ngrams"](ids)
         if self.config.position == "learned":
             x = x + self.transformer["wpe"](positions)
         elif self.config.position == "sinusoidal":
@@ -379,20 +382,11 @@ class GPT(nn.Module):
         sees_later_keys = start < prefix - 1  # the first query attends to later tokens of the prefix
         if not (has_bias or windowed or sees_later_keys or start + T < S):
             return None
-        queries, keys = positions[:, None], torch.arange(S, device=positions.device)
-        visible = keys <= queries  # (T, S)
-        if sees_later_keys:
-            visible = visible | (keys < prefix)
-        if windowed:
-            visible = visible & (keys > queries - config.sliding_window)
+        visible = visible_keys(positions, S, prefix if sees_later_keys else 0, config.sliding_window)
         if not has_bias:
             return visible
-        distance = queries - keys  # (T, S); negative within a prefix
-        if config.position == "alibi":
-            slopes = alibi_slopes(config.n_head, positions.device)
-            bias = -slopes[:, None, None] * distance.abs()  # (n_head, T, S)
-        else:
-            bias = self.transformer["rel"](relative_buckets(distance)).permute(2, 0, 1)  # (n_head, T, S)
+        distance = positions[:, None] - torch.arange(S, device=positions.device)  # negative within a prefix
+        bias = position_bias(distance, config.n_head, self.transformer)  # (n_head, T, S)
         return bias.masked_fill(~visible, float("-inf"))[None]  # (1, n_head, T, S)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -408,11 +402,13 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward for one token: 6N + 12 n_layer C S (PaLM, appendix B).
 
-        N is the number of parameters without tables that are only looked up: positions, and an untied token
-        embedding. S is the number of keys that a token attends to: block_size, or the sliding window.
+        N is the number of parameters without tables that are only looked up: positions, n-grams, an untied
+        token embedding. S is the number of keys that a token attends to: block_size, or the sliding window.
         """
         c = self.config
-        N = self.num_params() - (0 if c.tie_weights else self.transformer["wte"].weight.numel())
+        tables = ["ngrams"] if c.tie_weights else ["ngrams", "wte"]
+        looked_up = [self.transformer[name].weight for name in tables if name in self.transformer]
+        N = self.num_params() - sum(table.numel() for table in looked_up)
         S = min(c.block_size, c.sliding_window or c.block_size)
         return 6 * N + 12 * c.n_layer * c.n_embd * S
 

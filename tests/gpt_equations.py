@@ -31,6 +31,15 @@ def reference_alibi_slopes(n):
     return reference_alibi_slopes(lower) + reference_alibi_slopes(2 * lower)[::2][: n - lower]
 
 
+def reference_ngram_row(idx, t, n, rows):
+    """The row of the n-gram that ends at token t, by Horner's rule; ids from 1, 0 before the text."""
+    polynomial = 0
+    for k in range(n):
+        polynomial = (polynomial * 1_000_003 + (int(idx[t - k]) + 1 if t >= k else 0)) % (2**31 - 1)
+    mixed = (polynomial ^ (polynomial >> 16)) * 48_271 % (2**31 - 1)
+    return (n - 2) * rows + (mixed ^ (mixed >> 15)) % rows
+
+
 def reference_logits(model, idx, prefix=0):
     """Logits (T, V) of the tokens idx (T,), the first `prefix` of which attend to each other."""
     c, T = model.config, len(idx)
@@ -89,6 +98,9 @@ def reference_logits(model, idx, prefix=0):
         return norm(norm_name, alpha * x + sum(layer(name, x) for layer, name in sublayers))
 
     x = weights["transformer.wte.weight"][idx]
+    for t in range(T):
+        for n in range(2, c.ngram_max + 1):
+            x[t] += weights["transformer.ngrams.weight"][reference_ngram_row(idx, t, n, c.ngram_rows)]
     if c.position == "learned":
         x = x + weights["transformer.wpe.weight"][:T]
     if c.position == "sinusoidal":

@@ -30,6 +30,9 @@ class KVCache:
         # zeros, not empty: unused entries are multiplied by attention weights of 0, so they must not be NaN
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.num_earlier = config.ngram_max - 1
+        # token ids plus 1, after as many zeros as an n-gram has earlier tokens; for NgramEmbedding
+        self.ids = torch.zeros(batch, self.num_earlier + self.capacity, dtype=torch.long, device=device)
         self.length = 0  # number of cached tokens; the model increases it after the last layer
         # int64 (1,): the position of the next token; a captured CUDA graph uses it instead of `length`
         self.position: Tensor | None = None
@@ -43,6 +46,16 @@ class KVCache:
     def num_keys(self, T: int) -> int:
         """S, the number of keys that `update` returns for T new tokens."""
         return self.capacity if self.position is not None else self.length + T
+
+    def update_ids(self, ids: Tensor) -> Tensor:
+        """Append ids (B, T) of new tokens; return them after those of ngram_max - 1 earlier ones."""
+        T, earlier = ids.size(1), self.num_earlier
+        if self.position is not None:
+            self.ids.index_copy_(1, self.position + earlier, ids)
+            offsets = torch.arange(earlier + T, device=ids.device)
+            return self.ids.index_select(1, self.position + offsets)
+        self.ids.narrow(1, self.length + earlier, T).copy_(ids)
+        return self.ids.narrow(1, self.length, earlier + T)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, kv_heads, T, head_dim) to a layer; return its S keys and values.

@@ -27,6 +27,21 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def visible_keys(queries: Tensor, S: int, prefix: int, window: int) -> Tensor:
+    """(T, S), True where the query at each of the positions `queries` (T,) attends to the key.
+
+    To earlier keys and its own; within the first `prefix` tokens to later ones too (prefix LM); only to the
+    last `window` keys, if that is not 0.
+    """
+    queries, keys = queries[:, None], torch.arange(S, device=queries.device)
+    visible = keys <= queries
+    if prefix > 1:
+        visible = visible | (keys < prefix)
+    if 0 < window < S:
+        visible = visible & (keys > queries - window)
+    return visible
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √D + mask) v, with dropout p on the probabilities: (B, H, T, D).
 

@@ -6,7 +6,7 @@ Shapes: T positions, C = n_embd, D = head_dim, H = n_head.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RELATIVE_BUCKETS, MAX_DISTANCE = 32, 128  # T5's number of buckets, and scale of the logarithmic ones
 
@@ -30,6 +30,16 @@ def _angles(positions: Tensor, width: int, base: float) -> Tensor:
     """position / base^(2i / width) in float32: (T, width / 2)."""
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     return positions[:, None].float() * base**-exponents
+
+
+def position_bias(distance: Tensor, n_head: int, tables: nn.ModuleDict) -> Tensor:
+    """What is added to the scores for the distances (T, S) from query back to key: (n_head, T, S).
+
+    By T5, if `tables` contains `rel`, its embedding of the buckets; otherwise by ALiBi.
+    """
+    if "rel" in tables:
+        return tables["rel"](relative_buckets(distance)).permute(2, 0, 1)
+    return -alibi_slopes(n_head, distance.device)[:, None, None] * distance.abs()
 
 
 def alibi_slopes(n_head: int, device: torch.device) -> Tensor:

@@ -69,6 +69,7 @@ _SUPPORTED_BY_BOTH = {
     "prefix_len": (0,),
     "sliding_window": (0,),
     "logit_softcap": (0.0,),
+    "ngram_max": (1,),
 }
 # name of a layout -> GPTConfig field -> the values that the class supports
 SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -65,6 +65,8 @@ NON_DEFAULT = {
     "sliding_window": 5,
     "tie_weights": False,
     "logit_softcap": 15.0,
+    "ngram_max": 3,
+    "ngram_rows": 100,
 }
 
 

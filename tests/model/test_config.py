@@ -26,6 +26,8 @@ VALUES = {
     "position": ["learned", "sinusoidal", "rope", "alibi", "relative", "none"],
     "activation": ["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"],
     "logit_softcap": [0.0, 2.0],
+    "ngram_max": [1, 1, 1, 2, 4],
+    "ngram_rows": [1, 50],
 }
 SWITCHES = ("bias", "qk_norm", "embd_norm", "parallel_block", "tie_weights", "flash")
 VALUES |= {name: [True, False] for name in SWITCHES}
@@ -139,8 +141,8 @@ def test_all_contradictions_are_reported_together():
 
 
 def test_all_invalid_sizes_and_names_are_reported_together():
-    sizes = ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_inner", "prefix_len"]
-    sizes += ["sliding_window", "logit_softcap"]
+    sizes = ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram_max", "ngram_rows"]
+    sizes += ["n_kv_head", "n_inner", "prefix_len", "sliding_window", "logit_softcap"]
     names = ["norm", "norm_place", "position", "activation"]
     problems = GPTConfig(**dict.fromkeys(sizes, -1), **dict.fromkeys(names, "?")).problems()
     assert [problem.split(" = ")[0] for problem in problems] == sizes + names

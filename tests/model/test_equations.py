@@ -48,6 +48,8 @@ def test_config_file_models_equal_the_equations(name, flash, architecture):
         {"activation": "swiglu", "n_inner": 7, "parallel_block": True},
         {"position": "alibi", "n_head": 3, "n_embd": 30},
         {"position": "rope", "rope_theta": 100.0, "n_head": 1},
+        {"ngram_max": 2, "ngram_rows": 1000, "tie_weights": False},
+        {"ngram_max": 5, "ngram_rows": 7, "embd_norm": True, "prefix_len": 5},
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
 )

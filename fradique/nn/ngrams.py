@@ -1,0 +1,54 @@
+"""Embeddings of n-grams: of each token together with the one, two, … tokens before it.
+
+The first layers of a small model spend most of their work on recognizing letters that often follow each
+other. A table that is looked up knows them without a matrix product. There are more n-grams than rows: a hash
+assigns them to rows, and rare ones share a row. Hash n-gram embeddings are those of BLT (Pagnoni et al. 2024,
+section 3.2.1); Huang et al. 2025 ("Over-Tokenized Transformer") show the gain for tokens of BPE.
+
+Shapes: B batch, T tokens, C = n_embd, N = ngram_max - 1 lengths of n-grams.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The hash of an n-gram is a polynomial of its token ids (Karp & Rabin 1987), whose bits are then mixed: alone
+# it gives regular patterns, in which many n-grams share rows. All products are below 2^63.
+BASE, MODULUS, MULTIPLIER = 1_000_003, 2**31 - 1, 48_271
+
+
+def ngram_rows(ids: Tensor, ngram_max: int, rows: int) -> Tensor:
+    """The row of each n-gram in one table of N * rows rows: ids (B, N + T) -> (B, T, N), int64.
+
+    ids: token ids plus 1, 0 where there is no token; the first N are those before the T tokens.
+    """
+    T = ids.size(1) - (ngram_max - 1)
+    value, columns = ids[:, -T:], []
+    for n in range(2, ngram_max + 1):
+        earlier = ids[:, ngram_max - n : ngram_max - n + T]  # n - 1 tokens before each
+        value = (value * BASE + earlier) % MODULUS
+        mixed = (value ^ value >> 16) * MULTIPLIER % MODULUS
+        columns.append((mixed ^ mixed >> 15) % rows + (n - 2) * rows)
+    return torch.stack(columns, dim=-1)
+
+
+class NgramEmbedding(nn.Module):
+    """The sum of the embeddings of the n-grams that end at each token, for n from 2 to ngram_max.
+
+    `sparse_grad`: the gradient is a sparse tensor with the rows that occur in the batch. A dense one would
+    have to be filled, and added to all rows, in every step.
+    """
+
+    def __init__(self, ngram_max: int, rows: int, width: int) -> None:
+        super().__init__()
+        self.ngram_max, self.rows = ngram_max, rows
+        self.weight = nn.Parameter(torch.empty((ngram_max - 1) * rows, width))
+        self.sparse_grad = True
+
+    @torch.compiler.disable  # the compiler knows no sparse gradients
+    def forward(self, ids: Tensor) -> Tensor:
+        """`ids` (B, N + T): see `ngram_rows` -> (B, T, C)."""
+        rows = ngram_rows(ids, self.ngram_max, self.rows)  # (B, T, N)
+        B, T, N = rows.shape
+        sums = F.embedding_bag(rows.view(B * T, N), self.weight, mode="sum", sparse=self.sparse_grad)
+        return sums.view(B, T, -1)
