@@ -132,16 +132,25 @@ def work(options: dict[str, Any]) -> None:
         name: functools.partial(run_row, function, context)
         for name, function in ({MACHINE_ROW: machine_info} | functions).items()
     }
-    serve(rows, is_usable=lambda: bool(torch.ones(2, device=context.device).sum().item() == 2))
+    serve(rows, is_usable=lambda: clean_up(context))
 
 
 def run_row(function: Callable[[Context], Result], context: Context) -> Result:
-    """Run a row, and free its memory."""
+    """Run a row, and clean up: an asynchronous CUDA error of this row must not appear in the next one."""
     result = function(context)
+    assert clean_up(context), "the device computes a wrong sum after this row"
+    return result
+
+
+def clean_up(context: Context) -> bool:
+    """Free the memory of the last row. Returns whether the device can still add.
+
+    Raises RuntimeError after a CUDA error that makes the context unusable.
+    """
     torch._dynamo.reset()
     gc.collect()
-    free_memory(context)  # also waits for the device: an error of this row does not appear in the next one
-    return result
+    free_memory(context)
+    return torch.ones(2, device=context.device).sum().item() == 2.0
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -209,15 +209,16 @@ def machine_info(context: Context) -> Result:
     }
 
 
+# In the order of their importance: the last ones are not run if no time is left.
 TABLE: dict[str, tuple[Callable[[Context], Result], float]] = {  # name: (function, seconds at most)
     "matmul": (matmul_row, 15),
     "train 124M eager": (train_row("124M", compile=False), 40),
     "train shakespeare_char eager": (train_row("shakespeare_char", compile=False), 30),
     "decode 124M": (decode_row, 40),
-    "memory of 124M": (memory_row("124M"), 40),
-    "memory of shakespeare_char": (memory_row("shakespeare_char"), 30),
+    "train 124M compiled": (train_row("124M", compile=True), 150),
+    "train shakespeare_char compiled": (train_row("shakespeare_char", compile=True), 90),
     "loss with AdamW": (loss_row("adamw"), 75),
     "loss with Muon": (loss_row("muon"), 90),
-    "train shakespeare_char compiled": (train_row("shakespeare_char", compile=True), 90),
-    "train 124M compiled": (train_row("124M", compile=True), 150),
+    "memory of 124M": (memory_row("124M"), 40),
+    "memory of shakespeare_char": (memory_row("shakespeare_char"), 30),
 }

@@ -24,15 +24,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0  # at most, from the start of a process until it has imported torch
-MAX_TRACEBACK = 3000  # characters of a traceback in the result
+MAX_ERROR, MAX_TRACEBACK = 300, 3000  # characters of a line of an error, and of a traceback, in a result
 READY = {"ready": True}
+REPLACED = {"process": "replaced"}  # in the result of a row after which the process cannot be used
 Result = dict[str, Any]
 
 
 def serve(rows: Mapping[str, Callable[[], Result]], is_usable: Callable[[], bool] = lambda: True) -> None:
     """The process: run the rows whose names arrive on standard input, until there are no more.
 
-    is_usable: called after a row has failed; if it returns False or raises an error, the process ends.
+    is_usable: called after a row has failed; if it returns False or raises RuntimeError, the process ends.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the rows print goes to stderr
@@ -45,25 +46,32 @@ def serve(rows: Mapping[str, Callable[[], Result]], is_usable: Callable[[], bool
     for line in sys.stdin:
         start = time.perf_counter()
         outcome = run_row(rows[line.strip()])
-        reply(outcome | {"seconds": round(time.perf_counter() - start, 2)})
-        if outcome["status"] == "failed":
-            with contextlib.suppress(RuntimeError):  # a CUDA error
-                if is_usable():
-                    continue
+        outcome["seconds"] = round(time.perf_counter() - start, 2)
+        if outcome["status"] == "ok":
+            reply(outcome)
+            continue
+        usable = False
+        with contextlib.suppress(RuntimeError):  # a CUDA error
+            usable = is_usable()
+        reply(outcome if usable else outcome | REPLACED)
+        if not usable:
             sys.stderr.flush()
             os._exit(1)  # a normal exit would call CUDA again
 
 
 def run_row(function: Callable[[], Result]) -> Result:
-    """The outcome of a row: status "ok" and its result, or "failed", the last line of the traceback, and all
-    of it."""
+    """The outcome of a row: status "ok" and its result, or "failed", its error and its traceback.
+
+    The error is the last part of the traceback; of several lines, the first and the last.
+    """
     try:
         return {"status": "ok", "result": function()}
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
+        ends = [line[:MAX_ERROR] for line in dict.fromkeys((lines[0], lines[-1]))]
         details = traceback.format_exc()[-MAX_TRACEBACK:]
-        return {"status": "failed", "error": lines[0][:500], "traceback": details}
+        return {"status": "failed", "error": " … ".join(ends), "traceback": details}
 
 
 class Worker:
@@ -92,7 +100,10 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(name + "\n")
             self.process.stdin.flush()
-        return self.receive(limit)
+        result = self.receive(limit)
+        if result.items() >= REPLACED.items():
+            self.stop()
+        return result
 
     def start(self) -> str | None:
         """Start a process. Returns the problem if it does not become ready."""
@@ -138,7 +149,7 @@ class Worker:
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines() or ["no message"]
         self.errors.seek(0, os.SEEK_END)  # the position is shared with the next process
-        return lines[-1][:500]
+        return lines[-1][:MAX_ERROR]
 
     def stop(self) -> None:
         """End the process and those that it has started."""
