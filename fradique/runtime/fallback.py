@@ -35,7 +35,7 @@ LOSS_SCALE = 128.0
 
 @dataclass(frozen=True)
 class FirstPass:
-    """The loss of a forward pass and the norm of its gradient."""
+    """The loss of a forward pass and the norm of its gradient, 0 without gradients."""
 
     loss: float
     norm: float
@@ -89,6 +89,16 @@ def check_first_pass(
     return candidate
 
 
+@torch.no_grad()
+def check_inference(model: GPT, runtime: Runtime, warn: Callable[[str], None]) -> Runtime:
+    """`check_first_pass` without gradients, on the tokens 0, 1, 2, ...; only on CUDA."""
+    if runtime.device.type not in CHECKED_DEVICES:
+        return runtime
+    length = min(model.config.block_size, max(MAX_TOKENS, 2 * model.config.prefix_len))
+    idx = torch.arange(length, device=runtime.device)[None] % model.config.vocab_size
+    return check_first_pass(model, runtime, idx, (idx + 1) % model.config.vocab_size, warn)
+
+
 def _find_problem(
     model: GPT, runtime: Runtime, plain: bool, idx: Tensor, targets: Tensor, expected: FirstPass
 ) -> str | None:
@@ -113,7 +123,7 @@ def first_pass(model: GPT, runtime: Runtime, idx: Tensor, targets: Tensor) -> Fi
         model.eval()
         with runtime.autocast():
             _, loss = model(idx, targets, with_logits=False)
-        if loss.requires_grad:  # not if every parameter is frozen
+        if loss.requires_grad:  # not under no_grad, or if every parameter is frozen
             (loss * LOSS_SCALE).backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads).item() / LOSS_SCALE

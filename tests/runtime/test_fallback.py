@@ -7,6 +7,7 @@ import torch
 from architectures import ids, random_model, small
 from support import losses, run_training
 
+import sample
 from fradique.optim import optimizer
 from fradique.runtime import device as devices
 from fradique.runtime import fallback
@@ -134,6 +135,22 @@ def test_a_run_with_broken_attention_trains_as_with_flash_off(settings, tmp_path
     assert (
         capsys.readouterr().err.count("warning: the first step in float32 fails (No available kernel.") == 1
     )
+
+
+def test_sampling_with_broken_attention_uses_the_plain_one(monkeypatch, capsys):
+    """On CUDA, which the CPU stands for here. The checked model has no gradients."""
+    model = random_model(small(block_size=8), std=0.05)
+    model.requires_grad_(True)
+    loaded = sample.LoadedModel(model, tokenizer=None, runtime=BF16)
+    assert sample.prepare_for_inference(loaded, "bfloat16") == loaded and not capsys.readouterr().err
+    monkeypatch.setattr(fallback, "CHECKED_DEVICES", ("cpu",))
+    assert sample.prepare_for_inference(loaded, "bfloat16") == loaded and not capsys.readouterr().err
+    replace_attention(model, no_kernel)
+    assert sample.prepare_for_inference(loaded, "bfloat16").runtime == BF16
+    assert (
+        capsys.readouterr().err.count("warning: the first step in bfloat16 fails (No available kernel.") == 1
+    )
+    assert all(uses_plain_attention(model))
 
 
 # The compiled model
