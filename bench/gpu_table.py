@@ -26,7 +26,13 @@ TINY_MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--
 # Both optimizers see as many tokens: STEPS x 64 x 256. Muon's learning rate is that of `auto`.
 STEPS = 2000
 LOSS_FLAGS = [f"--max_iters={STEPS}", "--eval_interval=100", "--eval_iters=20"]
-QUICK_LOSS_FLAGS = [*TINY_MODEL, "--max_iters=8", "--warmup_iters=0", "--eval_interval=4", "--eval_iters=1"]
+QUICK_LOSS_FLAGS = [
+    *TINY_MODEL,
+    "--max_iters=40",
+    "--warmup_iters=0",
+    "--eval_interval=20",
+    "--eval_iters=20",
+]
 OPTIMIZER_FLAGS = {
     "adamw": ["--optimizer=adamw"],
     "muon": ["--optimizer=muon", "--muon_learning_rate=0.01"],
