@@ -30,6 +30,7 @@ QUICK_LOSS_FLAGS = [
     *TINY_MODEL,
     "--max_iters=40",
     "--warmup_iters=0",
+    "--learning_rate=1e-2",
     "--eval_interval=20",
     "--eval_iters=20",
 ]
