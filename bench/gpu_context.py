@@ -48,7 +48,7 @@ def generated_corpus(context: Context) -> str:
     """Prepare a corpus of random words, if that is not done yet, and return its name."""
     folder = context.data_dir / GENERATED
     if not (folder / "meta.json").exists():
-        words = [f"{a}{b}{c}" for a in "bdgl" for b in "aeiou" for c in "mnrs"]
+        words = [a + b + end for a in "bdgl" for b in "aeiou" for end in ("", "m", "ra", "sso")]
         source = random.Random(0)
         string = "".join(source.choice(words) + source.choice(" \n") for _ in range(20_000))
         build.prepare_text(Text("random words", len(string), lambda: iter([string])), folder)

@@ -92,6 +92,8 @@ def test_a_speed_row_gives_its_figures(name, context, monkeypatch):
     expected = {"matmul": "FLOP/s", "train": "of the matmul peak", "loss": "1.45 not reached"}
     expected |= {"decode": "batch 16: ", "memory": "MiB, ratio "}
     assert expected[name.split()[0]] in text
+    if name.startswith("loss"):
+        assert result["steps"] == 40 and result["loss"] < 2.6  # 2.65 before the first step
     if name.endswith("compiled"):
         assert "times as fast as the textbook model" in text and result["times_as_fast"] > 0
 
