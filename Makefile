@@ -7,12 +7,13 @@ READY := .venv/ready
 
 CFLAGS ?= -O3 -march=native -ffp-contract=fast
 
-.PHONY: help venv demo test lint check faults reference clean
+.PHONY: help venv demo test lint check gpu-check faults reference clean
 
 help:
 	@echo "make demo       install into .venv, train a small model for one minute, print a sample, write an HTML report"
 	@echo "make test       run all tests"
 	@echo "make check      run ruff (lint and format), then all tests"
+	@echo "make gpu-check  check a GPU beside the CPU, and measure it: eight minutes, no network (ARGS='--text FILE')"
 	@echo "make faults     run the fault tests of docs/RELIABILITY.md: kills, signals, full disks, lost ranks (hours)"
 	@echo "make reference  build GPT-2 in C: reference/build/gpt2"
 	@echo "make venv       create .venv (to install your own build of PyTorch before make demo)"
@@ -46,6 +47,10 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 
 check: lint test
+
+# Uses the Python of .venv, or $(PYTHON) if there is none: it installs nothing, because a GPU may have no network.
+gpu-check:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu_check $(ARGS)
 
 faults: $(READY)
 	@$(BIN)/python tests/faults/run.py

@@ -27,6 +27,7 @@ from fradique.generation import packed_weights
 from fradique.generation.sampling import GREEDY_TEMPERATURE
 from fradique.io.files import expand_home
 from fradique.pretrained import loader
+from fradique.runtime import fallback
 from fradique.runtime.device import DTYPES, Runtime, configure_process, setup_runtime
 from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer.tokenizer import StreamDecoder, Tokenizer, encode_prompt
@@ -109,10 +110,13 @@ def load_model(
 def prepare_for_inference(loaded: LoadedModel, requested_dtype: str) -> LoadedModel:
     """Convert the weights, if that makes generation faster. The model can then no longer be trained.
 
-    On CUDA to the runtime's dtype, except float16, in which activations could overflow. On a CPU, if "auto"
-    was requested, to bfloat16 in oneDNN's packed layout (see `packed_weights`).
+    On CUDA to the runtime's dtype, except float16, in which activations could overflow; if fused attention or
+    the dtype does not work there, prints a warning and uses plain attention or float32. On a CPU, if "auto" was
+    requested, to bfloat16 in oneDNN's packed layout (see `packed_weights`).
     """
-    model, runtime = loaded.model, loaded.runtime
+    model = loaded.model
+    runtime = fallback.check_inference(model, loaded.runtime, lambda text: print(f"warning: {text}", file=sys.stderr))
+    loaded = replace(loaded, runtime=runtime)
     if runtime.device.type == "cuda" and runtime.dtype != torch.float16:
         return replace(loaded, model=model.to(runtime.dtype), weights_cast=True)
     if requested_dtype != "auto" or not packed_weights.should_pack(model, runtime.device):

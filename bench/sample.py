@@ -32,6 +32,7 @@ from model import GPT, GPTConfig
 SHAPES = {
     "gpt2": GPTConfig(vocab_size=50257),
     "char": GPTConfig(block_size=256, vocab_size=128, n_layer=6, n_head=6, n_embd=384, bias=False),
+    "tiny": GPTConfig(block_size=32, vocab_size=128, n_layer=1, n_head=2, n_embd=16),  # to try this command
 }
 Generate = Callable[[Tensor, int], object]  # (prompt (B, T), number of new tokens)
 

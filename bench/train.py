@@ -65,10 +65,11 @@ def measure(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
             if args.nanogpt:
                 nanogpt = textbook.BaselineProcess(baseline_settings(t), args.nanogpt)
                 others["nanogpt_ratio"] = stack.enter_context(nanogpt)
-            our_times, other_times = time_rounds(t, others, args.rounds)
+            our_times, other_times = time_rounds(t, others, args.rounds, args.round_seconds)
         if args.profile:
             write_trace(t, config_name(argv))
-        result = summarize(t, our_times, other_times) | {"set_up_seconds": set_up_seconds}
+        peaks = machine.matmul_peaks(t.runtime.device, args.matmul_size)
+        result = summarize(t, our_times, other_times, peaks) | {"set_up_seconds": set_up_seconds}
         t.close()
     return {"config": config_name(argv), "notes": output.getvalue().splitlines(), **result}
 
@@ -119,12 +120,12 @@ def baseline_settings(t: Trainer) -> dict[str, Any]:
 
 
 def time_rounds(
-    t: Trainer, others: dict[str, textbook.BaselineProcess], rounds: int
+    t: Trainer, others: dict[str, textbook.BaselineProcess], rounds: int, least_seconds: float
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Seconds per step in each round: of our step, and of the others by name. They take turns.
 
-    In a round all run for about the same time. They run several steps if these are short, because the first
-    step after a pause is slower, and training has no pauses.
+    In a round all run for about the same time: `least_seconds`, or one step. They run several steps if these
+    are short, because the first step after a pause is slower, and training has no pauses.
     """
 
     def run_our_steps(count: int) -> float:
@@ -132,7 +133,7 @@ def time_rounds(
 
     programs = {"ours": run_our_steps} | {name: other.run for name, other in others.items()}
     step_seconds = {name: min(run(1), run(1)) for name, run in programs.items()}
-    round_seconds = max(ROUND_SECONDS, *step_seconds.values())
+    round_seconds = max(least_seconds, *step_seconds.values())
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, run in programs.items():
@@ -142,11 +143,15 @@ def time_rounds(
     return our_times, times
 
 
-def summarize(t: Trainer, our_times: list[float], other_times: dict[str, list[float]]) -> dict[str, Any]:
-    """The result of a config, from the seconds per step in each round (see `time_rounds`)."""
+def summarize(
+    t: Trainer, our_times: list[float], other_times: dict[str, list[float]], peaks: dict[str, float]
+) -> dict[str, Any]:
+    """The result of a config, from the seconds per step in each round (see `time_rounds`).
+
+    peaks: what machine.matmul_peaks returns.
+    """
     step_seconds, tokens = statistics.median(our_times), t.tokens_per_step
     flops_per_second = t.model.flops_per_token() * tokens / step_seconds
-    peaks = machine.matmul_peaks(t.runtime.device)
     dtype = str(t.runtime.dtype).removeprefix("torch.")
     return {
         "machine": machine.describe(t.runtime.device),
@@ -158,7 +163,8 @@ def summarize(t: Trainer, our_times: list[float], other_times: dict[str, list[fl
         "tokens_per_second": tokens / step_seconds,
         "flops": flops_per_second,
         "matmul_peaks": peaks,
-        "share_of_peak": flops_per_second / peaks.get(dtype, max(peaks.values())),  # float16 is not measured
+        # the peak of an emulated dtype is not measured
+        "share_of_peak": flops_per_second / peaks.get(dtype, max(peaks.values())),
         "peak_memory_bytes": machine.peak_memory(t.runtime.device),
         **{name: machine.median_ratio(times, our_times) for name, times in other_times.items()},
         **{f"{name}_step_seconds": statistics.median(times) for name, times in other_times.items()},
@@ -263,6 +269,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         default=5,
         help="number of rounds; results are medians over them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--round-seconds",
+        type=float,
+        default=ROUND_SECONDS,
+        help="how long each program runs in a round; at least one step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--matmul-size",
+        type=int,
+        default=0,
+        help="rows of the matrices of the product; 0: enough for full speed",
     )
     args, train_flags = parser.parse_known_args(argv)  # train_flags: configs and settings of train.py
     results = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 CUDA_GRAPH_MIN_TOKENS = 8  # for fewer tokens, capturing a graph takes longer than the graph saves
 CUDA_GRAPH_MAX_ROWS = 16  # with a larger batch the kernels take longer than their launches
+# The first logits of a graph may differ from those of a plain step by this fraction of the largest logit: the
+# graph attends to all entries of the cache with a mask, which is another kernel with other rounding.
+CUDA_GRAPH_TOLERANCE = 0.05
 
 
 @torch.no_grad()
@@ -94,19 +98,25 @@ def _check_options(
 class Decoder:
     """Computes the logits of the next token of a growing text, from the tokens in the window.
 
-    With a cache each call computes only the new tokens. Small batches on CUDA use a CUDA graph.
+    With a cache each call computes only the new tokens. Small batches on CUDA use a CUDA graph. If it cannot
+    be captured, or its first logits differ from those of a plain step, a warning says so and all steps are
+    plain.
     """
 
     def __init__(self, model: GPT, idx: Tensor, max_new_tokens: int, use_cache: bool, hop: int) -> None:
         self.model, self.hop = model, hop
         self.cache: KVCache | None = None
         self.cuda_graph: CUDAGraphDecoder | None = None
+        self.graph_checked = False  # whether the logits of the graph were compared with those of a plain step
         self.window_start = -1  # index of the window's first token in the text; -1: no call yet
         self.prefix = 0  # prefix of a prefix LM: number of tokens in the window when the window last moved
         if use_cache:
             self.cache = _empty_cache(model, idx, idx.size(1) + max_new_tokens)
             if max_new_tokens >= CUDA_GRAPH_MIN_TOKENS and can_use_cuda_graph(idx):
-                self.cuda_graph = CUDAGraphDecoder(model, self.cache, idx.size(0))
+                try:
+                    self.cuda_graph = CUDAGraphDecoder(model, self.cache, idx.size(0))
+                except RuntimeError as error:
+                    _warn_about_graph(str(error))
 
     def next_logits(self, idx: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, V) of the next token. A later call may overwrite the logits."""
@@ -118,11 +128,36 @@ class Decoder:
         cached = self.cache.length if self.cache is not None else 0
         new_tokens = idx[:, start + cached :]
         if self.cuda_graph is not None and cached and new_tokens.size(1) == 1:
-            logits = self.cuda_graph(new_tokens)
-        else:
-            with torch.inference_mode():  # faster than no_grad: by a tenth for a small model
-                logits = self.model(new_tokens, cache=self.cache, prefix=self.prefix)[0]
-        return logits[:, -1]
+            if self.graph_checked or self._check_graph(new_tokens):
+                return self.cuda_graph(new_tokens)[:, -1]
+            self.cuda_graph, self.cache.length = None, 0  # the graph may have written wrong keys and values
+            new_tokens = idx[:, start:]
+        return self._plain_logits(new_tokens)[:, -1]
+
+    def _plain_logits(self, new_tokens: Tensor) -> Tensor:
+        """Token ids (B, T) that follow the cached ones -> logits (B, 1, V) of the next token."""
+        with torch.inference_mode():  # faster than no_grad: by a tenth for a small model
+            return self.model(new_tokens, cache=self.cache, prefix=self.prefix)[0]
+
+    def _check_graph(self, token: Tensor) -> bool:
+        """Whether the graph gives the logits of a plain step for token ids (B, 1). If not, warns.
+
+        Leaves the length of the cache unchanged.
+        """
+        self.graph_checked, length = True, self.cache.length
+        expected = self._plain_logits(token)
+        self.cache.length = length
+        try:
+            difference = (self.cuda_graph(token) - expected).abs().max()
+            close = bool(difference <= CUDA_GRAPH_TOLERANCE * expected.abs().max())
+        except RuntimeError as error:
+            _warn_about_graph(str(error))
+            return False
+        self.cache.length = length
+        if not close and bool(expected.isfinite().all()):  # otherwise the model itself is broken
+            _warn_about_graph("its logits differ from those of a plain step")
+            return False
+        return True
 
 
 def window_start(length: int, block_size: int, hop: int) -> int:
@@ -145,6 +180,13 @@ def _empty_cache(model: GPT, idx: Tensor, max_length: int) -> KVCache:
 
 
 # CUDA graph
+
+
+def _warn_about_graph(problem: str) -> None:
+    """Warn that generation continues without a CUDA graph."""
+    reason = (problem.strip().splitlines() or ["unknown error"])[0][:200]
+    text = f"the CUDA graph of the decode step does not work ({reason}); continuing without it"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def can_use_cuda_graph(idx: Tensor) -> bool:

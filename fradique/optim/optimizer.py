@@ -1,6 +1,7 @@
 """AdamW and Muon for a model, gradient clipping, and optimizer state by parameter name."""
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,13 @@ def build_optimizers(
     weight_decay: float,
     muon_learning_rate: float = 0.02,
     muon_momentum: float = 0.95,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a model: [AdamW], or [Muon, AdamW] with Muon for the matrices in the blocks.
 
-    AdamW (Loshchilov & Hutter 2019) is fused on cpu, cuda and mps. Frozen parameters are left out. Raises
-    ValueError if all are frozen.
+    AdamW (Loshchilov & Hutter 2019) is fused on cpu, cuda and mps, unless `fused_adamw_problem` finds that
+    this does not work; `warn` is then called once. Frozen parameters are left out. Raises ValueError if all
+    are frozen.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
@@ -50,13 +53,42 @@ def build_optimizers(
             Muon(views, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay)
         )
     if adamw_parameters:
-        fused = next(iter(adamw_parameters.values())).device.type in ("cpu", "cuda", "mps")
+        device = next(iter(adamw_parameters.values())).device
+        fused = device.type in ("cpu", "cuda", "mps")
+        if fused and (problem := fused_adamw_problem(device)):
+            warn(f"fused AdamW does not work on {device} ({problem}); continuing with torch's plain AdamW")
+            fused = False
         groups = parameter_groups(adamw_parameters, weight_decay)
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr_ratio"] = group["lr"] / learning_rate  # for set_learning_rate
     return optimizers
+
+
+def fused_adamw_problem(device: torch.device) -> str | None:
+    """Why fused AdamW cannot be used on a device; None if it works.
+
+    Two steps of the fused kernel on a small tensor are compared with torch's loop over the tensors. An error
+    that makes the whole CUDA context unusable is not found here: the next CUDA call raises it again.
+    """
+
+    def two_steps(fused: bool) -> Tensor:
+        weight = nn.Parameter(torch.linspace(-1.0, 1.0, 48, device=device))
+        foreach = None if fused else False
+        opt = torch.optim.AdamW([weight], lr=0.01, betas=(0.9, 0.95), fused=fused, foreach=foreach)
+        for scale in (1.0, -0.5):
+            weight.grad = torch.linspace(-2.0, 3.0, 48, device=device) * scale
+            opt.step()
+        return weight.detach()
+
+    try:
+        actual = two_steps(fused=True)
+    except RuntimeError as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if not torch.allclose(actual, two_steps(fused=False), rtol=1e-4, atol=1e-6):  # NaN is not close
+        return "its result differs from that of plain AdamW"
+    return None
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:

@@ -57,6 +57,7 @@ class Runtime:
     notes: tuple[str, ...] = ()  # messages for the log: what was chosen automatically, and why
     warnings: tuple[str, ...] = ()  # for the log: choices of the user that make the run slow
     sharded: bool = False  # each rank holds a shard of every parameter (FSDP2)
+    pin_memory: bool = True  # on CUDA, copy batches from page-locked memory, without waiting for the copy
 
     @property
     def is_main(self) -> bool:
@@ -100,8 +101,8 @@ class Runtime:
             torch.manual_seed(seed)
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
-        """Copy tensors to the device; on CUDA without waiting for the copy."""
-        if self.device.type != "cuda":
+        """Copy tensors to the device; on CUDA without waiting for the copy, if memory can be pinned."""
+        if self.device.type != "cuda" or not self.pin_memory:
             return [tensor.to(self.device) for tensor in tensors]
         return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
 
@@ -214,6 +215,9 @@ def setup_runtime(
     chosen_compile, reason = choose_compile(compile, device, run_flops, run_seconds)
     if compile == "auto":
         notes.append(f"{'compiling' if chosen_compile else 'not compiling'}: {reason}")
+    unpinned = pinned_memory_problem(device) if device.type == "cuda" else None
+    if unpinned:
+        notes.append(f"warning: copying batches without pinned memory: {unpinned}")
     return Runtime(
         device=device,
         dtype=DTYPES[chosen_dtype],
@@ -223,7 +227,21 @@ def setup_runtime(
         notes=tuple(notes),
         warnings=tuple(slow_choices),
         sharded=parallel == "fsdp" and ranks.world > 1,
+        pin_memory=unpinned is None,
     )
+
+
+def pinned_memory_problem(device: torch.device) -> str | None:
+    """Why batches cannot be copied to a CUDA device from pinned (page-locked) memory; None if they can.
+
+    The amount of pinned memory may be limited, in a container for example.
+    """
+    tokens = torch.arange(8)
+    try:
+        copied = tokens.pin_memory().to(device, non_blocking=True).cpu()
+    except RuntimeError as error:
+        return _first_line(error) or type(error).__name__
+    return None if torch.equal(copied, tokens) else "a copy from it differs from the original"
 
 
 def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.device:

@@ -6,13 +6,14 @@ checkpoint with --init_from=resume, and when torchrun restarts it after one of i
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fradique.checkpointing import run_folder
 from fradique.checkpointing.checkpoint import Checkpoint, step_folders
@@ -22,6 +23,7 @@ from fradique.distributed import process_group
 from fradique.io.config_file import SETTINGS_OF_ONE_COMMAND
 from fradique.io.files import find_beside_project
 from fradique.optim import optimizer
+from fradique.runtime import fallback
 from fradique.runtime.device import Runtime, compile_with_fallback, setup_runtime
 from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer.tokenizer import encode_prompt
@@ -64,6 +66,7 @@ def setup_training(
     sampler = make_sampler(settings, corpus, runtime)
     model = model_setup.build_model(settings, source, runtime, oom or OomReport())
     move_or_shard_model(model, runtime)
+    runtime = check_fast_paths(model, sampler, runtime)
     optimizers, scaler, state = make_optimizers(settings, model, source.checkpoint, runtime)
     check_wandb_and_prompt(settings, corpus)
     lock = claim_folder(settings, corpus, runtime, state if source.checkpoint else None)
@@ -148,6 +151,24 @@ def move_or_shard_model(model: GPT, runtime: Runtime) -> None:
         model.to(runtime.device)
 
 
+def check_fast_paths(model: GPT, sampler: Sampler, runtime: Runtime) -> Runtime:
+    """On CUDA, replace fused attention or autocast by torch's plain path if it does not work.
+
+    A sharded model is not checked: all of its ranks would have to fail alike.
+    """
+    if runtime.device.type not in fallback.CHECKED_DEVICES or runtime.sharded:
+        return runtime
+    first_batch = next(iter(sampler.micro_batches(0, runtime.rank, runtime.world)))
+    idx, targets = runtime.to_device(*first_batch)
+    return fallback.check_first_pass(model, runtime, idx, targets, lambda text: _warn(text, runtime))
+
+
+def _warn(text: str, runtime: Runtime) -> None:
+    """Print a warning on rank 0, before there is a logger."""
+    if runtime.is_main:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def make_optimizers(
     settings: TrainSettings, model: GPT, checkpoint: Checkpoint | None, runtime: Runtime
 ) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler, TrainState]:
@@ -161,6 +182,7 @@ def make_optimizers(
         weight_decay=settings.weight_decay,
         muon_learning_rate=settings.muon_learning_rate,
         muon_momentum=settings.muon_momentum,
+        warn=lambda text: _warn(text, runtime),
     )
     if checkpoint is None:
         return optimizers, scaler, TrainState()
@@ -250,7 +272,7 @@ def wandb_options(settings: TrainSettings) -> dict[str, Any] | None:
 def prepare_forward(t: Trainer, average_gradients: bool) -> None:
     """Set t.forward: the model, compiled and wrapped in DDP if the run uses these."""
     if t.runtime.compile:
-        t.forward = compile_with_fallback(t.model, lambda model: warmup_pass(t, model), t.log.warn)
+        t.forward = compile_with_fallback(t.model, lambda model: warmup_compiled(t, model), t.log.warn)
     if average_gradients:
         t.forward = t.runtime.wrap_ddp(t.forward)
         if t.runtime.world > 1 and not t.runtime.sharded:
@@ -259,15 +281,33 @@ def prepare_forward(t: Trainer, average_gradients: bool) -> None:
             warmup_pass(t, t.forward)
 
 
-def warmup_pass(t: Trainer, forward: nn.Module) -> None:
-    """A forward and backward pass on the next micro-batch. The gradients are discarded."""
+def warmup_compiled(t: Trainer, compiled: nn.Module) -> None:
+    """`warmup_pass`; on CUDA, raises ValueError if the loss is not close to that of the eager model."""
+    loss = warmup_pass(t, compiled)
+    if t.runtime.device.type not in fallback.CHECKED_DEVICES or t.runtime.sharded:
+        return
+    with torch.no_grad():
+        expected = _first_loss(t, t.model).item()
+    tolerance = fallback.DROPOUT_TOLERANCE if t.model.config.dropout else fallback.LOSS_TOLERANCE
+    if problem := fallback.loss_problem(loss.item(), expected, tolerance):
+        raise ValueError(problem)
+
+
+def warmup_pass(t: Trainer, forward: nn.Module) -> Tensor:
+    """A forward and backward pass on the next micro-batch: the loss. The gradients are discarded."""
+    loss = _first_loss(t, forward)
+    loss.backward()
+    t.model.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def _first_loss(t: Trainer, forward: nn.Module) -> Tensor:
+    """The loss of the next micro-batch."""
     batches = t.sampler.micro_batches(t.state.step, t.runtime.rank, t.runtime.world)
     first_batch = t.runtime.split_microbatches(batches)[0]
     x, y = t.runtime.to_device(*first_batch)
     with t.runtime.autocast():
-        _, loss = forward(x, y, with_logits=False)
-    loss.backward()
-    t.model.zero_grad(set_to_none=True)
+        return forward(x, y, with_logits=False)[1]
 
 
 def time_pass(t: Trainer) -> float:

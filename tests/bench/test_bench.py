@@ -33,7 +33,7 @@ def run(capsys, *argv):
 @pytest.fixture(autouse=True)
 def no_long_measurements(monkeypatch):
     monkeypatch.setattr(bench_train, "ROUND_SECONDS", 0.01)
-    monkeypatch.setattr(machine, "matmul_peaks", lambda device: {"float32": 1e12, "bfloat16": 2e12})
+    monkeypatch.setattr(machine, "matmul_peaks", lambda device, size=0: {"float32": 1e12, "bfloat16": 2e12})
 
 
 def test_a_step_is_compared_with_the_textbook_step(capsys):

@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fradique.generation import generate
 from fradique.generation.generate import window_start
+from fradique.generation.kv_cache import KVCache
 from model import GPT, GPTConfig
 
 # Window and cache
@@ -120,7 +121,58 @@ def test_captured_decode_steps_generate_the_same_tokens(name, architecture, monk
     model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].size(1)))
     for idx, expected in cases:
         assert torch.equal(model.generate(idx, 20, temperature=0), expected)
-    assert lengths.count(1) == 3 * len(cases)  # during capture; all other tokens came from replays
+    # three during capture, and one to compare with; all other tokens came from replays
+    assert lengths.count(1) == 4 * len(cases)
+
+
+def failing_replay(output):
+    raise RuntimeError("CUDA error: operation failed\nmore lines")
+
+
+@pytest.mark.parametrize(
+    ("replay", "reason"),
+    [
+        (failing_replay, "CUDA error: operation failed"),
+        (lambda output: output.fill_(7.0), "its logits differ"),
+        (lambda output: output.fill_(float("nan")), "its logits differ"),
+    ],
+)
+def test_a_wrong_cuda_graph_warns_and_changes_no_token(monkeypatch, replay, reason):
+    """Its replay also overwrites the cached keys."""
+    model, idx = tiny(), ids(2, 7)
+    expected = model.generate(idx, 20, temperature=0)
+
+    def capture(step, device):
+        output = step().clone()
+        (cache,) = (
+            cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, KVCache)
+        )
+
+        def damage_and_replay():
+            cache.keys[0].fill_(3.0)
+            replay(output)
+
+        return damage_and_replay, output
+
+    monkeypatch.setattr(generate, "capture_cuda_graph", capture)
+    monkeypatch.setattr(generate, "can_use_cuda_graph", lambda idx: True)
+    with pytest.warns(RuntimeWarning, match=reason) as warnings:
+        assert torch.equal(model.generate(idx, 20, temperature=0), expected)
+    assert len(warnings) == 1
+
+
+def test_a_cuda_graph_that_cannot_be_captured_warns(monkeypatch):
+    model, idx = tiny(), ids(2, 7)
+    expected = model.generate(idx, 20, temperature=0)
+
+    def capture(step, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(generate, "capture_cuda_graph", capture)
+    monkeypatch.setattr(generate, "can_use_cuda_graph", lambda idx: True)
+    with pytest.warns(RuntimeWarning, match="not permitted when stream is capturing") as warnings:
+        assert torch.equal(model.generate(idx, 20, temperature=0), expected)
+    assert len(warnings) == 1
 
 
 # Options
