@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fradique.checkpointing.metrics_file import METRICS_FILE, SAMPLE_HEADER, SAMPLES_FILE, WANDB_ID_FILE
 from fradique.io import files
+from fradique.io.terminal import is_closed_pipe
 
 REFRESH_SECONDS = 1.0  # the shortest time between two updates of the progress bar
 
@@ -81,7 +82,7 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            self.output_closed |= isinstance(error, BrokenPipeError)
+            self.output_closed |= is_closed_pipe(error)
             # replace the stream by /dev/null; ValueError: a stream that is not a file has no descriptor
             with suppress(OSError, ValueError):
                 devnull = os.open(os.devnull, os.O_WRONLY)
