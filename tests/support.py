@@ -91,7 +91,7 @@ def run_script(name: str, *arguments: object, cwd: Path = ROOT, **options) -> su
 
     The process is a fork of one that has imported torch, if there are no other `options` of subprocess.run.
     """
-    if hasattr(os, "fork") and options.keys() <= {"input", "env"}:
+    if options.keys() <= {"input", "env"}:
         environment = options.get("env", os.environ)
         stdin = options.get("input", "")
         return run_in_forks(name, [*map(str, arguments)], [environment], cwd, stdin)[0]

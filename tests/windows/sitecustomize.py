@@ -12,7 +12,6 @@ no reserved characters, and text is written in cp1252 and with CRLF unless the c
 import builtins
 import ctypes
 import errno
-import fcntl
 import io
 import os
 import select
@@ -64,7 +63,7 @@ MISSING_NAMES = {
     "sys": "getdlopenflags setdlopenflags abiflags",
     "time": "clock_gettime clock_settime clock_getres pthread_getcpuclockid tzset CLOCK_MONOTONIC",
 }  # fmt: skip
-SIGBREAK = signal.SIGUSR1  # not its number on Windows, 21: that signal would stop a process on Linux
+SIGBREAK = getattr(signal, "SIGUSR1", 0)  # on Windows 21, which would stop a process on Linux
 HANDLED_SIGNALS = {
     signal.SIGABRT,
     signal.SIGFPE,
@@ -118,6 +117,8 @@ def load_library(name: str | None, *arguments: object, **options: object) -> cty
 
 def lock_bytes(descriptor: int, mode: int, count: int) -> None:
     """msvcrt.locking: a lock of the open file, which another handle of the same process does not have."""
+    import fcntl
+
     assert mode == MSVCRT["LK_NBLCK"]
     start = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
