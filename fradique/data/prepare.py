@@ -44,7 +44,8 @@ NO_SEPARATOR = "none"  # as --document_separator: all text is ordinary
 OS_ERRORS = {  # errno -> the reason and what to do
     errno.ENOSPC: "the disk is full. Free some space, or choose another folder with --out_dir",
     errno.EROFS: "this disk cannot be written to. Choose another folder with --out_dir",
-    errno.EACCES: "you have no permission. Change it with chmod, or choose other paths: --input, --out_dir",
+    errno.EACCES: "you have no permission. Change it with chmod (on Windows: close the programs that have it "
+    "open), or choose other paths: --input, --out_dir",
     errno.EEXIST: "this is a file, not a folder. Choose another folder with --out_dir",
     errno.ENOTDIR: "a part of this path is a file, not a folder. Choose another folder with --out_dir",
 }

@@ -126,7 +126,8 @@ def describe_failure(path: str, error: BaseException, specs: Mapping[str, Settin
         message = f"no such config file{suggest_flag(path, specs) or suggest_file(path)}"
     elif not path:
         message = "an empty argument: name a config file (is a variable of the shell unset?)"
-    elif isinstance(error, IsADirectoryError) and not line_numbers:
+    # PermissionError: on Windows
+    elif isinstance(error, IsADirectoryError | PermissionError) and Path(path).is_dir() and not line_numbers:
         flag = f", or write --out_dir={quote(path)}" if "out_dir" in specs else ""
         message = f"a folder, not a config file: name a file, such as config/x.py{flag}"
     elif isinstance(error, OSError) and not line_numbers:

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fork_server import TIMEOUT
 from support import ROOT
 
 from fradique.data import text
 from fradique.io import terminal
+from fradique.runtime import device
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="simulates Windows on Linux")
 HERE = Path(__file__).parent
@@ -237,3 +239,16 @@ def test_advice_names_no_program_that_windows_lacks(on_windows, monkeypatch, tmp
         text.nul_error(tmp_path / "a.txt", 1, b"a\0 plain text", 1),
     ):
         assert "iconv" not in str(error) and "tr -d" not in str(error) and "UTF-8" in str(error)
+
+
+def test_a_folder_as_config_file_gets_the_same_message(tmp_path):
+    statuses, output = run_commands(tmp_path, [str(ROOT / "train.py"), "."])
+    assert statuses == [2] and b"a folder, not a config file" in output
+
+
+@pytest.mark.parametrize(("compiler", "found"), [("g++", False), ("cl", True)])
+def test_a_model_is_compiled_with_visual_c(monkeypatch, compiler, found):
+    """inductor looks for no other compiler on Windows."""
+    monkeypatch.setattr(device, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if name == compiler else None)
+    assert device.choose_compile("auto", torch.device("cpu"), 1e18, None)[0] == found
