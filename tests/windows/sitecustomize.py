@@ -14,6 +14,7 @@ import ctypes
 import errno
 import io
 import os
+import pathlib
 import select
 import shutil
 import signal
@@ -285,6 +286,10 @@ def simulate() -> None:
     os.rename, os.replace, os.rmdir, os.mkdir, os.open = rename, replace, rmdir, mkdir, os_open
     os.unlink = os.remove = unlink
     io.open = builtins.open = windows_open
+    if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10, which keeps the functions of os
+        for function in (rename, replace, rmdir, mkdir, unlink):
+            setattr(accessor, function.__name__, staticmethod(function))
+        accessor.open = staticmethod(windows_open)
     shutil._use_fd_functions = False
     builtins.__import__ = windows_import
     sys.stdout, sys.stderr = open_stream(1, "strict"), open_stream(2, "backslashreplace")
