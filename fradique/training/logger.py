@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -96,6 +96,15 @@ class RunLogger:
         if self.file is not None:
             self.file.close()
             self.file = (folder / METRICS_FILE).open("a", encoding="utf-8", newline="\n")
+
+    def rewrite(self, function: Callable[[], None]) -> None:
+        """Call `function`, which replaces metrics.jsonl, with the file closed: Windows keeps open files."""
+        if self.file is not None:
+            self.file.close()
+        try:
+            function()
+        finally:
+            self.move(self.folder)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and log it to wandb."""

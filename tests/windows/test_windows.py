@@ -78,7 +78,7 @@ def finished(tmp_path_factory):
         [*prepare, "data/livro"],
         [*train, *shape, *steps, *sample, "--out_dir=run"],
         [*train, *shape, *steps, *sample, "--out_dir=run", "--overwrite"],
-        [*train, "--out_dir=run", "--init_from=resume", "--max_iters=6"],
+        [*train, "--out_dir=run", "--init_from=resume", "--max_iters=6", "--eval_iters=2"],
         [*train, *shape, *steps, "--out_dir=tuned", "--init_from=run"],
         [str(ROOT / "sample.py"), "--out_dir=run", start, "--max_new_tokens=20"],
         ["fradique.pretrained", "export", "--out_dir=run", "--to=exported"],
