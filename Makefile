@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-CFLAGS ?= -O3 -march=native -ffp-contract=fast
+NATIVE := $(if $(filter arm64 aarch64,$(shell uname -m)),-mcpu=native,-march=native)
+CFLAGS ?= -O3 $(NATIVE) -ffp-contract=fast
 
 .PHONY: help venv demo test lint check gpu-check faults reference clean
 

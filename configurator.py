@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar, get_args, get_type_hints
 from fradique.io.config_check import did_you_mean, shorten
 from fradique.io.config_file import ConfigFile, describe_failure
 from fradique.io.files import expand_home, find_beside_project
-from fradique.io.terminal import command_output, flush_stdout, help_width, wrap
+from fradique.io.terminal import command_output, flush_stdout, help_width, is_closed_pipe, wrap
 
 T = TypeVar("T")
 Values = Mapping[str, Any]
@@ -364,7 +364,7 @@ def _run(
         return 130  # the exit status of a program that Ctrl-C ended
     except (ValueError, OSError, MemoryError) as error:
         # a line more, because a closed pipe is noticed only when something is written to it
-        probe = "\n" if isinstance(error, BrokenPipeError) else ""
+        probe = "\n" if is_closed_pipe(error) else ""
         if isinstance(error, OSError) and (output_status := flush_stdout(probe)):
             return output_status
         report_error(traceback.format_exc().rstrip() if debug else _format_error(error))

@@ -5,9 +5,10 @@ python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
 printf "Era uma vez" | python sample.py --out_dir=out/eca-char --start=-
 """
 
-from fradique.runtime import openmp
+from fradique.runtime import mps, openmp
 
 openmp.limit_spinning()  # before torch is imported
+mps.fall_back_to_cpu()
 
 import codecs
 import sys

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from fradique.io.terminal import command_output
+from fradique.io.terminal import command_output, is_closed_pipe
 
 
 def bench_command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]:
@@ -18,9 +18,9 @@ def bench_command(main: Callable[[Sequence[str] | None], None]) -> Callable[...,
     def run(argv: Sequence[str] | None = None) -> None:
         try:
             main(argv)
-        except BrokenPipeError:
-            raise  # command_output handles it
         except (ValueError, OSError) as error:
+            if is_closed_pipe(error):
+                raise  # command_output handles it
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

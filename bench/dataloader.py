@@ -198,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.sparse is not None:
+        if not sys.platform.startswith("linux"):
+            raise ValueError("--sparse reads the memory of a process from /proc, which only Linux has")
         result: Any = {}
         with tempfile.TemporaryDirectory() as scratch:
             for name, gigabytes in (("small", 0.02), ("large", args.sparse)):

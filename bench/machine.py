@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import resource
 import statistics
 import sys
 import time
@@ -64,13 +63,20 @@ def wait(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated by torch on a CUDA device, otherwise resident memory of this process."""
+    """Peak bytes: allocated by torch on a CUDA device, otherwise resident memory of this process.
+
+    0 on Windows, where Python cannot tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # On Linux ru_maxrss can be the peak of the process that started this one, so VmHWM is preferred.
     with contextlib.suppress(OSError):
         if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return int(match[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS: bytes; Linux: KiB
 

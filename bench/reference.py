@@ -11,6 +11,7 @@ rounds. The C program is compiled first, as `make reference` does. The last line
 import argparse
 import importlib.util
 import json
+import platform
 import re
 import shutil
 import statistics
@@ -32,7 +33,9 @@ from fradique.io.terminal import command_output
 from model import GPT, GPTConfig
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
-COMPILER_FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast")
+# Apple's clang knows -march=native only in its later versions
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+COMPILER_FLAGS = ("-std=c11", "-O3", NATIVE, "-ffp-contract=fast")
 CPU = torch.device("cpu")
 
 

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from configurator import Resolved, setting
+from configurator import Resolved, command, setting
 from fradique.checkpointing import embedding_snapshots, run_folder
 from fradique.tokenizer.tokenizer import load_tokenizer
 from fradique.training import loss_plot
@@ -234,4 +234,4 @@ def main(resolved: Resolved[MovieSettings]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.command(main, MovieSettings))
+    sys.exit(command(main, MovieSettings))

@@ -71,7 +71,7 @@ def all_logits(model: GPT, ids: torch.Tensor, n_vocab: int) -> torch.Tensor:
         logits, _ = model(ids, ids, prefix=ids.size(1))  # with targets, the model returns all T positions
     finally:
         model.train(training)
-    return logits[0, :, :n_vocab].double().cpu()
+    return logits[0, :, :n_vocab].cpu().double()  # not on the device: MPS has no float64
 
 
 def probabilities(logits: torch.Tensor, temperature: float = 1.0, **filters: float) -> np.ndarray:

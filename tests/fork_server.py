@@ -97,6 +97,43 @@ class ForkedProcesses:
         shutil.rmtree(self.folders[0].parent)
 
 
+class PlainProcesses(ForkedProcesses):
+    """`ForkedProcesses` for a system without forks, Windows: new processes, which import torch anew."""
+
+    def start(
+        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], cwd: str, read_lines: bool
+    ) -> None:
+        self.children: list[subprocess.Popen] = []
+        for folder, environment in zip(self.folders, environments, strict=True):
+            paths = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+            with contextlib.ExitStack() as stack:
+                stdin = stack.enter_context((folder / "stdin").open("rb"))
+                stdout, stderr = (
+                    stack.enter_context((folder / name).open("wb")) for name in ("stdout", "stderr")
+                )
+                is_read = read_lines and not self.children
+                child = subprocess.Popen(
+                    command,
+                    cwd=cwd,
+                    env={**environment, "PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"},
+                    stdin=stdin,
+                    stdout=subprocess.PIPE if is_read else stdout,
+                    stderr=stderr,
+                    encoding="utf-8",
+                )
+            self.children.append(child)
+        self.pids = [child.pid for child in self.children]
+        self.lines = self.children[0].stdout  # None unless it is a pipe
+
+    def wait(self) -> list[int]:
+        self.statuses = [child.wait(TIMEOUT) for child in self.children]
+        return self.statuses
+
+    def kill(self) -> None:
+        for child in self.children:
+            child.kill()
+
+
 def start_in_forks(
     program: str,
     arguments: Sequence[str],
@@ -113,9 +150,17 @@ def start_in_forks(
 
     read_lines: the `lines` of the first process can be read while it runs.
     """
-    processes = ForkedProcesses(Path(tempfile.mkdtemp()), len(environments))
+    can_fork = hasattr(os, "fork")
+    kind = ForkedProcesses if can_fork else PlainProcesses
+    processes = kind(Path(tempfile.mkdtemp()), len(environments))
     for folder in processes.folders:
         (folder / "stdin").write_text(stdin, encoding="utf-8")
+    if not can_fork:
+        is_module = program != "-c" and not program.endswith(".py")
+        named = ["-m", program] if is_module else [program if program == "-c" else str(ROOT / program)]
+        command = [sys.executable, "-W", "error", *named, *arguments]
+        processes.start(command, environments, str(cwd), read_lines)
+        return processes
     if read_lines:
         processes.open_fifo()
     request = {

@@ -31,7 +31,7 @@ from train import TrainSettings  # noqa: E402
 
 IN_GRAPH = "aot_eager_decomp_partition"  # what inductor does to a graph, without its C++
 needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
+    sys.platform == "win32" or not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
 )
 COMPILING = [  # for tests that compile: torch's compiler warns of what it does itself
     pytest.mark.usefixtures("fresh_compiler"),
@@ -91,7 +91,7 @@ def run_script(name: str, *arguments: object, cwd: Path = ROOT, **options) -> su
 
     The process is a fork of one that has imported torch, if there are no other `options` of subprocess.run.
     """
-    if hasattr(os, "fork") and options.keys() <= {"input", "env"}:
+    if options.keys() <= {"input", "env"}:
         environment = options.get("env", os.environ)
         stdin = options.get("input", "")
         return run_in_forks(name, [*map(str, arguments)], [environment], cwd, stdin)[0]

@@ -7,7 +7,6 @@ settings.json contains the metadata of the run: its id, its settings, what was c
 import contextlib
 import importlib.metadata
 import platform
-import shlex
 import subprocess
 import uuid
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from typing import Any
 from fradique.checkpointing import checkpoint, embedding_snapshots, metrics_file, run_files
 from fradique.checkpointing.run_files import SETTINGS_FILE, TOKENIZER_FILE
 from fradique.io import files, folder_lock
+from fradique.io.terminal import quote, shell_command
 from fradique.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, tokenizer_checksum
 
+DEMO_CONFIG = "config/train_python_char.py"
 MAX_LISTED_RUNS = MAX_LISTED_FILES = 10  # in an error message
 
 
@@ -75,7 +76,7 @@ def check_available(run: Path, overwrite: bool) -> None:
     if run.exists() and not run.is_dir():
         raise ValueError(f"out_dir={run} is a file: choose another folder")
     if content := run_files.other_content(run):
-        suggestion = shlex.quote(f"out/{files.absolute_path(run).name or 'my'}-run")
+        suggestion = quote(f"out/{files.absolute_path(run).name or 'my'}-run")
         raise ValueError(
             f"out_dir={run} is {content}: choose a folder for this run, such as --out_dir={suggestion}"
         )
@@ -162,9 +163,10 @@ def _no_run_message(folder: Path) -> str:
     runs = [str(path.parent) for path in newest_first]
     where = f"{folder}/" if folder.is_absolute() else f"{folder}/ (in {Path.cwd()})"
     if not runs:
-        return f"no trained model in {where}. Train one with: make demo"
+        prepare, train = shell_command("data/python_char/prepare.py"), shell_command("train.py", DEMO_CONFIG)
+        return f"no trained model in {where}. Train one with: make demo, or: {prepare}, then: {train}"
     listed = ", ".join(runs[:MAX_LISTED_RUNS]) + (" ..." if len(runs) > MAX_LISTED_RUNS else "")
-    return f"no trained model in {where}. Found: {listed}. Try --out_dir={shlex.quote(runs[0])}"
+    return f"no trained model in {where}. Found: {listed}. Try --out_dir={quote(runs[0])}"
 
 
 def run_metadata(run: Path) -> dict[str, Any]:
@@ -231,7 +233,7 @@ def check_tokenizer(run: Path, tokenizer: Tokenizer, corpus: Path) -> None:
         raise ValueError(
             f"the run in {run} was trained with {_describe_separator(own)} between documents, and {corpus} "
             f"has {_describe_separator(tokenizer)} now. Prepare the corpus with --document_separator="
-            f"{shlex.quote(own.document_separator or 'none')}, or start a new run"
+            f"{quote(own.document_separator or 'none')}, or start a new run"
         )
     raise ValueError(
         f"the run in {run} was trained with another tokenizer ({own.kind}, {own.vocab_size} tokens) than "

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import os
-import shlex
 import struct
 import zlib
 from collections import Counter, defaultdict
@@ -18,7 +17,7 @@ from typing import BinaryIO, NoReturn
 from fradique.data.console import print_note
 from fradique.data.text import bom_size, nul_error
 from fradique.io.files import checksum
-from fradique.io.terminal import shell_command
+from fradique.io.terminal import quote, shell_command
 
 MAX_NAMES = 5  # in a note; of more files it gives the number
 FIRST_BYTES = 1 << 16  # of a file, which are checked and compared first
@@ -163,7 +162,7 @@ def _check_text(path: Path, endings: Sequence[str]) -> None:
     name = path.name.lower()
     if name.endswith(tuple(ending for ending in endings if ending != ".txt")):
         return
-    quoted = shlex.quote(str(path))
+    quoted = quote(str(path))
     with path.open("rb") as file:
         first_bytes = file.read(FIRST_BYTES)
     for magic, kind, advice in NOT_TEXT:

@@ -27,7 +27,14 @@ from fradique.data.splits import VAL_SPLITS
 from fradique.data.text import Text, files_text
 from fradique.data.token_files import TokenFiles
 from fradique.data.train_command import complete_command
-from fradique.io.terminal import command_output, path_argument, quote, relative_path, shell_command
+from fradique.io.terminal import (
+    command_output,
+    is_closed_pipe,
+    path_argument,
+    quote,
+    relative_path,
+    shell_command,
+)
 from fradique.tokenizer.bpe import END_OF_TEXT
 from fradique.tokenizer.tokenizer import check_separator
 
@@ -37,7 +44,8 @@ NO_SEPARATOR = "none"  # as --document_separator: all text is ordinary
 OS_ERRORS = {  # errno -> the reason and what to do
     errno.ENOSPC: "the disk is full. Free some space, or choose another folder with --out_dir",
     errno.EROFS: "this disk cannot be written to. Choose another folder with --out_dir",
-    errno.EACCES: "you have no permission. Change it with chmod, or choose other paths: --input, --out_dir",
+    errno.EACCES: "you have no permission. Change it with chmod (on Windows: close the programs that have it "
+    "open), or choose other paths: --input, --out_dir",
     errno.EEXIST: "this is a file, not a folder. Choose another folder with --out_dir",
     errno.ENOTDIR: "a part of this path is a file, not a folder. Choose another folder with --out_dir",
 }
@@ -86,18 +94,16 @@ def main(spec: CorpusSpec, argv: Sequence[str] | None = None) -> int:
             message = "no partial files are left"
         print(f"stopped: {message}", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
-    except BrokenPipeError:
-        raise  # `command_output` ends the process: nobody reads its output any more
     except (ValueError, OSError, ImportError) as error:
-        if args.debug == "True":
+        if args.debug == "True" or is_closed_pipe(error):  # the latter is handled by `command_output`
             raise
         print(f"error: {_format_error(error)}", file=sys.stderr)
         return 2
     try:
         print(summary)
-    except BrokenPipeError:
-        raise
     except OSError as error:  # what is done stays done
+        if is_closed_pipe(error):
+            raise
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
         return 2
     return 0
@@ -402,14 +408,17 @@ def _format_error(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _handle_signals() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM and SIGHUP (closed terminal), to remove temporary files as after Ctrl-C."""
+    """Raise SystemExit on SIGTERM, SIGHUP (closed terminal) and SIGBREAK (Ctrl-Break, only on Windows).
+
+    So temporary files are removed, as after Ctrl-C.
+    """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for handled in numbers:  # a second signal must not interrupt the cleanup
             signal.signal(handled, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # only the main thread may set handlers
     previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}

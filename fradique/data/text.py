@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from fradique.io.terminal import quote
 
 BLOCK_BYTES = 1 << 20  # bytes that are read at a time
 PIECE_CHARS = 1 << 18  # characters in a piece of text
@@ -139,8 +140,8 @@ def nul_error(path: Path, offset: int, data: bytes, position: int) -> ValueError
     if encoding in UTF_ENCODINGS:
         return ValueError(f"{what}. It seems to be {encoding}: {_conversion(path, encoding)}")
     return ValueError(
-        f"{what}. {NO_TEXT_ADVICE}. If it is text with a few such bytes, remove them with: "
-        f"tr -d '\\000' < {shlex.quote(str(path))} > {_converted_name(path)}"
+        f"{what}. {NO_TEXT_ADVICE}. If it is text with a few such bytes, remove them"
+        + ("" if os.name == "nt" else f" with: tr -d '\\000' < {quote(str(path))} > {_converted_name(path)}")
     )
 
 
@@ -171,15 +172,17 @@ def _is_plain(char: str) -> bool:
 
 
 def _conversion(path: Path, encoding: str) -> str:
-    """How to convert a file to UTF-8."""
+    """How to convert a file to UTF-8. Windows has no iconv."""
+    if os.name == "nt":
+        return f"open it in an editor as {encoding}, save it as UTF-8, and pass the result to --input"
     return (
-        f"convert it, for example with: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > "
+        f"convert it, for example with: iconv -f {encoding} -t UTF-8 {quote(str(path))} > "
         f"{_converted_name(path)}, and pass the result to --input"
     )
 
 
 def _converted_name(path: Path) -> str:
-    return shlex.quote(f"{path.stem}-utf8{path.suffix}")
+    return quote(f"{path.stem}-utf8{path.suffix}")
 
 
 def cut_pieces(

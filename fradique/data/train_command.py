@@ -15,7 +15,7 @@ def complete_command(command: str, meta: dict[str, Any]) -> str:
 
     It gets the path of train.py, and a smaller --block_size if a split is too short for that of its config.
     """
-    script = quote(str(relative_path(PROJECT_FOLDER / "train.py")))
+    script = quote(relative_path(PROJECT_FOLDER / "train.py").as_posix())
     max_block_size = min(  # a block and its last target are in one file
         max(shard["tokens"] for shard in split["shards"]) - 1 for split in meta["splits"].values()
     )

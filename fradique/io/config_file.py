@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import codecs
 import json
-import shlex
 import sys
 import traceback
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fradique.io.config_check import did_you_mean, ineffective_statements, shorten
 from fradique.io.files import PROJECT_FOLDER, describe_search
+from fradique.io.terminal import quote
 
 if TYPE_CHECKING:
     from configurator import SettingSpec
@@ -126,8 +126,9 @@ def describe_failure(path: str, error: BaseException, specs: Mapping[str, Settin
         message = f"no such config file{suggest_flag(path, specs) or suggest_file(path)}"
     elif not path:
         message = "an empty argument: name a config file (is a variable of the shell unset?)"
-    elif isinstance(error, IsADirectoryError) and not line_numbers:
-        flag = f", or write --out_dir={shlex.quote(path)}" if "out_dir" in specs else ""
+    # PermissionError: on Windows
+    elif isinstance(error, IsADirectoryError | PermissionError) and Path(path).is_dir() and not line_numbers:
+        flag = f", or write --out_dir={quote(path)}" if "out_dir" in specs else ""
         message = f"a folder, not a config file: name a file, such as config/x.py{flag}"
     elif isinstance(error, OSError) and not line_numbers:
         message = error.strerror or message

@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -46,8 +47,9 @@ def command_output() -> Iterator[None]:
     status = 0
     try:
         yield
-    except BrokenPipeError:
-        status = flush_stdout("\n")  # a closed pipe is noticed only when something is written to it
+    except OSError as error:
+        # a line more, because a closed pipe is noticed only when something is written to it
+        status = flush_stdout("\n") if is_closed_pipe(error) else 0
         if not status:
             raise
     finally:
@@ -91,11 +93,18 @@ def flush_stdout(probe: str = "") -> int:
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())  # else Python reports an error at exit
         os.close(devnull)
-        if isinstance(error, BrokenPipeError):
+        if is_closed_pipe(error):
             return SIGPIPE_STATUS
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+def is_closed_pipe(error: BaseException) -> bool:
+    """Whether `error` was raised by a write to a pipe that nobody reads any more."""
+    # Windows reports EINVAL, which it also reports for a bad file name
+    is_einval = isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or (os.name == "nt" and is_einval)
 
 
 def path_argument(text: str) -> Path:
@@ -115,17 +124,25 @@ def shell_command(script: str | Path, *arguments: str) -> str:
 
     The arguments are quoted for a shell where necessary.
     """
-    return " ".join(["python", quote(str(relative_path(PROJECT_FOLDER / script))), *map(quote, arguments)])
+    return " ".join(
+        ["python", quote(relative_path(PROJECT_FOLDER / script).as_posix()), *map(quote, arguments)]
+    )
 
 
 def quote(word: str) -> str:
     """`word` quoted for a shell if necessary. Unlike shlex.quote, it leaves accented letters unquoted.
 
-    Of --key=value only the value is quoted.
+    Of --key=value only the value is quoted. On Windows by its rules: in double quotes, and a backslash quotes
+    only a double quote.
     """
     key, equals, value = word.partition("=")
     if equals and re.fullmatch(r"--\w+", key):
         return f"{key}={quote(value)}" if value else word
+    if os.name == "nt":
+        if re.fullmatch(r"[\w@+=:./\\-]+", word):
+            return word
+        escaped = re.sub(r'(\\*)"', r'\1\1\\"', word)
+        return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
     return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else shlex.quote(word)
 
 

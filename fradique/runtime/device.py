@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -294,7 +295,8 @@ def choose_compile(
     """Whether to compile, and the reason. auto: compile if the run is long enough."""
     if setting != "auto":
         return bool(setting), "as set"
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
+    compilers = ("cl",) if sys.platform == "win32" else ("g++", "clang++")  # those that inductor looks for
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
         return False, "no C++ compiler found"
     seconds = run_flops / ASSUMED_FLOPS[device.type] if run_seconds is None else run_seconds
     if seconds >= MIN_COMPILE_SECONDS[device.type]:

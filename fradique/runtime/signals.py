@@ -14,15 +14,18 @@ SIGPIPE = 13
 
 
 class StopSignal:
-    """Records SIGTERM, SIGHUP and Ctrl-C until the current step is done; a second Ctrl-C stops at once."""
+    """Records SIGTERM, SIGHUP, Ctrl-C and Ctrl-Break until the current step is done.
+
+    A second Ctrl-C stops at once.
+    """
 
     def __init__(self) -> None:
         """Install the handlers in the main thread; Python allows it in no other thread."""
         self.number = 0  # of the last signal; 0: none
         self._previous: dict[int, Any] = {}  # signal number -> handler to restore
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
+                number = getattr(signal, name, None)  # no SIGHUP on Windows, SIGBREAK only there
                 # an ignored signal stays ignored: nohup makes a program ignore SIGHUP
                 if number and signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._record)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fradique.checkpointing.metrics_file import METRICS_FILE, SAMPLE_HEADER, SAMPLES_FILE, WANDB_ID_FILE
 from fradique.io import files
+from fradique.io.terminal import is_closed_pipe
 
 REFRESH_SECONDS = 1.0  # the shortest time between two updates of the progress bar
 
@@ -81,7 +82,7 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            self.output_closed |= isinstance(error, BrokenPipeError)
+            self.output_closed |= is_closed_pipe(error)
             # replace the stream by /dev/null; ValueError: a stream that is not a file has no descriptor
             with suppress(OSError, ValueError):
                 devnull = os.open(os.devnull, os.O_WRONLY)
@@ -95,6 +96,15 @@ class RunLogger:
         if self.file is not None:
             self.file.close()
             self.file = (folder / METRICS_FILE).open("a", encoding="utf-8", newline="\n")
+
+    def rewrite(self, function: Callable[[], None]) -> None:
+        """Call `function`, which replaces metrics.jsonl, with the file closed: Windows keeps open files."""
+        if self.file is not None:
+            self.file.close()
+        try:
+            function()
+        finally:
+            self.move(self.folder)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and log it to wandb."""

@@ -52,8 +52,7 @@ def check_best(t: Trainer) -> None:
     if earlier not in ("", fingerprint):
         state.last_eval_step = -1  # this step was evaluated on other windows
         if t.runtime.is_main:
-            metrics_file.set_aside_evaluations(t.folder)
-            t.log.move(t.folder)  # opens the new file
+            t.log.rewrite(lambda: metrics_file.set_aside_evaluations(t.folder))
 
 
 def _evaluate_best_again(t: Trainer, best: dict) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support import run_lab, run_training
+from windows.sitecustomize import windows_open
 
 from fradique.checkpointing import metrics_file
 from fradique.data.build import prepare_text
@@ -15,14 +16,6 @@ from fradique.data.text import files_text
 @pytest.fixture
 def windows_text_mode(monkeypatch):
     """Text that is written without `newline` gets CRLF, and the default encoding is cp1252, as on Windows."""
-    real_open = io.open
-
-    def windows_open(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **options):
-        if "b" not in mode:
-            encoding = encoding or "cp1252"
-            newline = "\r\n" if newline is None and any(letter in mode for letter in "wax") else newline
-        return real_open(file, mode, buffering, encoding, errors, newline, **options)
-
     monkeypatch.setattr(io, "open", windows_open)
     monkeypatch.setattr("builtins.open", windows_open)
 

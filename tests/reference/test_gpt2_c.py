@@ -5,6 +5,7 @@ The program is built with all warnings as errors, and with sanitizers.
 
 import json
 import os
+import platform
 import re
 import shutil
 import struct
@@ -19,6 +20,7 @@ from support import ROOT
 
 FILE = ROOT / "reference" / "gpt2.c"
 COMPILER = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler: apt-get install gcc")
@@ -117,7 +119,7 @@ def test_gradients_equal_transformers(folder, hf_model):
 
 def test_gradients_are_the_same_with_openmp_and_wide_vectors(folder, hf_model):
     """The program as `make reference` builds it: tiles of another size, several threads."""
-    build(folder / "fast", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
+    build(folder / "fast", "-O3", NATIVE, "-ffp-contract=fast", "-fopenmp")
     run(folder, *ONE_STEP)
     slow = load_file(folder / "g.safetensors")
     result = run(folder, *ONE_STEP, program="fast")
@@ -136,7 +138,7 @@ def test_a_wide_model_equals_transformers(folder, tmp_path, program):
     Checks the gradients, and generation with the KV cache.
     """
     if not (folder / program).exists():
-        build(folder / program, "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
+        build(folder / program, "-O3", NATIVE, "-ffp-contract=fast", "-fopenmp")
     hf_model = save_random_gpt2(tmp_path, vocab_size=900, n_embd=256, n_head=4, n_layer=1)
     np.random.default_rng(4).integers(900, size=100).astype("<u2").tofile(tmp_path / "tokens.bin")
     for name in ("gpt2", "fast"):
