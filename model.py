@@ -78,8 +78,8 @@ class GPTConfig:
     def problems(self) -> list[str]:
         """What is wrong with this config, one sentence per problem; empty if the config is valid."""
         problems = []
-        for name in POSITIVE_SIZES + OPTIONAL_SIZES:
-            value, minimum = getattr(self, name), 1 if name in POSITIVE_SIZES else 0
+        for name in POSITIVE_SIZES + NGRAM_SIZES + OPTIONAL_SIZES:
+            value, minimum = getattr(self, name), 0 if name in OPTIONAL_SIZES else 1
             if not value >= minimum:  # not <: this also rejects NaN
                 problems.append(f"{name} = {value} must be at least {minimum}")
         if not problems:
@@ -133,7 +133,8 @@ class GPTConfig:
         return [field.name for field in fields(cls)]
 
 
-POSITIVE_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram_max", "ngram_rows")
+POSITIVE_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+NGRAM_SIZES = ("ngram_max", "ngram_rows")  # these too are positive
 # for these, 0 means the default, or off
 OPTIONAL_SIZES = ("n_kv_head", "n_inner", "prefix_len", "sliding_window", "logit_softcap")
 CHOICES = {"norm": NORMS, "norm_place": NORM_PLACES, "position": POSITIONS, "activation": tuple(ACTIVATIONS)}

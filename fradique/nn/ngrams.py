@@ -45,7 +45,6 @@ class NgramEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty((ngram_max - 1) * rows, width))
         self.sparse_grad = True
 
-    @torch.compiler.disable  # the compiler knows no sparse gradients
     def forward(self, ids: Tensor) -> Tensor:
         """`ids` (B, N + T): see `ngram_rows` -> (B, T, C)."""
         rows = ngram_rows(ids, self.ngram_max, self.rows)  # (B, T, N)

@@ -65,7 +65,14 @@ def parse_model_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor],
 def _size_problems(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """The sizes that are too large for these tensors, or that contradict the shape of the embedding."""
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
-    limits = {"n_layer": len(tensors)} | dict.fromkeys(WIDTHS, max(MIN_WIDTH_LIMIT, n_parameters))
+    ngram_rows = sum(tensor.size(0) for name, tensor in tensors.items() if "ngrams" in name and tensor.dim())
+    default_rows = GPTConfig().ngram_rows  # in the config of every model, with n-grams or without
+    limits = {
+        "n_layer": len(tensors),
+        "ngram_max": ngram_rows + 1,
+        "ngram_rows": max(default_rows, ngram_rows),
+    }
+    limits |= dict.fromkeys(WIDTHS, max(MIN_WIDTH_LIMIT, n_parameters))
     problems = [
         f"{name} = {values[name]} is too large for the tensors of the checkpoint"
         for name, limit in limits.items()

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fradique.distributed import process_group
 from fradique.nn.cpu_features import cpu_has_bf16, emulates_bf16
+from fradique.nn.ngrams import NgramEmbedding
 from fradique.runtime import malloc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -311,6 +312,9 @@ def compile_with_fallback(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's hints are for its own developers
+            for module in model.modules():
+                if isinstance(module, NgramEmbedding):  # the compiler knows no sparse gradients
+                    module.forward = torch.compiler.disable(module.forward)
             compiled = torch.compile(model)
             warmup(compiled)
     except Exception as error:  # compilers may raise anything; without compilation the result is the same

@@ -155,7 +155,17 @@ def call_main(main, *arguments):
 
 
 LAB = ("anatomy", "attention", "curves", "embeddings", "journey", "movie", "report", "sampling", "tokenizers")
-BENCH = ("architectures", "data", "dataloader", "memory", "quality", "reference", "sample", "textbook")
+BENCH = (
+    "architectures",
+    "data",
+    "dataloader",
+    "gpu_check",
+    "memory",
+    "quality",
+    "reference",
+    "sample",
+    "textbook",
+)
 CORPORA = sorted(path.parent.name for path in ROOT.glob("data/*/prepare.py"))
 COMMANDS = {
     **dict.fromkeys(("train", "sample", *(f"lab.{name}" for name in (*LAB, "tokens"))), settings_command),

@@ -41,8 +41,8 @@ def test_all_problems_are_listed():
 
 
 def test_sizes_that_contradict_the_tensors_are_reported():
-    for changes in ({"n_layer": 10**6}, {"n_embd": 10**6}, {"n_inner": 10**6}, {"vocab_size": 10**6}):
-        (name,) = changes
+    for name in ("n_layer", "n_embd", "n_inner", "vocab_size", "ngram_max", "ngram_rows"):
+        changes = {name: 10**6}
         with pytest.raises(ValueError, match=rf"model.json .*\n  - {name} = 1000000 is too large"):
             model_config.parse_model_config(asdict(CONFIG) | changes, tensors(), "model.json")
     meta = {"transformer.wte.weight": torch.empty(2000, 16, device="meta")}
