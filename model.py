@@ -287,8 +287,10 @@ class GPT(nn.Module):
         DeepNorm: Xavier in the blocks, times 1 / √(2 n_layer) for all but the query and key projections.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | NgramEmbedding):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, NgramEmbedding):  # an n-gram that was never seen adds nothing
+                nn.init.zeros_(module.weight)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         num_residuals = 2 * self.config.n_layer  # residual connections: two per block

@@ -159,6 +159,11 @@ class TrainSettings:
             problems.append(
                 "optimizer = 'muon' needs whole matrices, but parallel = 'fsdp' shards them: change one of the two"
             )
+        if self.parallel == "fsdp" and self.ngram_max > 1:
+            problems.append(
+                f"ngram_max = {self.ngram_max} needs the whole table on each process, but parallel = 'fsdp' shards it: "
+                "use ddp, or ngram_max = 1"
+            )
         if self.overwrite and self.init_from == "resume":
             problems.append("overwrite deletes the run that init_from=resume would continue: use one of them")
         return problems

@@ -126,16 +126,17 @@ class ParameterCounts:
     embedding: int  # token embedding, V x C; with tied weights also the output layer
     output: int  # output layer; 0 with tied weights
     position_and_norms: int  # positional embedding or bias, and the norms outside the blocks
+    ngrams: int  # table of n-grams
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.matrices + self.vectors + self.embedding + self.output + self.position_and_norms
+        return self.matrices + self.vectors + self.outside_blocks
 
     @property
     def outside_blocks(self) -> int:
         """All parameters outside the blocks: FSDP's root group."""
-        return self.embedding + self.output + self.position_and_norms
+        return self.embedding + self.output + self.position_and_norms + self.ngrams
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def count_parameters(config: GPTConfig) -> ParameterCounts:
         embedding=embedding,
         output=0 if config.tie_weights else embedding,
         position_and_norms=position_and_norms,
+        ngrams=(config.ngram_max - 1) * config.ngram_rows * C,
     )
 
 
@@ -196,7 +198,8 @@ def estimate_phases(plan: MemoryPlan) -> list[MemoryEstimate]:
     counts = count_parameters(plan.config)
     trainable = counts.total if plan.trainable is None else plan.trainable
     shards = plan.world if plan.sharded else 1
-    weights, gradients = FP32_BYTES * counts.total // shards, FP32_BYTES * trainable // shards
+    gradients = (FP32_BYTES * trainable + _sparse_gradient_bytes(plan, counts, tokens * passes)) // shards
+    weights = FP32_BYTES * counts.total // shards
     optimizer = _optimizer_bytes(plan, counts, trainable) // shards
     communication = FP32_BYTES * trainable if plan.parallel == "ddp" and plan.world > 1 else 0
     casts = _cast_bytes(plan, counts, tokens)
@@ -367,9 +370,19 @@ def _evaluation_bytes(plan: MemoryPlan) -> int:
 def _optimizer_bytes(plan: MemoryPlan, counts: ParameterCounts, trainable: int) -> int:
     """Bytes of the optimizer state of all ranks together."""
     fraction = trainable / counts.total
+    rows = counts.ngrams // plan.config.n_embd  # one number for each
+    others = counts.total - counts.ngrams
     if plan.optimizer == "muon":  # momentum for the matrices, AdamW's two moments for the rest
-        return int(fraction * FP32_BYTES * (counts.matrices + 2 * (counts.total - counts.matrices)))
-    return int(fraction * 2 * FP32_BYTES * counts.total)
+        return int(fraction * FP32_BYTES * (rows + counts.matrices + 2 * (others - counts.matrices)))
+    return int(fraction * FP32_BYTES * (rows + 2 * others))
+
+
+def _sparse_gradient_bytes(plan: MemoryPlan, counts: ParameterCounts, tokens: int) -> int:
+    """How much larger the gradient of the n-grams, a row for each in the batch, is than a dense one."""
+    if plan.trainable is not None or plan.world > 1:  # LoRA, which freezes the table; dense
+        return 0
+    sparse = tokens * (plan.config.ngram_max - 1) * (FP32_BYTES * plan.config.n_embd + 8)
+    return sparse - FP32_BYTES * counts.ngrams
 
 
 def _update_bytes(plan: MemoryPlan) -> int:

@@ -296,7 +296,7 @@ def log_step(t: Trainer, loss: Tensor, norm: Tensor) -> None:
     record = {
         "step": t.state.step,
         "loss": mean_loss,
-        "lr": t.optimizers[-1].param_groups[0]["lr"],  # AdamW's, if Muon is used too
+        "lr": t.state.learning_rate,
         "grad_norm": norm.item() if math.isfinite(norm) else None,
         "tokens": t.state.step * t.tokens_per_step,
         "seconds": t.budget.elapsed(),

@@ -22,6 +22,7 @@ from fradique.data.sampler import Sampler
 from fradique.distributed import process_group
 from fradique.io.config_file import SETTINGS_OF_ONE_COMMAND
 from fradique.io.files import find_beside_project
+from fradique.nn.ngrams import NgramEmbedding
 from fradique.optim import optimizer
 from fradique.runtime import fallback
 from fradique.runtime.device import Runtime, compile_with_fallback, setup_runtime
@@ -149,6 +150,9 @@ def move_or_shard_model(model: GPT, runtime: Runtime) -> None:
         fsdp.shard_model(model, model.transformer["h"], runtime.device)
     else:
         model.to(runtime.device)
+    for module in model.modules():
+        if isinstance(module, NgramEmbedding):  # processes exchange whole gradients; MPS has no sparse ones
+            module.sparse_grad = runtime.world == 1 and runtime.device.type in ("cpu", "cuda")
 
 
 def check_fast_paths(model: GPT, sampler: Sampler, runtime: Runtime) -> Runtime:

@@ -98,6 +98,8 @@ CASES = [
     (MODERN | {"n_embd": 128, "block_size": 128}, {"dtype": "bfloat16"}),
     ({"activation": "relu2", "parallel_block": True}, {"gradient_accumulation_steps": 2}),
     ({"norm_place": "post", "activation": "relu", "tie_weights": False}, {}),
+    ({"ngram_max": 3, "ngram_rows": 5000}, {"gradient_accumulation_steps": 2}),
+    ({"ngram_max": 2, "ngram_rows": 20_000}, {"optimizer": "muon"}),
 ]
 
 

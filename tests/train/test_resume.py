@@ -179,8 +179,9 @@ def test_resuming_is_exact_for_a_run_that_began_with_weights(settings, tmp_path)
 
 
 @needs_compiler
-def test_resuming_is_exact_for_a_compiled_run(settings, tmp_path, monkeypatch, capsys):
-    settings = replace(settings, compile=True, n_layer=1, max_iters=6, eval_interval=3)
+@pytest.mark.parametrize("ngram_max", [1, 3])
+def test_resuming_is_exact_for_a_compiled_run(settings, tmp_path, monkeypatch, capsys, ngram_max):
+    settings = replace(settings, compile=True, n_layer=1, max_iters=6, eval_interval=3, ngram_max=ngram_max)
     compiled = []
     before_steps(monkeypatch, lambda t: compiled.append(t.forward is not t.model))
     uninterrupted = replace(settings, out_dir=str(tmp_path / "uninterrupted"))
@@ -284,11 +285,13 @@ def test_resuming_a_finished_run_adds_no_second_ending(settings, capsys):
     assert saved["settings"]["init_from"] == "scratch"  # as at the start of the run
 
 
-def test_resuming_is_exact_on_two_processes(settings, tmp_path):
+@pytest.mark.parametrize("ngram_max", [1, 3])
+def test_resuming_is_exact_on_two_processes(settings, tmp_path, ngram_max):
     """Two ranks resume with the same arguments as one."""
     uninterrupted = replace(
         settings, out_dir=str(tmp_path / "uninterrupted"), gradient_accumulation_steps=2, max_iters=10
     )
+    uninterrupted = replace(uninterrupted, ngram_max=ngram_max)
     resumed = replace(uninterrupted, out_dir=str(tmp_path / "resumed"))
     assert run_ranks(2, *flags(uninterrupted)).returncode == 0
     # the shorter run needs the schedule of the full one: hence lr_decay_iters

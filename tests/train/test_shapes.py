@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 import sample
 import train
 from configurator import command, resolve
-from fradique.checkpointing import checkpoint
+from fradique.checkpointing import checkpoint, metrics_file
 from fradique.pretrained import __main__, loader
 from fradique.training import evaluation, model_setup, setup
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": "relu2", "optimizer": "muon"}
+NGRAMS = {"ngram_max": 4, "ngram_rows": 60, "optimizer": "muon"}
 ODD = {"norm_place": "deepnorm", "position": "relative", "activation": "geglu", "n_kv_head": 1, "bias": True}
 
 
@@ -37,16 +38,35 @@ def same_checkpoints(a: train.Trainer, b: train.Trainer) -> bool:
     return same_folder(*(Path(t.settings.out_dir) / "step-00000020" for t in (a, b)))
 
 
-@pytest.mark.parametrize("changes", [MODERN, ODD], ids=["modern, muon", "deepnorm, relative, geglu"])
+@pytest.mark.parametrize(
+    "changes", [MODERN, ODD, NGRAMS], ids=["modern, muon", "deepnorm, relative, geglu", "n-grams, muon"]
+)
 def test_resuming_is_exact_for_other_architectures(settings, tmp_path, monkeypatch, changes):
     resumed, uninterrupted = train_with_and_without_a_stop(
         replace(settings, **changes | {"n_head": 4}), tmp_path, monkeypatch
     )
     assert same_checkpoints(resumed, uninterrupted)
-    assert resumed.model.config.activation == changes["activation"]
+    assert all(
+        getattr(resumed.model.config, name) == changes[name] for name in changes if name != "optimizer"
+    )
     if "optimizer" in changes:
         saved = checkpoint.read_checkpoint(Path(settings.out_dir) / "step-00000020")
         assert any(name.startswith("momentum_buffer/transformer.h.0") for name in saved.optimizer)
+
+
+def test_a_model_with_ngrams_is_sampled_from_its_run_folder(settings):
+    _, t = run_training(replace(settings, **NGRAMS))
+    loaded = sample.load_model(settings.out_dir, device="cpu")
+    idx = torch.tensor([[1, 2, 3, 4, 5]])
+    t.model.eval()
+    assert torch.equal(loaded.model(idx)[0], t.model(idx)[0])
+    record = metrics_file.read_metrics(Path(settings.out_dir))[1]
+    assert record["lr"] <= settings.learning_rate  # AdamW's
+
+
+def test_ngrams_need_whole_tables(settings):
+    (problem,) = replace(settings, parallel="fsdp", ngram_max=3).problems()
+    assert "ngram_max = 3 needs the whole table on each process" in problem
 
 
 def test_muon_and_adamw_follow_the_same_schedule(settings):
