@@ -55,6 +55,7 @@ class TrainSettings:
     max_iters: int = setting(600000, "number of training steps", common=True, lo=0)
     auto: bool = setting(False, "choose model size, batch size and schedule for this machine, corpus and time_budget; settings that you give are kept", common=True)
     time_budget: str = setting("", "stop after this much time (evaluation included) instead of max_iters, for example 90s, 10m, 1h30m; the learning rate schedule follows the clock", common=True)
+    slow_time_budget: str = setting("", "time_budget for auto on a slow machine, which would see fewer than 500,000 tokens in the given one")
     seed: int = setting(1337, "random seed for weights, batches and dropout; the same seed, on the same number of threads, repeats the run exactly", lo=0, hi=2**62)
     debug: bool = setting(False, "show the traceback of an error")
 
@@ -142,10 +143,11 @@ class TrainSettings:
         problems = [] if self.auto else model_config(self, vocab_size=1).problems()
         if not self.auto and self.decay_lr and self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             problems.append(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
-        try:
-            parse_duration(self.time_budget)
-        except ValueError as error:
-            problems.append(str(error))
+        for name in ("time_budget", "slow_time_budget"):
+            try:
+                parse_duration(getattr(self, name), name)
+            except ValueError as error:
+                problems.append(str(error))
         if self.auto and self.init_from not in ("scratch", "resume"):
             problems.append("auto chooses a model to train from scratch: remove --init_from or --auto")
         if self.auto and not self.time_budget and self.init_from == "scratch":
@@ -155,15 +157,12 @@ class TrainSettings:
                 f"lora_rank = {self.lora_rank} adapts existing weights, and init_from=scratch has none: set "
                 "--init_from to a run folder, gpt2, …, or leave lora_rank at 0"
             )
-        if self.parallel == "fsdp" and self.optimizer == "muon":
-            problems.append(
-                "optimizer = 'muon' needs whole matrices, but parallel = 'fsdp' shards them: change one of the two"
-            )
-        if self.parallel == "fsdp" and self.ngram_max > 1:
-            problems.append(
-                f"ngram_max = {self.ngram_max} needs the whole table on each process, but parallel = 'fsdp' shards it: "
-                "use ddp, or ngram_max = 1"
-            )
+        for name, chosen in (("optimizer", self.optimizer == "muon"), ("ngram_max", self.ngram_max > 1)):
+            if chosen and self.parallel == "fsdp":
+                problems.append(
+                    f"{name} = {getattr(self, name)!r} needs whole matrices, but parallel = 'fsdp' shards them: change "
+                    "one of the two"
+                )
         if self.overwrite and self.init_from == "resume":
             problems.append("overwrite deletes the run that init_from=resume would continue: use one of them")
         return problems

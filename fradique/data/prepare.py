@@ -41,6 +41,7 @@ from fradique.tokenizer.tokenizer import check_separator
 HUB_SOURCE = "the Hugging Face hub"  # "source" in the meta.json of a corpus from the hub
 AUTO_COMMAND = "python train.py config/auto.py --dataset={name} --out_dir=out/{name}"
 NO_SEPARATOR = "none"  # as --document_separator: all text is ordinary
+MIN_BPE_VOCAB, MAX_BPE_VOCAB = 512, 4096  # with --tokenizer auto
 OS_ERRORS = {  # errno -> the reason and what to do
     errno.ENOSPC: "the disk is full. Free some space, or choose another folder with --out_dir",
     errno.EROFS: "this disk cannot be written to. Choose another folder with --out_dir",
@@ -192,7 +193,12 @@ def _add_source_flags(parser: argparse.ArgumentParser, spec: CorpusSpec) -> None
         help=f"files, or folders to search for {extensions} files at any depth, sorted by name{note}",
     )
     if spec.is_custom:
-        add("--tokenizer", default=spec.tokenizer, help="char, gpt2, or bpe:SIZE (default: %(default)s)")
+        add(
+            "--tokenizer",
+            default=spec.tokenizer,
+            help="char, gpt2, bpe:SIZE, or auto: bpe of a SIZE that suits the "
+            "length of the text, or char if it is short (default: %(default)s)",
+        )
         add("--name", help="make the corpus in data/NAME (default: data/custom)")
     add(
         "--val_fraction",
@@ -272,11 +278,13 @@ def _prepare(spec: CorpusSpec, args: argparse.Namespace, out_dir: Path) -> dict[
     if args.worker is not None:
         raise ValueError("--worker needs --shards, with the same number for all workers")
     check_no_unfinished_shards(out_dir)
-    separator = _document_separator(spec, args)
     if spec.documents is None:
-        text, kind = _open_text(spec, args), _tokenizer(spec, args)
-        return prepare_text(text, out_dir, kind, args.val_fraction, args.val_split, separator)
+        text = _open_text(spec, args)
+        tokenizer = _tokenizer(spec, args, text.size)
+        separator = _document_separator(args, tokenizer)
+        return prepare_text(text, out_dir, tokenizer, args.val_fraction, args.val_split, separator)
     _check_max_documents(args)
+    separator = _document_separator(args, spec.tokenizer)
     if args.input:
         files = find_files(args.input, documents.ENDINGS)
         source, stream = _describe_files(files), documents.local_documents(files)
@@ -289,11 +297,13 @@ def _prepare(spec: CorpusSpec, args: argparse.Namespace, out_dir: Path) -> dict[
 
 def _make_job(spec: CorpusSpec, args: argparse.Namespace) -> Job:
     """The job that --shards divides among workers."""
-    separator = _document_separator(spec, args)
     if spec.documents is None:
-        text, kind = _open_text(spec, args), _tokenizer(spec, args)
-        return TextJob(text, kind, args.val_fraction, args.shards, args.val_split, separator)
+        text = _open_text(spec, args)
+        tokenizer = _tokenizer(spec, args, text.size)
+        separator = _document_separator(args, tokenizer)
+        return TextJob(text, tokenizer, args.val_fraction, args.shards, args.val_split, separator)
     _check_max_documents(args)
+    separator = _document_separator(args, spec.tokenizer)
     if args.input:
         files: Sequence[Path | documents.HubFile] = find_files(args.input, documents.ENDINGS)
         source = _describe_files(files)
@@ -308,16 +318,24 @@ def _make_job(spec: CorpusSpec, args: argparse.Namespace) -> Job:
     )
 
 
-def _tokenizer(spec: CorpusSpec, args: argparse.Namespace) -> str:
-    return getattr(args, "tokenizer", spec.tokenizer)  # only data/custom has --tokenizer
+def _tokenizer(spec: CorpusSpec, args: argparse.Namespace, text_bytes: int) -> str:
+    """The tokenizer that is asked for. auto: chosen by the size of the text."""
+    name = getattr(args, "tokenizer", spec.tokenizer)  # only data/custom has --tokenizer
+    return automatic_tokenizer(text_bytes) if name == "auto" else name
 
 
-def _document_separator(spec: CorpusSpec, args: argparse.Namespace) -> str | None:
+def automatic_tokenizer(text_bytes: int) -> str:
+    """BPE with about a token for each kilobyte of text, 512 to 4,096; characters for a shorter text."""
+    size = 1 << max(0, (text_bytes // 1000).bit_length() - 1)  # the power of two below
+    return "char" if size < MIN_BPE_VOCAB // 2 else f"bpe:{min(max(size, MIN_BPE_VOCAB), MAX_BPE_VOCAB)}"
+
+
+def _document_separator(args: argparse.Namespace, tokenizer: str) -> str | None:
     """The text that becomes <|endoftext|>; None if no text does. Raises ValueError for an unusable one."""
     text = getattr(args, "document_separator", None)
     if text is None:
         return END_OF_TEXT
-    if _tokenizer(spec, args) == "char":
+    if tokenizer == "char":
         raise ValueError(
             "--document_separator: the vocabulary of a character corpus has no token that ends a document. "
             "Leave it out, or use --tokenizer gpt2 or bpe:SIZE"

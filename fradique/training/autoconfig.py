@@ -1,8 +1,8 @@
 """Settings chosen for a machine, a corpus and a time budget (`--auto`, config/auto.py).
 
 A larger model learns more from each token, but sees fewer tokens in the same time. The presets are tried from
-small to large, each for about a second, until the next one is expected to reach a higher loss. The presets
-and the coefficients come from the measurements in config/auto.py.
+small to large, each for about a second, until the next one would see too little text for its size. How much
+that is does not depend on the machine: the numbers come from the measurements in config/auto.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fradique.checkpointing import run_folder
+from fradique.data import dataset
 from fradique.distributed import process_group
+from fradique.io.files import find_beside_project
 from fradique.training import setup
 from fradique.training.logger import format_count
-from fradique.training.time_budget import parse_duration
+from fradique.training.time_budget import format_duration, parse_duration
 
 if TYPE_CHECKING:
     from fradique.training.trainer import Trainer
@@ -49,6 +51,7 @@ WARMUP_FRACTION = 0.05  # of all steps
 NUM_EVALUATIONS = 4  # during training, after the one at step 0: enough to draw a loss curve
 EVALUATION_FRACTION = 0.05  # of the training time, for all evaluations together
 EVALUATION_BATCHES = 20  # at most, per split: enough for a smooth loss curve
+MIN_TOKENS = 500_000  # with fewer, even the smallest preset writes no words: see slow_time_budget
 MAX_PARAMETERS_PER_TOKEN = 4  # parameters of the blocks per token of the corpus: more would memorize it
 # {minimum number of epochs: dropout}. Validation losses measured with dropout 0.1 and without dropout:
 #   2 epochs (shakespeare in GPT-2's BPE): 4.955 and 4.903
@@ -60,11 +63,10 @@ DROPOUT_BY_EPOCHS = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
 # {minimum number of epochs: weight decay}. Validation losses measured at 22 epochs (shakespeare in GPT-2's
 # BPE, 6,405 steps): 4.480 with weight decay 0.1, 4.568 without.
 WEIGHT_DECAY_BY_EPOCHS = {0.0: 0.0, 15.0: 0.1}
-# The reducible loss of a model of N parameters that saw D tokens, up to a constant factor:
-# N^-SIZE_EXPONENT + TOKEN_COEFFICIENT / D. Fitted so that it predicts which of the widths 64, 128, 192 and
-# 256 has the lowest loss after one and after five minutes, with characters and with BPE. Scaling laws such as
-# that of Hoffmann et al. 2022 have a root of D instead: they describe runs that are trained to the end.
-SIZE_EXPONENT, TOKEN_COEFFICIENT = 0.3, 3.3e4
+# N-grams of up to about five characters: of characters, or of BPE tokens, of which each has three or four
+NGRAMS_OF_CHARACTERS = {"ngram_max": 5, "ngram_rows": 32768}
+NGRAMS_OF_BPE = {"ngram_max": 3, "ngram_rows": 32768}
+MAX_NGRAM_WIDTH = 256  # wider models were not measured with n-grams
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,19 @@ class Preset:
     batch_size: int
     learning_rate: float
     muon_learning_rate: float
+    min_text: float  # megabytes of text: a run that sees less is better with the next smaller preset
 
 
-# n_layer, n_head, n_embd, block_size, batch_size, and the learning rates of AdamW and Muon
+# n_layer, n_head, n_embd, block_size, batch_size, the learning rates of AdamW and Muon, and min_text
 PRESETS = (
-    Preset(3, 2, 64, 64, 16, 5e-3, 1e-2),
-    Preset(4, 2, 128, 128, 8, 5e-3, 1e-2),
-    Preset(4, 3, 192, 128, 16, 5e-3, 1e-2),
-    Preset(5, 4, 256, 128, 24, 5e-3, 1e-2),
+    Preset(2, 2, 128, 128, 8, 5e-3, 1e-2, 0.0),
+    Preset(3, 2, 128, 128, 8, 5e-3, 1e-2, 2.5),
+    Preset(3, 3, 192, 128, 8, 5e-3, 1e-2, 5.0),
+    Preset(5, 4, 256, 128, 24, 5e-3, 1e-2, 15.0),
     # extrapolated, not measured: these need hours on a CPU, or minutes on a GPU
-    Preset(6, 6, 384, 256, 32, 3e-3, 1e-2),
-    Preset(8, 8, 512, 512, 32, 2e-3, 1e-2),
-    Preset(12, 12, 768, 1024, 32, 1e-3, 1e-2),
+    Preset(6, 6, 384, 256, 32, 3e-3, 1e-2, 60.0),
+    Preset(8, 8, 512, 512, 32, 2e-3, 1e-2, 200.0),
+    Preset(12, 12, 768, 1024, 32, 1e-3, 1e-2, 1000.0),
 )
 
 
@@ -102,6 +105,7 @@ class Throughput:
     tokens_per_step: int
     step_seconds: float
     elapsed: float  # seconds from the start of the program to the end of this trial
+    bytes_per_token: float = 1.0  # of the text
 
     def steps(self, budget: float) -> int:
         """Steps that fit into the rest of a budget of `budget` seconds, which began with the program."""
@@ -119,9 +123,9 @@ class Throughput:
         epochs = self.tokens(budget) / self.corpus_tokens
         return max(value for min_epochs, value in table.items() if epochs >= min_epochs)
 
-    def reducible_loss(self, budget: float) -> float:
-        """The expected loss minus the smallest possible one, up to a factor that all sizes share."""
-        return self.parameters**-SIZE_EXPONENT + TOKEN_COEFFICIENT / self.tokens(budget)
+    def megabytes(self, budget: float) -> float:
+        """The text in these tokens."""
+        return self.tokens(budget) * self.bytes_per_token / 1e6
 
 
 def autotune(
@@ -137,17 +141,34 @@ def autotune(
     device: the device of the run. started: time.monotonic() at the start of the process. Returns the settings
     and notes for the log, equal on all ranks. Raises ValueError if the settings do not fit together.
     """
-    budget = parse_duration(settings.time_budget)
+    budget, slow_budget = parse_duration(settings.time_budget), parse_duration(settings.slow_time_budget)
     run_folder.check_available(Path(settings.out_dir), settings.overwrite)
+
+    settings = replace(settings, **_ngram_settings(settings, fixed))
 
     def measure(changes: dict[str, Any]) -> Throughput:
         return _measure(replace(settings, **changes), time_step, device, started)
 
-    changes, notes = choose_preset(budget, fixed, measure, process_group.rank_info().world)
+    world = process_group.rank_info().world
+    changes, notes = choose_preset(budget, fixed, measure, world, slow_budget)
     settings = replace(settings, **changes)
     if problems := replace(settings, auto=False).problems():
         raise ValueError("; ".join(problems))
     return settings, tuple(notes)
+
+
+def _ngram_settings(settings: TrainSettings, fixed: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the n-grams for the tokens of the corpus, without those in `fixed`."""
+    if settings.parallel == "fsdp":
+        return {}
+    folder = find_beside_project(Path(settings.data_dir) / settings.dataset)
+    corpus = dataset.open_corpus(folder, fixed.get("block_size", PRESETS[0].block_size))
+    ngrams = NGRAMS_OF_CHARACTERS if _bytes_per_token(corpus) < 1.5 else NGRAMS_OF_BPE
+    return {key: value for key, value in ngrams.items() if key not in fixed}
+
+
+def _bytes_per_token(corpus: dataset.Corpus) -> float:
+    return corpus.train.count_text_bytes(corpus.tokenizer) / corpus.train.tokens
 
 
 def _measure(
@@ -176,6 +197,7 @@ def _measure(
             tokens_per_step=t.tokens_per_step,
             step_seconds=step_seconds,
             elapsed=elapsed,
+            bytes_per_token=_bytes_per_token(t.corpus),
         )
         del t
         gc.collect()  # free the model and its optimizer before the next trial
@@ -183,17 +205,27 @@ def _measure(
 
 
 def choose_preset(
-    budget: float, fixed: dict[str, Any], measure: Callable[[dict[str, Any]], Throughput], world: int = 1
+    budget: float,
+    fixed: dict[str, Any],
+    measure: Callable[[dict[str, Any]], Throughput],
+    world: int = 1,
+    slow_budget: float | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The settings to change for `budget` seconds on `world` processes, without those in `fixed`, and notes
     for the log.
 
     measure: trains with the changed settings that it gets and returns the throughput. If it raises for a
     preset, for example because the model does not fit into the GPU's memory, the previous preset is chosen.
-    An error of the smallest preset is raised.
+    An error of the smallest preset is raised. slow_budget: the seconds instead of `budget` on a machine on
+    which the smallest preset sees too few tokens.
     """
     changes = preset_settings(PRESETS[0], fixed, world)
     best = measure(changes)
+    notes, longer = [], {}
+    if slow_budget and slow_budget > budget and best.tokens(budget) < MIN_TOKENS:
+        longer = {"time_budget": f"{slow_budget:g}s"}
+        notes.append(_slow_note(best, budget, slow_budget))
+        budget = slow_budget
     reason = ""  # why no larger preset was chosen
     for preset in PRESETS[1:]:
         larger = preset_settings(preset, fixed, world)
@@ -206,8 +238,8 @@ def choose_preset(
         except (ValueError, torch.OutOfMemoryError) as error:
             reason = f"; {name} cannot be trained here ({str(error).splitlines()[0][:100]})"
             break
-        if trial.reducible_loss(budget) > best.reducible_loss(budget):
-            reason = f"; {name} would see {format_count(trial.tokens(budget))} tokens, too few for its size"
+        if trial.megabytes(budget) < preset.min_text:
+            reason = f"; {name} would see {trial.megabytes(budget):.1f} MB of text, too little for its size"
             break
         if trial.parameters > MAX_PARAMETERS_PER_TOKEN * trial.corpus_tokens:
             reason = f"; {name} would memorize so small a corpus"
@@ -215,7 +247,7 @@ def choose_preset(
         changes, best = larger, trial
     schedule = schedule_settings(best, budget)
     changes |= {key: value for key, value in schedule.items() if key not in fixed}
-    return changes, [_note(changes | fixed, best, budget) + reason]
+    return changes | longer, [*notes, _note(changes | fixed, best, budget) + reason]
 
 
 def schedule_settings(throughput: Throughput, budget: float) -> dict[str, Any]:
@@ -241,6 +273,9 @@ def preset_settings(preset: Preset, fixed: dict[str, Any], world: int = 1) -> di
     the batch size a multiple of the number of processes.
     """
     settings = COMMON | asdict(preset)
+    del settings["min_text"]
+    if preset.n_embd > MAX_NGRAM_WIDTH:
+        settings["ngram_max"] = 1
     settings["batch_size"] = _round_up(preset.batch_size, world)
     if "n_embd" in fixed:
         head_counts = [n for n in range(1, preset.n_head + 1) if fixed["n_embd"] % (2 * n) == 0]
@@ -271,4 +306,14 @@ def _note(settings: dict[str, Any], throughput: Throughput, budget: float) -> st
         f"{1000 * throughput.step_seconds:.0f} ms (not compiled) in {budget:.0f} s, "
         f"{format_count(throughput.tokens(budget))} tokens, dropout {settings['dropout']}"
         + (f", weight decay {decay}" if decay else "")
+    )
+
+
+def _slow_note(throughput: Throughput, budget: float, slow_budget: float) -> str:
+    """The note for the log that the run takes longer, and how to prevent that."""
+    tokens = format_count(throughput.tokens(budget))
+    return (
+        f"auto: this machine is slow: the run takes {format_duration(slow_budget)} instead of "
+        f"{format_duration(budget)}, in which it would see only {tokens} tokens (--slow_time_budget= keeps "
+        f"{format_duration(budget)})"
     )

@@ -197,8 +197,11 @@ def fitting_windows(seconds: float, seconds_per_window: float, available: int) -
     return min(available, max(MIN_WINDOWS, 1 << int(math.log2(max(fitting, 1.0)))))
 
 
-def parse_duration(text: str) -> float | None:
-    """Seconds of a duration such as 90, 90s, 10m or 1h30m; None for "". Raises ValueError for other texts."""
+def parse_duration(text: str, name: str = "time_budget") -> float | None:
+    """Seconds of a duration such as 90, 90s, 10m or 1h30m; None for "".
+
+    name: of the setting, for the message of the ValueError that other texts raise.
+    """
     if not text:
         return None
     total = 0.0
@@ -206,7 +209,7 @@ def parse_duration(text: str) -> float | None:
         hours, minutes, seconds = (float(number or 0) for number in match.groups())
         total = 3600 * hours + 60 * minutes + seconds
     if not 0 < total < math.inf:
-        raise ValueError(f"time_budget = {reprlib.repr(text)} is not a duration: write 90s, 10m or 1h30m")
+        raise ValueError(f"{name} = {reprlib.repr(text)} is not a duration: write 90s, 10m or 1h30m")
     return total
 
 

@@ -166,7 +166,25 @@ def test_the_python_corpus_needs_no_network_and_no_flag(clone):
     assert meta["vocab_size"] <= 96
 
 
-@pytest.mark.parametrize(("flag", "kind"), [("char", "char"), ("gpt2", "gpt2"), ("bpe:300", "bpe")])
+@pytest.mark.parametrize(
+    ("text_bytes", "tokenizer"),
+    [
+        (0, "char"),
+        (255_999, "char"),
+        (256_000, "bpe:512"),
+        (1_100_000, "bpe:1024"),
+        (1_780_000, "bpe:1024"),
+        (3_000_000, "bpe:2048"),
+        (10**10, "bpe:4096"),
+    ],
+)
+def test_the_automatic_tokenizer_depends_on_the_length_of_the_text(text_bytes, tokenizer):
+    assert prepare.automatic_tokenizer(text_bytes) == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("flag", "kind"), [("char", "char"), ("gpt2", "gpt2"), ("bpe:300", "bpe"), ("auto", "char")]
+)
 def test_a_custom_text_gets_the_given_name_and_tokenizer(clone, text_file, flag, kind):
     script = clone / "data" / "custom" / "prepare.py"
     result = run_prepare(

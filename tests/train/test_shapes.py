@@ -66,7 +66,7 @@ def test_a_model_with_ngrams_is_sampled_from_its_run_folder(settings):
 
 def test_ngrams_need_whole_tables(settings):
     (problem,) = replace(settings, parallel="fsdp", ngram_max=3).problems()
-    assert "ngram_max = 3 needs the whole table on each process" in problem
+    assert "ngram_max = 3 needs whole matrices, but parallel" in problem
 
 
 def test_muon_and_adamw_follow_the_same_schedule(settings):
