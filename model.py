@@ -58,6 +58,7 @@ class GPTConfig:
     logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
     ngram_max: int = 1  # n-grams of 2 to ngram_max tokens have embeddings too; 1: only the tokens
     ngram_rows: int = 16384  # rows of the table for each n
+    ngram_dropout: float = 0.0  # probability that a token lacks its longer n-grams, from a random length on
     flash: bool = True  # fused attention; False: plain_attention below
 
     @property
@@ -84,8 +85,9 @@ class GPTConfig:
                 problems.append(f"{name} = {value} must be at least {minimum}")
         if not problems:
             problems += self._contradictions()
-        if not 0.0 <= self.dropout < 1.0:
-            problems.append(f"dropout = {self.dropout} must be at least 0 and less than 1")
+        for name in ("dropout", "ngram_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                problems.append(f"{name} = {getattr(self, name)} must be at least 0 and less than 1")
         if not self.rope_theta > 0:
             problems.append(f"rope_theta = {self.rope_theta} must be above 0")
         for name, choices in CHOICES.items():
@@ -269,7 +271,8 @@ class GPT(nn.Module):
         if config.position == "relative":  # one table for all layers, as in T5
             modules["rel"] = nn.Embedding(RELATIVE_BUCKETS, config.n_head)
         if config.ngram_max > 1:
-            modules["ngrams"] = NgramEmbedding(config.ngram_max, config.ngram_rows, config.n_embd)
+            table = (config.ngram_max, config.ngram_rows, config.n_embd, config.ngram_dropout)
+            modules["ngrams"] = NgramEmbedding(*table)
         if config.embd_norm:
             modules["ln_e"] = make_norm(config.norm, config.n_embd, config.bias)
         modules["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -289,8 +292,6 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, NgramEmbedding):  # an n-gram that was never seen adds nothing
-                nn.init.zeros_(module.weight)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         num_residuals = 2 * self.config.n_layer  # residual connections: two per block
@@ -357,8 +358,8 @@ class GPT(nn.Module):
         """Token ids (B, T) at `positions` (T,) -> (B, T, C)."""
         x = self.transformer["wte"](idx)
         if "ngrams" in self.transformer:
-            earlier = self.config.ngram_max - 1
-            ids = F.pad(idx + 1, (earlier, 0)) if cache is None else cache.update_ids(idx + 1)
+            earlier = (self.config.ngram_max - 1, 0)
+            ids = F.pad(idx + 1, earlier) if cache is None else cache.update_ids(idx + 1)
             x = x + self.transformer["ngrams"](ids)
         if self.config.position == "learned":
             x = x + self.transformer["wpe"](positions)

@@ -88,6 +88,7 @@ class TrainSettings:
     logit_softcap: float = setting(0.0, "limit logits to (-c, c) with c * tanh(logits / c); 0: no limit", lo=0.0)
     ngram_max: int = setting(1, "also embed n-grams: each token with the one, two, ... tokens before it, up to this length; a small model learns faster; 1: tokens alone", lo=1, hi=16)
     ngram_rows: int = setting(16384, "rows of the table for each length of n-grams, which share them by a hash", lo=1, hi=2**28)
+    ngram_dropout: float = setting(0.0, "probability that a token loses its longer n-grams in training, as if they were new; for several epochs", lo=0.0, hi=0.99)
 
     freeze: str = setting("", "parameters that are not trained, separated by commas, for example wte,wpe,h.0-5,h.6.attn", group="fine-tuning")
     lora_rank: int = setting(0, "rank of the LoRA adapters, which are trained instead of the weights; 0: no LoRA", lo=0)

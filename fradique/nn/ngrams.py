@@ -35,19 +35,35 @@ def ngram_rows(ids: Tensor, ngram_max: int, rows: int) -> Tensor:
 class NgramEmbedding(nn.Module):
     """The sum of the embeddings of the n-grams that end at each token, for n from 2 to ngram_max.
 
+    `dropout`: the probability, in training, that a token keeps only n-grams up to a random length. Over
+    several epochs the tables otherwise learn the training text by heart: every n-gram in it is known by then,
+    whereas a new text has some that are not.
+
     `sparse_grad`: the gradient is a sparse tensor with the rows that occur in the batch. A dense one would
     have to be filled, and added to all rows, in every step.
     """
 
-    def __init__(self, ngram_max: int, rows: int, width: int) -> None:
+    def __init__(self, ngram_max: int, rows: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.ngram_max, self.rows = ngram_max, rows
-        self.weight = nn.Parameter(torch.empty((ngram_max - 1) * rows, width))
+        self.ngram_max, self.rows, self.dropout = ngram_max, rows, dropout
+        self.weight = nn.Parameter(torch.zeros((ngram_max - 1) * rows, width))  # a new n-gram adds nothing
         self.sparse_grad = True
 
     def forward(self, ids: Tensor) -> Tensor:
         """`ids` (B, N + T): see `ngram_rows` -> (B, T, C)."""
         rows = ngram_rows(ids, self.ngram_max, self.rows)  # (B, T, N)
         B, T, N = rows.shape
-        sums = F.embedding_bag(rows.view(B * T, N), self.weight, mode="sum", sparse=self.sparse_grad)
+        if not (self.training and self.dropout):
+            sums = F.embedding_bag(rows.view(B * T, N), self.weight, mode="sum", sparse=self.sparse_grad)
+            return sums.view(B, T, -1)
+        kept = self._kept_lengths(B * T, N, ids.device)  # (B T,)
+        is_kept = torch.arange(N, device=ids.device) < kept[:, None]
+        starts = kept.cumsum(0) - kept  # of the rows of each token
+        bags = rows.view(B * T, N)[is_kept]
+        sums = F.embedding_bag(bags, self.weight, starts, mode="sum", sparse=self.sparse_grad)
         return sums.view(B, T, -1)
+
+    def _kept_lengths(self, tokens: int, N: int, device: torch.device) -> Tensor:
+        """How many lengths of n-grams each token keeps, the shortest ones: (tokens,), from 0 to N."""
+        cut = torch.rand(tokens, device=device) < self.dropout
+        return torch.where(cut, torch.randint(N, (tokens,), device=device), N)

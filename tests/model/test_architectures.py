@@ -67,6 +67,7 @@ NON_DEFAULT = {
     "logit_softcap": 15.0,
     "ngram_max": 3,
     "ngram_rows": 100,
+    "ngram_dropout": 0.3,
 }
 
 

@@ -45,6 +45,31 @@ def test_the_sparse_gradient_equals_the_dense_one():
     assert (gradients[0] == 0).all(dim=1).any()  # rows of n-grams that do not occur
 
 
+def test_dropout_leaves_the_shortest_ngrams_of_a_token():
+    """The table holds 1 for bigrams, 10 for trigrams and 100 for 4-grams: the sum shows which are left."""
+    embedding = NgramEmbedding(4, 50, 1, dropout=0.4)
+    with torch.no_grad():
+        embedding.weight.copy_(torch.tensor([1.0, 10.0, 100.0]).repeat_interleave(50)[:, None])
+    torch.manual_seed(0)
+    sums = embedding(torch.randint(1, 30, (100, 203))).flatten()  # 20,000 tokens
+    assert sums.unique().tolist() == [0, 1, 11, 111]
+    shares = [(sums == value).float().mean().item() for value in (0, 1, 11, 111)]
+    assert shares == pytest.approx([0.4 / 3, 0.4 / 3, 0.4 / 3, 0.6], abs=0.015)
+    assert (embedding.eval()(torch.randint(1, 30, (2, 13))) == 111).all()
+
+
+def test_the_gradient_with_dropout_is_of_the_ngrams_that_are_left():
+    embedding = NgramEmbedding(3, 1000, 2, dropout=0.5)
+    torch.manual_seed(0)
+    sums = embedding(torch.randint(1, 9, (1, 42)))
+    sums.sum().backward()
+    torch.manual_seed(0)
+    torch.randint(1, 9, (1, 42))
+    cut = torch.rand(40) < 0.5
+    kept = torch.where(cut, torch.randint(2, (40,)), 2)
+    assert embedding.weight.grad.to_dense()[:, 0].sum() == kept.sum()  # a row for each
+
+
 @pytest.mark.parametrize("prompt", [1, 2, 7, 16, 30])  # block_size is 16
 @pytest.mark.parametrize("hop", [None, 1])
 def test_cached_generation_equals_uncached(prompt, hop):

@@ -56,7 +56,7 @@ def test_a_damaged_config_is_reported(text):
 
 def test_every_field_of_gptconfig_is_checked_or_written():
     converted = {*POSITIVE_SIZES, "bias", "dropout", "n_inner", "tie_weights", "rope_theta", "n_kv_head"}
-    converted |= {"ngram_rows"}  # without effect if there are no n-grams, which is checked
+    converted |= {"ngram_rows", "ngram_dropout"}  # without effect if there are no n-grams, which is checked
     checked = {field.name for field in fields(GPTConfig)} - converted - {"flash"}  # which affects speed only
     for layout in hf_weights.LAYOUTS:
         assert checked <= hf_config.SUPPORTED_VALUES[layout.name].keys()

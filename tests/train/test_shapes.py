@@ -18,7 +18,7 @@ from fradique.pretrained import __main__, loader
 from fradique.training import evaluation, model_setup, setup
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": "relu2", "optimizer": "muon"}
-NGRAMS = {"ngram_max": 4, "ngram_rows": 60, "optimizer": "muon"}
+NGRAMS = {"ngram_max": 4, "ngram_rows": 60, "ngram_dropout": 0.5, "optimizer": "muon"}
 ODD = {"norm_place": "deepnorm", "position": "relative", "activation": "geglu", "n_kv_head": 1, "bias": True}
 
 
