@@ -16,14 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from fradique.checkpointing import run_folder
 from fradique.data import dataset
 from fradique.distributed import process_group
-from fradique.io.files import find_beside_project
 from fradique.training import setup
 from fradique.training.logger import format_count
 from fradique.training.time_budget import format_duration, parse_duration
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from fradique.training.trainer import Trainer
     from train import TrainSettings
 
+T = TypeVar("T")
 # Settings that all presets share. Settings that the user gives are never changed.
 COMMON: dict[str, Any] = {
     "position": "rope",
@@ -43,6 +43,7 @@ COMMON: dict[str, Any] = {
     "lr_schedule": "wsd",
     "decay_frac": 0.8,
     "gradient_accumulation_steps": 1,
+    "ngram_max": 4,  # in the trials; afterwards by the number of epochs
     "max_iters": 10**9,  # the clock ends the run
 }
 TRIAL_SECONDS, MAX_TRIAL_STEPS = 1.0, 12  # each trial ends at the first of the two
@@ -63,9 +64,10 @@ DROPOUT_BY_EPOCHS = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
 # {minimum number of epochs: weight decay}. Validation losses measured at 22 epochs (shakespeare in GPT-2's
 # BPE, 6,405 steps): 4.480 with weight decay 0.1, 4.568 without.
 WEIGHT_DECAY_BY_EPOCHS = {0.0: 0.0, 15.0: 0.1}
-# N-grams of up to about five characters: of characters, or of BPE tokens, of which each has three or four
-NGRAMS_OF_CHARACTERS = {"ngram_max": 5, "ngram_rows": 32768}
-NGRAMS_OF_BPE = {"ngram_max": 3, "ngram_rows": 32768}
+# {minimum number of epochs: ngram_max, ngram_rows, ngram_dropout}, for characters and for tokens of BPE.
+# FIGURES
+NGRAMS_OF_CHARACTERS = {0.0: (5, 32768, 0.0), 1.0: (5, 32768, 0.5), 3.0: (3, 16384, 0.3)}
+NGRAMS_OF_BPE = {0.0: (3, 32768, 0.0), 3.0: (2, 32768, 0.3)}
 MAX_NGRAM_WIDTH = 256  # wider models were not measured with n-grams
 
 
@@ -115,13 +117,10 @@ class Throughput:
         """Training tokens in the steps that fit into the budget."""
         return self.steps(budget) * self.tokens_per_step
 
-    def by_epochs(self, table: dict[float, float], budget: float) -> float:
-        """The value in a table {minimum number of epochs: value} for the epochs that fit into the budget.
-
-        The values must increase with the number of epochs.
-        """
+    def by_epochs(self, table: dict[float, T], budget: float) -> T:
+        """The value in a table {minimum number of epochs: value} for the epochs that fit into the budget."""
         epochs = self.tokens(budget) / self.corpus_tokens
-        return max(value for min_epochs, value in table.items() if epochs >= min_epochs)
+        return table[max(min_epochs for min_epochs in table if epochs >= min_epochs)]
 
     def megabytes(self, budget: float) -> float:
         """The text in these tokens."""
@@ -144,8 +143,6 @@ def autotune(
     budget, slow_budget = parse_duration(settings.time_budget), parse_duration(settings.slow_time_budget)
     run_folder.check_available(Path(settings.out_dir), settings.overwrite)
 
-    settings = replace(settings, **_ngram_settings(settings, fixed))
-
     def measure(changes: dict[str, Any]) -> Throughput:
         return _measure(replace(settings, **changes), time_step, device, started)
 
@@ -155,16 +152,6 @@ def autotune(
     if problems := replace(settings, auto=False).problems():
         raise ValueError("; ".join(problems))
     return settings, tuple(notes)
-
-
-def _ngram_settings(settings: TrainSettings, fixed: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the n-grams for the tokens of the corpus, without those in `fixed`."""
-    if settings.parallel == "fsdp":
-        return {}
-    folder = find_beside_project(Path(settings.data_dir) / settings.dataset)
-    corpus = dataset.open_corpus(folder, fixed.get("block_size", PRESETS[0].block_size))
-    ngrams = NGRAMS_OF_CHARACTERS if _bytes_per_token(corpus) < 1.5 else NGRAMS_OF_BPE
-    return {key: value for key, value in ngrams.items() if key not in fixed}
 
 
 def _bytes_per_token(corpus: dataset.Corpus) -> float:
@@ -246,6 +233,8 @@ def choose_preset(
             break
         changes, best = larger, trial
     schedule = schedule_settings(best, budget)
+    if (changes | fixed)["n_embd"] > MAX_NGRAM_WIDTH:
+        schedule |= {"ngram_max": 1, "ngram_dropout": 0.0}
     changes |= {key: value for key, value in schedule.items() if key not in fixed}
     return changes | longer, [*notes, _note(changes | fixed, best, budget) + reason]
 
@@ -255,8 +244,13 @@ def schedule_settings(throughput: Throughput, budget: float) -> dict[str, Any]:
     steps = throughput.steps(budget)
     # A step is a forward pass and a backward pass of twice its cost. So a forward pass of one batch of each
     # split takes as long as 2/3 of a step.
+    ngrams = NGRAMS_OF_CHARACTERS if throughput.bytes_per_token < 1.5 else NGRAMS_OF_BPE
+    ngram_max, ngram_rows, ngram_dropout = throughput.by_epochs(ngrams, budget)
     eval_iters = int(EVALUATION_FRACTION * steps / (NUM_EVALUATIONS + 1) * 3 / 2)
     return {
+        "ngram_max": ngram_max,
+        "ngram_rows": ngram_rows,
+        "ngram_dropout": ngram_dropout,
         "dropout": throughput.by_epochs(DROPOUT_BY_EPOCHS, budget),
         "weight_decay": throughput.by_epochs(WEIGHT_DECAY_BY_EPOCHS, budget),
         "warmup_iters": max(1, int(WARMUP_FRACTION * steps)),
@@ -274,8 +268,6 @@ def preset_settings(preset: Preset, fixed: dict[str, Any], world: int = 1) -> di
     """
     settings = COMMON | asdict(preset)
     del settings["min_text"]
-    if preset.n_embd > MAX_NGRAM_WIDTH:
-        settings["ngram_max"] = 1
     settings["batch_size"] = _round_up(preset.batch_size, world)
     if "n_embd" in fixed:
         head_counts = [n for n in range(1, preset.n_head + 1) if fixed["n_embd"] % (2 * n) == 0]

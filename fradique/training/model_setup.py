@@ -37,7 +37,11 @@ if TYPE_CHECKING:
     from train import TrainSettings
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on a GPU if the vocabulary size is a multiple of this
-CHANGEABLE_ON_RESUME = ("dropout", "ngram_dropout", "flash")  # the weights have the same meaning with any value of these
+CHANGEABLE_ON_RESUME = (
+    "dropout",
+    "ngram_dropout",
+    "flash",
+)  # the weights have the same meaning with any value of these
 
 
 @dataclass(frozen=True)

@@ -173,11 +173,26 @@ def test_the_text_that_a_run_sees_decides_not_the_tokens(bytes_per_token, n_laye
     assert autoconfig.choose_preset(62.0, {}, trial)[0]["n_layer"] == n_layer
 
 
+@pytest.mark.parametrize("bytes_per_token", [1.0, 3.0])
+def test_more_epochs_give_shorter_ngrams(bytes_per_token):
+    """The tables would learn the text by heart."""
+    lengths = []
+    for corpus in (10**9, 10**6, 3 * 10**5):
+        machine = Machine(0.06, 10.0, corpus=corpus)
+        trial = lambda changes, machine=machine: replace(machine(changes), bytes_per_token=bytes_per_token)  # noqa: E731
+        lengths.append(autoconfig.choose_preset(62.0, {}, trial)[0]["ngram_max"])
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1] >= 2
+
+
 def test_wide_presets_have_no_ngrams():
-    for preset in PRESETS:
-        settings = autoconfig.preset_settings(preset, {})
-        assert settings.get("ngram_max") == (1 if preset.n_embd > autoconfig.MAX_NGRAM_WIDTH else None)
-    assert autoconfig.preset_settings(PRESETS[-1], {"ngram_max": 4}).get("ngram_max") is None
+    changes = autoconfig.choose_preset(600.0, {}, Machine(*[1e-4] * 7))[0]
+    assert changes["n_embd"] > autoconfig.MAX_NGRAM_WIDTH and changes["ngram_max"] == 1
+
+
+def test_explicit_ngrams_are_not_changed():
+    fixed = {"ngram_max": 4, "ngram_rows": 99, "ngram_dropout": 0.25}
+    changes = autoconfig.choose_preset(60.0, fixed, Machine(0.06, 10.0))[0]
+    assert not fixed.keys() & changes.keys()
 
 
 def auto_arguments(data_dir, folder):
