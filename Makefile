@@ -11,7 +11,7 @@ CFLAGS ?= -O3 $(NATIVE) -ffp-contract=fast
 .PHONY: help venv demo test lint check gpu-check faults reference clean
 
 help:
-	@echo "make demo       install into .venv, train a small model for one minute, print a sample, write an HTML report"
+	@echo "make demo       install into .venv, train a small model for one minute (three on a slow machine), print a sample, write an HTML report"
 	@echo "make test       run all tests"
 	@echo "make check      run ruff (lint and format), then all tests"
 	@echo "make gpu-check  check a GPU beside the CPU, and measure it: eight minutes, no network (ARGS='--text FILE')"

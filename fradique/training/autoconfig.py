@@ -64,10 +64,16 @@ DROPOUT_BY_EPOCHS = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
 # {minimum number of epochs: weight decay}. Validation losses measured at 22 epochs (shakespeare in GPT-2's
 # BPE, 6,405 steps): 4.480 with weight decay 0.1, 4.568 without.
 WEIGHT_DECAY_BY_EPOCHS = {0.0: 0.0, 15.0: 0.1}
-# {minimum number of epochs: ngram_max, ngram_rows, ngram_dropout}, for characters and for tokens of BPE.
-# FIGURES
-NGRAMS_OF_CHARACTERS = {0.0: (5, 32768, 0.0), 1.0: (5, 32768, 0.5), 3.0: (3, 16384, 0.3)}
-NGRAMS_OF_BPE = {0.0: (3, 32768, 0.0), 3.0: (2, 32768, 0.3)}
+# {minimum number of epochs: ngram_max, ngram_rows, ngram_dropout}, for characters and for tokens of BPE: the
+# tables learn the text by heart over several epochs. Measurements: docs/BENCHMARKS.md. Beyond 6 epochs of
+# characters and 2 of BPE the values are extrapolated.
+NGRAMS_OF_CHARACTERS = {
+    0.0: (5, 32768, 0.0),
+    2.0: (4, 16384, 0.3),
+    4.0: (4, 16384, 0.5),
+    10.0: (3, 16384, 0.5),
+}
+NGRAMS_OF_BPE = {0.0: (3, 32768, 0.0), 2.0: (2, 32768, 0.3), 6.0: (2, 16384, 0.5)}
 MAX_NGRAM_WIDTH = 256  # wider models were not measured with n-grams
 
 
@@ -87,10 +93,10 @@ class Preset:
 
 # n_layer, n_head, n_embd, block_size, batch_size, the learning rates of AdamW and Muon, and min_text
 PRESETS = (
-    Preset(2, 2, 128, 128, 8, 5e-3, 1e-2, 0.0),
-    Preset(3, 2, 128, 128, 8, 5e-3, 1e-2, 2.5),
+    Preset(1, 2, 128, 128, 8, 5e-3, 1e-2, 0.0),
+    Preset(2, 2, 128, 128, 8, 5e-3, 1e-2, 3.0),
     Preset(3, 3, 192, 128, 8, 5e-3, 1e-2, 5.0),
-    Preset(5, 4, 256, 128, 24, 5e-3, 1e-2, 15.0),
+    Preset(5, 4, 256, 128, 24, 5e-3, 1e-2, 20.0),
     # extrapolated, not measured: these need hours on a CPU, or minutes on a GPU
     Preset(6, 6, 384, 256, 32, 3e-3, 1e-2, 60.0),
     Preset(8, 8, 512, 512, 32, 2e-3, 1e-2, 200.0),
@@ -284,20 +290,22 @@ def _round_up(number: int, multiple: int) -> int:
 
 def describe_settings(settings: dict[str, Any]) -> str:
     """The sizes as text, such as "4 layers 128 wide on 8 x 128 tokens"."""
+    layers = settings["n_layer"]
     return (
-        f"{settings['n_layer']} layers {settings['n_embd']} wide on "
+        f"{layers} {'layer' if layers == 1 else 'layers'} {settings['n_embd']} wide on "
         f"{settings['batch_size']} x {settings['block_size']} tokens"
     )
 
 
 def _note(settings: dict[str, Any], throughput: Throughput, budget: float) -> str:
     """The note for the log: the chosen model, and the steps and tokens that are expected."""
-    decay = settings["weight_decay"]
+    decay, ngram_max = settings["weight_decay"], settings["ngram_max"]
     return (
         f"auto: {describe_settings(settings)}: about {throughput.steps(budget):,} steps of "
         f"{1000 * throughput.step_seconds:.0f} ms (not compiled) in {budget:.0f} s, "
         f"{format_count(throughput.tokens(budget))} tokens, dropout {settings['dropout']}"
         + (f", weight decay {decay}" if decay else "")
+        + (f", n-grams up to {ngram_max} (dropout {settings['ngram_dropout']})" if ngram_max > 1 else "")
     )
 
 

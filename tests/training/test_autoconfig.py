@@ -213,7 +213,7 @@ def test_a_run_reports_its_choice_and_keeps_it_when_resumed(data_dir, tmp_path):
     arguments = auto_arguments(data_dir, folder)
     result = run_script(CLOCKED_TRAIN, *arguments)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\nauto: 2 layers 16 wide on 8 x 16 tokens: about ") == 1
+    assert result.stdout.count("\nauto: 1 layer 16 wide on 8 x 16 tokens: about ") == 1
     assert "no time was left to try a larger one" in result.stdout
     assert result.stderr == ""  # the trials print nothing
     steps = max(losses(folder))
