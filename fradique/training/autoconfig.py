@@ -69,7 +69,7 @@ WEIGHT_DECAY_BY_EPOCHS = {0.0: 0.0, 15.0: 0.1}
 # characters and 2 of BPE the values are extrapolated.
 NGRAMS_OF_CHARACTERS = {
     0.0: (5, 32768, 0.0),
-    2.0: (4, 16384, 0.3),
+    2.5: (4, 16384, 0.3),
     4.0: (4, 16384, 0.5),
     10.0: (3, 16384, 0.5),
 }
@@ -95,7 +95,7 @@ class Preset:
 PRESETS = (
     Preset(1, 2, 128, 128, 8, 5e-3, 1e-2, 0.0),
     Preset(2, 2, 128, 128, 8, 5e-3, 1e-2, 3.0),
-    Preset(3, 3, 192, 128, 8, 5e-3, 1e-2, 5.0),
+    Preset(3, 3, 192, 128, 8, 5e-3, 1e-2, 8.0),
     Preset(5, 4, 256, 128, 24, 5e-3, 1e-2, 20.0),
     # extrapolated, not measured: these need hours on a CPU, or minutes on a GPU
     Preset(6, 6, 384, 256, 32, 3e-3, 1e-2, 60.0),
