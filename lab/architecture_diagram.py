@@ -92,6 +92,7 @@ def architecture_boxes(stats: Sequence[ModuleStats], config: GPTConfig) -> Boxes
         before_layers=[
             *box("transformer.wte", "token embedding", f"{config.vocab_size} x {C}", 4),
             *box("transformer.wpe", "position embedding", f"{config.block_size} x {C}, added", 4),
+            *box("transformer.ngrams", "n-gram embeddings", _describe_ngrams(config), 4),
             *box("transformer.ln_e", "norm", config.norm, 2),
         ],
         layer_groups=groups,
@@ -100,6 +101,12 @@ def architecture_boxes(stats: Sequence[ModuleStats], config: GPTConfig) -> Boxes
             *box("lm_head", "output layer", f"{C} → {config.vocab_size}{tied}", 3),
         ],
     )
+
+
+def _describe_ngrams(config: GPTConfig) -> str:
+    """The subtitle of the box."""
+    size = f"{config.ngram_max - 1} x {config.ngram_rows} x {config.n_embd}"
+    return f"{size}, added: 2 to {config.ngram_max} tokens"
 
 
 def draw_svg(stats: Sequence[ModuleStats], config: GPTConfig, batch: int, tokens: int) -> str:
