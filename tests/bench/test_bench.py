@@ -191,7 +191,7 @@ def test_quality_reports_the_loss_and_time_of_each_config(capsys, train_in_forks
 
 def test_a_failed_run_ends_the_benchmark_with_its_message(data_dir):
     with pytest.raises(SystemExit, match=r"status 2: .*n_embd = 15 is not divisible"):
-        bench_quality.main(["config/train_python_char.py", "--n_embd=15", f"--data_dir={data_dir}"])
+        bench_quality.main(["config/train_machado_char_cpu.py", "--n_embd=15", f"--data_dir={data_dir}"])
 
 
 def test_training_seconds_follow_the_logged_steps():
