@@ -155,8 +155,7 @@ def watch(t: Trainer, time_pass: Callable[[], float]) -> None:
         seconds = choice.choose(lambda count: _timed(count, time_pass), min_saving)
         torch.set_num_threads(choice.chosen)
     if choice.chosen != before:
-        cause = "other programs are running" if choice.chosen < before else "other programs have ended"
-        t.log.info(f"threads: {before} -> {choice.chosen}, because {cause}{_describe(choice, seconds)}")
+        t.log.info(f"threads: {before} -> {choice.chosen}, which is faster now{_describe(choice, seconds)}")
 
 
 def _timed(count: int, time_pass: Callable[[], float]) -> float:

@@ -190,8 +190,8 @@ def test_threads_follow_another_program_that_comes_and_goes(settings, machine, c
     assert seconds < 1.1 * (500 * 0.05 + 400 * 0.08) + 10
     assert machine.threads == 2
     output = capsys.readouterr().out
-    assert output.count("threads: 2 -> 1, because other programs are running") == 1
-    assert output.count("threads: 1 -> 2, because other programs have ended") == 1
+    assert output.count("threads: 2 -> 1, which is faster now") == 1
+    assert output.count("threads: 1 -> 2, which is faster now") == 1
 
 
 def test_a_number_in_the_settings_is_used_without_a_trial(settings, machine, capsys):
@@ -221,7 +221,7 @@ def test_the_pace_is_compared_with_that_before_the_resume(settings, machine, mon
         run_steps(settings, machine, 1000)
     machine.busy = lambda step: True
     run_steps(replace(settings, init_from="resume"), machine, 300)
-    assert "threads: 2 -> 1, because other programs are running" in capsys.readouterr().out
+    assert "threads: 2 -> 1, which is faster now" in capsys.readouterr().out
 
 
 def test_eval_only_times_nothing(settings, machine, capsys):
