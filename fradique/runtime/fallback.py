@@ -35,7 +35,7 @@ LOSS_SCALE = 128.0
 
 @dataclass(frozen=True)
 class FirstPass:
-    """The loss of a forward pass and the norm of its gradient, 0 without gradients."""
+    """The loss of a forward pass and the norm of its gradient, 0 without gradients; without sparse ones."""
 
     loss: float
     norm: float
@@ -125,7 +125,7 @@ def first_pass(model: GPT, runtime: Runtime, idx: Tensor, targets: Tensor) -> Fi
             _, loss = model(idx, targets, with_logits=False)
         if loss.requires_grad:  # not under no_grad, or if every parameter is frozen
             (loss * LOSS_SCALE).backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grads = [p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
         norm = nn.utils.get_total_norm(grads).item() / LOSS_SCALE
         return FirstPass(loss.item(), norm)
     finally:

@@ -37,7 +37,9 @@ def uses_plain_attention(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("changes", [{}, {"prefix_len": 4}, {"dropout": 0.5}, {"n_kv_head": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"prefix_len": 4}, {"dropout": 0.5}, {"n_kv_head": 2}, {"ngram_max": 3, "ngram_rows": 30}]
+)
 def test_paths_that_work_are_kept(dtype, changes):
     model = random_model(small(**changes), std=0.05).train()
     state = torch.get_rng_state()
