@@ -137,6 +137,13 @@ def test_dropout_depends_on_the_number_of_epochs(tokens, corpus, expected):
     )
 
 
+@pytest.mark.parametrize(("parameters", "expected"), [(390_000, 0.0), (1_770_000, 0.1)])
+def test_small_layers_get_no_dropout(parameters, expected):
+    """2 layers of width 128, and 4 of width 192, on machado_char for 8 epochs."""
+    throughput = Throughput(parameters, 1_552_000, 1024, 0.01, 0.0)
+    assert autoconfig.schedule_settings(throughput, 120.0)["dropout"] == expected
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [(6.56e6, 0.1), (2.0e6, 0.0)],  # shakespeare in GPT-2's BPE in 15 minutes: 4.480, and 4.568 without; in 5
