@@ -234,7 +234,8 @@ def adamw_row(context: Context) -> Result:
 def muon_row(context: Context) -> Result:
     """Five steps of Muon beside the CPU's, and the singular values of an orthogonalized matrix.
 
-    The iteration runs in bfloat16, whose rounding differs between devices.
+    The iteration runs in bfloat16, whose rounding differs between devices, or in float32 on a CPU that would
+    emulate it.
     """
     expected = updates(context, torch.device("cpu"), "muon")
     error = compare("Muon", updates(context, context.device, "muon"), expected, 0.1)

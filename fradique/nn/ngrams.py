@@ -53,14 +53,12 @@ class NgramEmbedding(nn.Module):
         """`ids` (B, N + T): see `ngram_rows` -> (B, T, C)."""
         rows = ngram_rows(ids, self.ngram_max, self.rows)  # (B, T, N)
         B, T, N = rows.shape
-        if not (self.training and self.dropout):
-            sums = F.embedding_bag(rows.view(B * T, N), self.weight, mode="sum", sparse=self.sparse_grad)
-            return sums.view(B, T, -1)
-        kept = self._kept_lengths(B * T, N, ids.device)  # (B T,)
-        is_kept = torch.arange(N, device=ids.device) < kept[:, None]
-        starts = kept.cumsum(0) - kept  # of the rows of each token
-        bags = rows.view(B * T, N)[is_kept]
-        sums = F.embedding_bag(bags, self.weight, starts, mode="sum", sparse=self.sparse_grad)
+        rows, starts = rows.view(B * T, N), None
+        if self.training and self.dropout:
+            kept = self._kept_lengths(B * T, N, ids.device)  # (B T,)
+            rows = rows[torch.arange(N, device=ids.device) < kept[:, None]]  # 1-dimensional
+            starts = kept.cumsum(0) - kept  # of the rows of each token
+        sums = F.embedding_bag(rows, self.weight, starts, mode="sum", sparse=self.sparse_grad)
         return sums.view(B, T, -1)
 
     def _kept_lengths(self, tokens: int, N: int, device: torch.device) -> Tensor:

@@ -37,11 +37,8 @@ if TYPE_CHECKING:
     from train import TrainSettings
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on a GPU if the vocabulary size is a multiple of this
-CHANGEABLE_ON_RESUME = (
-    "dropout",
-    "ngram_dropout",
-    "flash",
-)  # the weights have the same meaning with any value of these
+# the weights have the same meaning with any value of these
+CHANGEABLE_ON_RESUME = ("dropout", "ngram_dropout", "flash")
 
 
 @dataclass(frozen=True)
@@ -247,6 +244,8 @@ def _defining_values(config: GPTConfig) -> dict[str, Any]:
     values |= {"n_kv_head": config.kv_heads, "n_inner": config.inner}  # 0: the default
     if config.position != "rope":
         del values["rope_theta"]
+    if config.ngram_max == 1:
+        del values["ngram_rows"]
     if config.position != "learned":
         del values["block_size"]  # no weight depends on it
     return values

@@ -204,6 +204,8 @@ def test_architecture_configs_combine_with_a_training_config(name):
         ({"position": "rope"}, {"block_size": 8}),
         ({"position": "alibi"}, {"block_size": 32}),
         ({}, {"rope_theta": 5.0}),  # without effect: positions are learned
+        ({}, {"ngram_rows": 99}),  # without effect: there are no n-grams
+        ({"ngram_max": 3, "ngram_rows": 50}, {"ngram_dropout": 0.4}),
         ({}, {"n_inner": 64}),  # 4 n_embd, the default
         ({}, {"n_kv_head": 2}),  # n_head, the default
     ],
@@ -216,7 +218,9 @@ def test_settings_that_leave_the_model_as_it_is_can_change(settings, start, chan
     assert ("earlier evaluations" in capsys.readouterr().out) == ("block_size" in changes)
 
 
-@pytest.mark.parametrize("changes", [{"position": "none"}, {"n_head": 4}, {"activation": "relu"}])
+@pytest.mark.parametrize(
+    "changes", [{"position": "none"}, {"n_head": 4}, {"activation": "relu"}, {"ngram_max": 3}]
+)
 def test_resuming_with_another_architecture_is_rejected(settings, changes):
     settings = replace(settings, position="rope", max_iters=4)
     run_training(settings)
