@@ -234,7 +234,7 @@ def loop(t: Trainer, stop: signals.StopSignal) -> bool:
             state.muon_learning_rate = t.optimizers[0].param_groups[0]["lr"]
         state.step += 1
         outputs.check_schedule(t)
-        thread_choice.watch(t, lambda: setup.time_pass(t))
+        thread_choice.watch(t, lambda: setup.time_pass(t, t.model))
         t.log.advance(outputs.bar_position(t))
         if state.step % settings.log_interval == 0:
             outputs.log_step(t, loss, norm)

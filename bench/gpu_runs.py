@@ -323,7 +323,7 @@ def fallback_row(context: Context) -> Result:
     if context.is_cuda and (problem := device.pinned_memory_problem(context.device)):
         problems.append(f"pinned memory: {problem}")
     for dtype in device.DTYPES:
-        runtime = device.Runtime(context.device, device.DTYPES[dtype], compile=False)
+        runtime = device.Runtime(context.device, device.DTYPES[dtype])
         model = random_model(architecture_config("modern")).to(context.device)
         idx, targets = (tokens(2, 64, seed=seed).to(context.device) for seed in (3, 4))
         fallback.check_first_pass(model, runtime, idx, targets, problems.append)
@@ -333,7 +333,7 @@ def fallback_row(context: Context) -> Result:
 
 def dataset_row(context: Context) -> Result:
     """Batches arrive on the device unchanged."""
-    runtime = device.Runtime(context.device, torch.float32, compile=False)
+    runtime = device.Runtime(context.device, torch.float32)
     batches = [random_tensor(64, 64, seed=seed) for seed in range(20)]
     copies = [copy for batch in batches for copy in runtime.to_device(batch)]
     for batch, copy in zip(batches, copies, strict=True):

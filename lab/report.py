@@ -216,7 +216,7 @@ def speed_section(records: list[dict[str, Any]], metadata: dict[str, Any]) -> Se
     decided = metadata["decided"]  # the automatic choices
     notes = decided.get("notes", [])
     rows = speed_rows(records)
-    rows += [(name, str(decided[name])) for name in ("device", "compile") if name in decided]
+    rows += [("device", str(decided["device"]))] if "device" in decided else []
     rows += [
         ("note", str(note)) for note in (notes if isinstance(notes, list) else [])
     ]  # may be edited by hand

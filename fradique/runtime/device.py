@@ -1,8 +1,6 @@
-"""The runtime of a process: its device, dtype, rank, and whether to compile. Chosen once, then passed on."""
+"""The runtime of a process: its device, dtype and rank. Chosen once, then passed on."""
 
 import re
-import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -34,11 +32,7 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
-# FLOP/s that a run achieves, roughly, to estimate whether the run is long enough to compile.
-ASSUMED_FLOPS = {"cpu": 1.5e11, "mps": 2e12, "cuda": 1e14}
-# compile=auto compiles runs of at least this many seconds: compiling takes 30 to 60 s, and makes steps 1.2 to
-# 1.5 times as fast.
-MIN_COMPILE_SECONDS = {"cpu": 180.0, "mps": float("inf"), "cuda": 60.0}
+DEVICE_TYPES = ("cpu", "mps", "cuda")
 # Most tokens per forward pass on a CPU: their activations fit its cache, and its matrix units are still busy.
 CPU_MAX_TOKENS = 4096
 # On a CPU with bf16 arithmetic, bf16 is faster than fp32 from this width on; in narrower models the casts
@@ -49,11 +43,10 @@ CPU_BF16_MIN_WIDTH, CPU_BF16_MIN_VOCAB = 128, 4096
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device, dtype and rank of a process, and whether to compile. Rank 0 writes files and prints."""
+    """The device, dtype and rank of a process. Rank 0 writes files and prints."""
 
     device: torch.device
     dtype: torch.dtype  # of the forward pass, through autocast; weights stay float32
-    compile: bool
     rank: int = 0
     world: int = 1  # number of ranks
     notes: tuple[str, ...] = ()  # messages for the log: what was chosen automatically, and why
@@ -188,18 +181,14 @@ def setup_runtime(
     *,
     device: str | torch.device = "auto",
     dtype: str = "auto",
-    compile: bool | str = False,
     parallel: str = "ddp",
     n_embd: int = 0,
     vocab_size: int = 0,
-    run_flops: float = 0.0,
-    run_seconds: float | None = None,
 ) -> Runtime:
     """Choose the runtime. Unlike `configure_process`, this changes no process-wide state.
 
-    dtype="auto" depends on n_embd and vocab_size. compile="auto" depends on the length of the run: its FLOPs
-    (`run_flops`), or its time budget (`run_seconds`). Raises ValueError if this machine does not have the
-    device, or if the device does not support the dtype.
+    dtype="auto" depends on n_embd and vocab_size. Raises ValueError if this machine does not have the device,
+    or if the device does not support the dtype.
     """
     ranks = process_group.rank_info()
     if isinstance(device, str):
@@ -214,16 +203,12 @@ def setup_runtime(
             f"dtype=bfloat16: this {device.type} has no bfloat16 arithmetic, and emulating it is slow; "
             "use --dtype=auto"
         )
-    chosen_compile, reason = choose_compile(compile, device, run_flops, run_seconds)
-    if compile == "auto":
-        notes.append(f"{'compiling' if chosen_compile else 'not compiling'}: {reason}")
     unpinned = pinned_memory_problem(device) if device.type == "cuda" else None
     if unpinned:
         notes.append(f"warning: copying batches without pinned memory: {unpinned}")
     return Runtime(
         device=device,
         dtype=DTYPES[chosen_dtype],
-        compile=chosen_compile,
         rank=ranks.rank,
         world=ranks.world,
         notes=tuple(notes),
@@ -258,7 +243,7 @@ def choose_device(name: str, local_rank: int = 0, world: int = 1) -> torch.devic
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={name}: not a device; use auto, cpu, mps, cuda or cuda:N") from error
-    if device.type not in ASSUMED_FLOPS:
+    if device.type not in DEVICE_TYPES:
         raise ValueError(f"device={name}: use auto, cpu, mps, cuda or cuda:N")
     if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
         raise ValueError(f"device={name}: torch {torch.__version__} finds no {device.type} device; use auto")
@@ -288,21 +273,6 @@ def choose_dtype(name: str, device: torch.device, n_embd: int, vocab_size: int =
     if n_embd < CPU_BF16_MIN_WIDTH and vocab_size < CPU_BF16_MIN_VOCAB:
         return "float32", f"n_embd < {CPU_BF16_MIN_WIDTH}: casts would cost more than bfloat16 saves"
     return "bfloat16", "this CPU has bfloat16 arithmetic"
-
-
-def choose_compile(
-    setting: bool | str, device: torch.device, run_flops: float, run_seconds: float | None
-) -> tuple[bool, str]:
-    """Whether to compile, and the reason. auto: compile if the run is long enough."""
-    if setting != "auto":
-        return bool(setting), "as set"
-    compilers = ("cl",) if sys.platform == "win32" else ("g++", "clang++")  # those that inductor looks for
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        return False, "no C++ compiler found"
-    seconds = run_flops / ASSUMED_FLOPS[device.type] if run_seconds is None else run_seconds
-    if seconds >= MIN_COMPILE_SECONDS[device.type]:
-        return True, f"training is long enough (about {seconds:.0f} s) to save time"
-    return False, f"training is too short (about {seconds:.0f} s) to save time"
 
 
 def compile_with_fallback(

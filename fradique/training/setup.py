@@ -25,13 +25,13 @@ from fradique.io.files import find_beside_project
 from fradique.nn.ngrams import NgramEmbedding
 from fradique.optim import optimizer
 from fradique.runtime import fallback
-from fradique.runtime.device import Runtime, compile_with_fallback, setup_runtime
+from fradique.runtime.device import Runtime, setup_runtime
 from fradique.runtime.memory_limits import OomReport
 from fradique.tokenizer.tokenizer import encode_prompt
-from fradique.training import logger, model_setup, outputs, thread_choice
+from fradique.training import compile_choice, logger, model_setup, outputs, thread_choice
 from fradique.training.model_setup import ModelSource
 from fradique.training.time_budget import TimeBudget, parse_duration
-from fradique.training.trainer import Trainer, TrainState, tokens_per_step
+from fradique.training.trainer import Trainer, TrainState
 from model import GPT
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def setup_training(
         saved_step=state.step if source.checkpoint else -1,
     )
     outputs.log_startup(t)
-    t.threads = thread_choice.prepare(t, lambda: time_pass(t))
+    t.threads = thread_choice.prepare(t, lambda: time_pass(t, t.model))
     prepare_forward(t, average_gradients)
     t.budget.mark(state.step)
     return t
@@ -113,18 +113,13 @@ def choose_runtime(
     average_gradients: bool,
     device: torch.device | None,
 ) -> Runtime:
-    """Choose device, dtype and compilation. `notes` come before the notes on these choices."""
-    with torch.device("meta"):  # allocates no memory
-        flops_per_token = GPT(source.config).flops_per_token()
+    """Choose device and dtype. `notes` come before the notes on these choices."""
     runtime = setup_runtime(
         device=device or settings.device,
         dtype=settings.dtype,
-        compile=False if settings.eval_only else settings.compile,
         parallel=settings.parallel if average_gradients else "ddp",  # not sharded: each rank trains alone
         n_embd=source.config.n_embd,
         vocab_size=source.config.vocab_size,
-        run_flops=float(flops_per_token * tokens_per_step(settings) * settings.max_iters),
-        run_seconds=parse_duration(settings.time_budget),
     )
     return replace(runtime, notes=(*notes, *runtime.notes))
 
@@ -219,7 +214,6 @@ def claim_folder(
     if runtime.is_main and not settings.eval_only:
         decided = {
             "device": runtime.describe(),
-            "compile": runtime.compile,
             "notes": list(runtime.notes),
             "launch": process_group.launch_id(),
         }
@@ -275,8 +269,9 @@ def wandb_options(settings: TrainSettings) -> dict[str, Any] | None:
 
 def prepare_forward(t: Trainer, average_gradients: bool) -> None:
     """Set t.forward: the model, compiled and wrapped in DDP if the run uses these."""
-    if t.runtime.compile:
-        t.forward = compile_with_fallback(t.model, lambda model: warmup_compiled(t, model), t.log.warn)
+    t.forward = compile_choice.prepare(
+        t, warmup=lambda model: warmup_compiled(t, model), time_pass=lambda model: time_pass(t, model)
+    )
     if average_gradients:
         t.forward = t.runtime.wrap_ddp(t.forward)
         if t.runtime.world > 1 and not t.runtime.sharded:
@@ -314,10 +309,10 @@ def _first_loss(t: Trainer, forward: nn.Module) -> Tensor:
         return forward(x, y, with_logits=False)[1]
 
 
-def time_pass(t: Trainer) -> float:
-    """The seconds of a forward and backward pass, not compiled, whose gradients are discarded."""
+def time_pass(t: Trainer, model: nn.Module) -> float:
+    """The seconds of a forward and backward pass, whose gradients are discarded."""
     start = time.monotonic()
-    warmup_pass(t, t.model)
+    warmup_pass(t, model).item()  # on a GPU: waits for the result
     return time.monotonic() - start
 
 

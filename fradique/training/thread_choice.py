@@ -148,7 +148,7 @@ def watch(t: Trainer, time_pass: Callable[[], float]) -> None:
     if not choice.is_due(t.budget.step_seconds):
         return
     min_saving = 0.0
-    if t.runtime.compile:
+    if t.state.compiled:
         left = t.budget.seconds_left(t.settings.max_iters - t.state.step)
         min_saving = RECOMPILE_SECONDS / max(left, 1e-9)
     with t.budget.pause():

@@ -87,6 +87,7 @@ class TrainState:
     writing_seconds: float = 0.0  # TimeBudget.sample_seconds
     threads: int = 0  # ThreadChoice.chosen; 0: not chosen
     pace: float = 0.0  # ThreadChoice.pace
+    compiled: bool | None = None  # whether the model of the run is compiled; None: not chosen, or not saved
     scaler: dict[str, float] = field(default_factory=dict)  # GradScaler.state_dict()
     past: LossHistory = field(default_factory=LossHistory)
 
@@ -118,8 +119,10 @@ def _is_valid_field(f: Field, values: dict[str, Any]) -> bool:
         return isinstance(scaler, dict) and all(
             type(v) in (int, float) and math.isfinite(v) for v in scaler.values()
         )
-    if f.name in ("best_val_loss", "best_step") and value is None:
+    if f.name in ("best_val_loss", "best_step", "compiled") and value is None:
         return True
+    if f.name == "compiled":
+        return type(value) is bool
     if f.name == "eval_fingerprint":
         return isinstance(value, str)
     if type(f.default) is float or f.name == "best_val_loss":

@@ -83,18 +83,6 @@ def test_bfloat16_needs_the_instructions_and_their_use(monkeypatch, capability, 
     assert cpu_features.cpu_has_bf16.__wrapped__() is expected
 
 
-def test_compile_auto_compiles_only_long_runs(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/g++")
-    assert devices.choose_compile("auto", cpu, 1e17, None)[0]
-    assert not devices.choose_compile("auto", cpu, 1e10, None)[0]
-    assert not devices.choose_compile("auto", cpu, 1e17, 60.0)[0]  # the time budget is too short
-    assert not devices.choose_compile("auto", torch.device("mps"), 1e20, None)[0]
-    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    assert devices.choose_compile("auto", cpu, 1e17, None) == (False, "no C++ compiler found")
-    assert devices.choose_compile(True, cpu, 0.0, None) == (True, "as set")
-
-
 @pytest.mark.parametrize(
     ("name", "peak"),
     [

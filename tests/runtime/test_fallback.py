@@ -16,7 +16,7 @@ from fradique.training import setup
 from model import plain_attention
 
 CPU = torch.device("cpu")
-BF16 = Runtime(CPU, torch.bfloat16, compile=False)
+BF16 = Runtime(CPU, torch.bfloat16)
 
 
 def check(model, runtime):

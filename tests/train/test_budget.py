@@ -71,7 +71,7 @@ def test_ranks_agree_on_when_the_time_is_over(settings):
             calls.append(values)
             return [value if value != 0.25 else 7200.0 for value in values]
 
-    t.runtime = SlowerRank(t.runtime.device, t.runtime.dtype, compile=False)
+    t.runtime = SlowerRank(t.runtime.device, t.runtime.dtype)
     t.budget.step_seconds = 0.25
     assert train.is_finished(t)
     assert calls and t.budget.step_seconds == 7200.0

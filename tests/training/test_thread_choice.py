@@ -149,7 +149,7 @@ def machine(monkeypatch):
     def step_seconds():
         return 0.08 if machine.threads == 1 else 0.2 if machine.busy(machine.step) else 0.05
 
-    def time_pass(t):
+    def time_pass(t, model):
         machine.clock.seconds += step_seconds()
         return step_seconds()
 

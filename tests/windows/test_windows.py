@@ -8,13 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from fork_server import TIMEOUT
 from support import ROOT
 
 from fradique.data import text
 from fradique.io import terminal
-from fradique.runtime import device
+from fradique.training import compile_choice
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="simulates Windows on Linux")
 HERE = Path(__file__).parent
@@ -249,6 +248,6 @@ def test_a_folder_as_config_file_gets_the_same_message(tmp_path):
 @pytest.mark.parametrize(("compiler", "found"), [("g++", False), ("cl", True)])
 def test_a_model_is_compiled_with_visual_c(monkeypatch, compiler, found):
     """inductor looks for no other compiler on Windows."""
-    monkeypatch.setattr(device, "sys", SimpleNamespace(platform="win32"))
-    monkeypatch.setattr(device.shutil, "which", lambda name: name if name == compiler else None)
-    assert device.choose_compile("auto", torch.device("cpu"), 1e18, None)[0] == found
+    monkeypatch.setattr(compile_choice, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(compile_choice.shutil, "which", lambda name: name if name == compiler else None)
+    assert compile_choice.has_compiler() == found
