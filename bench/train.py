@@ -7,7 +7,7 @@ Options of this benchmark are written with a space (`--rounds 5`), settings of t
 (`--n_layer=4`). Each config is measured separately. A corpus that is not prepared is replaced by random
 tokens. `--baseline` also measures the textbook step of bench.textbook, and `--nanogpt FOLDER` that step with
 nanoGPT's model, each in a process of its own. The programs take turns; ratios are medians over the rounds.
-The last line is JSON.
+`--kernels` compares each of this project's own functions with torch's (bench.kernels). The last line is JSON.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import train
-from bench import machine, textbook
+from bench import kernels, machine, textbook
 from bench.command import bench_command
 from configurator import resolve
 from fradique.io.files import find_beside_project
@@ -70,6 +70,8 @@ def measure(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
             write_trace(t, config_name(argv))
         peaks = machine.matmul_peaks(t.runtime.device, args.matmul_size)
         result = summarize(t, our_times, other_times, peaks) | {"set_up_seconds": set_up_seconds}
+        if args.kernels:
+            result["kernels"] = kernels.measure(kernels.sizes_of(t))
         t.close()
     return {"config": config_name(argv), "notes": output.getvalue().splitlines(), **result}
 
@@ -245,6 +247,8 @@ def report(result: dict[str, Any]) -> str:
         if name in result:
             milliseconds = 1000 * result[f"{name}_step_seconds"]
             lines.append(f"  {result[name]:.2f} times as fast as {other} ({milliseconds:.4g} ms)")
+    if "kernels" in result:
+        lines.append(kernels.format_table(result["kernels"]))
     return "\n".join(lines)
 
 
@@ -259,6 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--nanogpt", type=path_argument, metavar="FOLDER", help="also measure the nanoGPT in this folder"
+    )
+    parser.add_argument(
+        "--kernels", action="store_true", help="also compare each function of ours with torch's (on a CPU)"
     )
     parser.add_argument("--profile", action="store_true", help="write a profile of two steps to out/")
     parser.add_argument(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from fradique.nn.attention import MAX_SAVED_T, QUERY_BLOCK
+from fradique.nn.attention import MAX_SAVED_T, MIN_BLOCKED_T, query_block
 from fradique.nn.cross_entropy import LARGE_VOCAB, MAX_FP32_LOGITS, MAX_LOGITS
 from fradique.nn.functional import GATED
 from fradique.nn.linear import MIN_ROWS, MIN_WIDTH
@@ -273,8 +273,7 @@ def _block_bytes_per_token(plan: MemoryPlan) -> float:
     norms = 1 if config.parallel_block else 2
     saved = norms * FP32_BYTES * C  # inputs of the norms
     linear_inputs = 1 if config.parallel_block and itemsize == FP32_BYTES else 2
-    saved += linear_inputs * itemsize * C
-    saved += _attention_bytes_per_token(plan)
+    saved += linear_inputs * itemsize * C + _attention_bytes_per_token(plan)
     # tensors of width `inner`: the output of c_fc, which is two if gated; activation; product with the gate
     mlp_tensors = 4 if config.activation in GATED else 1 if config.activation == "relu" else 2
     saved += mlp_tensors * itemsize * inner
@@ -296,10 +295,11 @@ def _attention_bytes_per_token(plan: MemoryPlan) -> float:
     if not config.flash:
         score_bytes = FP32_BYTES + itemsize + (itemsize if p else 0)
         return itemsize * (_qkv_width(config) + 2 * C) + scores * score_bytes + norm_inputs
-    if plan.device == "cpu" and (p or itemsize < FP32_BYTES) and (p or T <= MAX_SAVED_T):
-        fraction = 1.0  # of the probabilities that are saved
-        if T > MAX_SAVED_T and not (config.prefix_len or config.position in ("alibi", "relative")):
-            fraction = min(1.0, 0.5 + QUERY_BLOCK / (2 * T))  # causal blocks: the lower triangle
+    masked = config.prefix_len or config.sliding_window or config.position in ("alibi", "relative")
+    blocked = itemsize < FP32_BYTES or (T >= MIN_BLOCKED_T and not masked)
+    if plan.device == "cpu" and (p or (blocked and T <= MAX_SAVED_T)):
+        # of the probabilities that are saved: without a mask the lower triangle, in blocks
+        fraction = 1.0 if masked else min(1.0, 0.5 + query_block(T, itemsize) / (2 * T))
         # copies of q, k and v, two of the output (one for c_proj), probabilities before and after dropout
         return 5 * itemsize * C + fraction * itemsize * scores * (2 if p else 1) + norm_inputs
     saved = itemsize * (_qkv_width(config) + C) + FP32_BYTES * config.n_head  # q, k, v, output; log-sum-exps

@@ -10,13 +10,14 @@ import pytest
 import torch
 from support import flags, run_forked
 
-from bench import architectures, dataloader, machine, textbook
+from bench import architectures, dataloader, kernels, machine, textbook
 from bench import data as bench_data
 from bench import memory as bench_memory
 from bench import quality as bench_quality
 from bench import reference as bench_reference
 from bench import sample as bench_sample
 from bench import train as bench_train
+from fradique.nn import cpu_features
 from model import GPT, GPTConfig
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--device=cpu"]
@@ -65,6 +66,30 @@ def test_a_trace_is_written(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_train, "TRACES", tmp_path)
     run(capsys, "--profile", "--rounds", "1", "--dataset=nothing_char")
     assert "traceEvents" in json.loads((tmp_path / "trace-defaults.json").read_text())
+
+
+def test_kernels_are_compared_in_one_table(capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "ROUND_SECONDS", 0.0)
+    (result,), lines = run(capsys, "--kernels", "--rounds", "1", "--dataset=nothing_char")
+    names = [row["kernel"] for row in result["kernels"]]
+    assert {"RoPE, float32", "RMSNorm, float32", "cross-entropy, 96 tokens, float32"} <= set(names)
+    assert any("bfloat16" in name for name in names) == (not cpu_features.emulates_bf16(torch.device("cpu")))
+    for row in result["kernels"]:
+        assert row["ratio"] > 0 and any(line.startswith(row["kernel"]) for line in lines)
+
+
+def test_compared_kernels_have_the_same_gradients():
+    sizes = kernels.Sizes(batch=2, tokens=200, width=32, heads=2, vocab=1100, dropout=0.0)
+    for kernel in kernels.all_kernels(sizes):
+        if not any(word in kernel.name for word in ("dropout", "Muon", "norm of", "n-grams")):
+            tolerance = 0.05 if "bfloat16" in kernel.name else 1e-5
+            torch.testing.assert_close(kernel.ours(), kernel.torchs(), rtol=tolerance, atol=tolerance)
+
+
+def test_kernels_are_for_the_cpu():
+    runtime = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="add --device=cpu, not cuda:0"):
+        kernels.sizes_of(SimpleNamespace(runtime=runtime))
 
 
 def test_the_baseline_model_is_gpt_2():

@@ -41,8 +41,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_equals_the_reference(mask, kv_heads, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr(attention, "MAX_SAVED_T", 4)
-        monkeypatch.setattr(attention, "QUERY_BLOCK", 4)  # 10 = 4 + 4 + 2
+        monkeypatch.setattr(attention, "query_block", lambda T, itemsize: 4)  # 10 = 4 + 4 + 2
     q, k, v = random_qkv(kv_heads=kv_heads)
     mask = MASKS[mask]()
     actual = attention._cpu_attention(q, k, v, mask, 0.0)
@@ -72,6 +71,14 @@ def test_attention_mask_gradient_equals_the_reference():
 def test_float32_attention_equals_plain_attention():
     q, k, v = random_qkv()
     torch.testing.assert_close(attention.attention(q, k, v), plain_attention(q, k, v), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("T", "blocked"), [(191, False), (192, True), (500, True), (513, False)])
+def test_medium_contexts_are_computed_in_blocks(T, blocked):
+    q, k, v = random_qkv(T=T, kv_heads=1)
+    actual = attention.attention(q, k, v)
+    assert ("BlockedAttention" in type(actual.grad_fn).__name__) == blocked
+    assert_same_with_gradients(actual, reference_attention(q, k, v), (q, k, v), 1e-5)
 
 
 def test_bfloat16_attention_is_near_the_reference():
