@@ -39,6 +39,7 @@ COMMON: dict[str, Any] = {
     "optimizer": "muon",
     "muon_momentum": 0.9,
     "beta2": 0.95,
+    "qk_norm": True,
     "min_lr": 0.0,
     "lr_schedule": "wsd",
     "decay_frac": 0.8,
@@ -60,7 +61,8 @@ MAX_PARAMETERS_PER_TOKEN = 4  # parameters of the blocks per token of the corpus
 #   7 epochs (shakespeare_char): 1.483 and 1.488
 #   8 epochs (machado_char): 1.319 and 1.350
 # Beyond 8 epochs the values are extrapolated.
-DROPOUT_BY_EPOCHS = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
+DROPOUT_OF_CHARACTERS = {0.0: 0.0, 5.0: 0.1, 15.0: 0.2}
+DROPOUT_OF_BPE = {0.0: 0.0, 4.0: 0.1, 10.0: 0.2}
 # Fewer parameters of the blocks per token of the corpus get no dropout. machado_char, 2 layers of width 128
 # (0.25), 6 epochs, n-gram dropout 0.5: 1.382 without dropout, 1.418 with 0.1.
 MIN_MEMORIZING_PARAMETERS = 0.5
@@ -69,14 +71,15 @@ MIN_MEMORIZING_PARAMETERS = 0.5
 WEIGHT_DECAY_BY_EPOCHS = {0.0: 0.0, 15.0: 0.1}
 # {minimum number of epochs: ngram_max, ngram_rows, ngram_dropout}, for characters and for tokens of BPE: the
 # tables learn the text by heart over several epochs. Measurements: docs/BENCHMARKS.md. Beyond 6 epochs of
-# characters and 2 of BPE the values are extrapolated.
+# characters the values are extrapolated.
 NGRAMS_OF_CHARACTERS = {
     0.0: (5, 32768, 0.0),
     2.5: (4, 16384, 0.3),
     4.0: (4, 16384, 0.5),
     10.0: (3, 16384, 0.5),
 }
-NGRAMS_OF_BPE = {0.0: (3, 32768, 0.0), 2.0: (2, 32768, 0.3), 6.0: (2, 16384, 0.5)}
+NGRAMS_OF_BPE = {0.0: (3, 32768, 0.0), 2.0: (2, 32768, 0.3), 4.0: (2, 16384, 0.5)}
+MIN_BYTES_OF_BPE = 1.5  # of text per token
 MAX_NGRAM_WIDTH = 256  # wider models were not measured with n-grams
 
 
@@ -94,16 +97,27 @@ class Preset:
     min_text: float  # megabytes of text: a run that sees less is better with the next smaller preset
 
 
-# n_layer, n_head, n_embd, block_size, batch_size, the learning rates of AdamW and Muon, and min_text
-PRESETS = (
-    Preset(1, 2, 128, 128, 8, 5e-3, 1e-2, 0.0),
-    Preset(2, 2, 128, 128, 8, 5e-3, 1e-2, 3.0),
-    Preset(3, 3, 192, 128, 8, 5e-3, 1e-2, 8.0),
-    Preset(5, 4, 256, 128, 24, 5e-3, 1e-2, 20.0),
-    # extrapolated, not measured: these need hours on a CPU, or minutes on a GPU
+# n_layer, n_head, n_embd, block_size, batch_size, the learning rates of AdamW and Muon, and min_text.
+# Extrapolated, not measured: these need hours on a CPU, or minutes on a GPU.
+LARGE_PRESETS = (
     Preset(6, 6, 384, 256, 32, 3e-3, 1e-2, 60.0),
     Preset(8, 8, 512, 512, 32, 2e-3, 1e-2, 200.0),
     Preset(12, 12, 768, 1024, 32, 1e-3, 1e-2, 1000.0),
+)
+PRESETS_OF_CHARACTERS = (
+    Preset(1, 2, 128, 256, 4, 5e-3, 1e-2, 0.0),
+    Preset(2, 2, 128, 256, 4, 5e-3, 1e-2, 3.0),
+    Preset(3, 3, 192, 256, 8, 5e-3, 1e-2, 8.0),
+    Preset(5, 4, 256, 256, 12, 5e-3, 1e-2, 20.0),
+    *LARGE_PRESETS,
+)
+# N-grams of BPE's tokens are rarer and help less: more layers do their work. The first preset is the same.
+PRESETS_OF_BPE = (
+    PRESETS_OF_CHARACTERS[0],
+    Preset(4, 2, 128, 256, 4, 5e-3, 1e-2, 1.0),
+    Preset(4, 3, 192, 256, 8, 5e-3, 1e-2, 4.0),
+    Preset(6, 4, 256, 256, 12, 5e-3, 1e-2, 40.0),  # extrapolated
+    *LARGE_PRESETS,
 )
 
 
@@ -117,6 +131,11 @@ class Throughput:
     step_seconds: float
     elapsed: float  # seconds from the start of the program to the end of this trial
     bytes_per_token: float = 1.0  # of the text
+
+    @property
+    def of_characters(self) -> bool:
+        """Whether the tokens are characters, or nearly so."""
+        return self.bytes_per_token < MIN_BYTES_OF_BPE
 
     def steps(self, budget: float) -> int:
         """Steps that fit into the rest of a budget of `budget` seconds, which began with the program."""
@@ -215,7 +234,7 @@ def choose_preset(
     An error of the smallest preset is raised. slow_budget: the seconds instead of `budget` on a machine on
     which the smallest preset sees too few tokens.
     """
-    changes = preset_settings(PRESETS[0], fixed, world)
+    changes = preset_settings(PRESETS_OF_CHARACTERS[0], fixed, world)
     best = measure(changes)
     notes, longer = [], {}
     if slow_budget and slow_budget > budget and best.tokens(budget) < MIN_TOKENS:
@@ -223,7 +242,8 @@ def choose_preset(
         notes.append(_slow_note(best, budget, slow_budget))
         budget = slow_budget
     reason = ""  # why no larger preset was chosen
-    for preset in PRESETS[1:]:
+    presets = PRESETS_OF_CHARACTERS if best.of_characters else PRESETS_OF_BPE
+    for preset in presets[1:]:
         larger = preset_settings(preset, fixed, world)
         name = describe_settings(larger | fixed)
         if best.elapsed > SEARCH_FRACTION * budget:
@@ -254,14 +274,17 @@ def schedule_settings(throughput: Throughput, budget: float) -> dict[str, Any]:
     # A step is a forward pass and a backward pass of twice its cost. So a forward pass of one batch of each
     # split takes as long as 2/3 of a step.
     can_memorize = throughput.parameters >= MIN_MEMORIZING_PARAMETERS * throughput.corpus_tokens
-    ngrams = NGRAMS_OF_CHARACTERS if throughput.bytes_per_token < 1.5 else NGRAMS_OF_BPE
+    if throughput.of_characters:
+        ngrams, dropout = NGRAMS_OF_CHARACTERS, DROPOUT_OF_CHARACTERS
+    else:
+        ngrams, dropout = NGRAMS_OF_BPE, DROPOUT_OF_BPE
     ngram_max, ngram_rows, ngram_dropout = throughput.by_epochs(ngrams, budget)
     eval_iters = int(EVALUATION_FRACTION * steps / (NUM_EVALUATIONS + 1) * 3 / 2)
     return {
         "ngram_max": ngram_max,
         "ngram_rows": ngram_rows,
         "ngram_dropout": ngram_dropout,
-        "dropout": throughput.by_epochs(DROPOUT_BY_EPOCHS, budget) if can_memorize else 0.0,
+        "dropout": throughput.by_epochs(dropout, budget) if can_memorize else 0.0,
         "weight_decay": throughput.by_epochs(WEIGHT_DECAY_BY_EPOCHS, budget),
         "warmup_iters": max(1, int(WARMUP_FRACTION * steps)),
         "eval_interval": max(1, steps // NUM_EVALUATIONS),

@@ -10,7 +10,7 @@ import torch
 from support import ROOT, losses, run_ranks, run_script
 
 from fradique.training import autoconfig
-from fradique.training.autoconfig import PRESETS, Throughput
+from fradique.training.autoconfig import PRESETS_OF_BPE, PRESETS_OF_CHARACTERS, Throughput
 
 CLOCKED_TRAIN = "tests/fake_clock.py"  # train.py with a simulated clock
 
@@ -28,15 +28,15 @@ class Machine:
         index = len(self.tried)
         self.tried.append(changes)
         self.spent += 1.0
-        tokens = PRESETS[index].batch_size * PRESETS[index].block_size
+        tokens = PRESETS_OF_CHARACTERS[index].batch_size * PRESETS_OF_CHARACTERS[index].block_size
         size = self.PARAMETERS[index] * 1000
         return Throughput(size, self.corpus, tokens, self.step_seconds[index], self.spent)
 
 
 def test_the_preset_fits_the_speed_of_the_machine():
     fast, slow = Machine(*[1e-4] * 7), Machine(1.0, 10.0)
-    assert autoconfig.choose_preset(600.0, {}, fast)[0]["n_embd"] == PRESETS[-1].n_embd
-    assert autoconfig.choose_preset(600.0, {}, slow)[0]["n_embd"] == PRESETS[0].n_embd
+    assert autoconfig.choose_preset(600.0, {}, fast)[0]["n_embd"] == PRESETS_OF_CHARACTERS[-1].n_embd
+    assert autoconfig.choose_preset(600.0, {}, slow)[0]["n_embd"] == PRESETS_OF_CHARACTERS[0].n_embd
     assert len(slow.tried) == 2  # larger presets are not tried
 
 
@@ -63,13 +63,13 @@ def test_a_slow_machine_takes_the_longer_time(monkeypatch):
 def test_the_search_takes_only_a_fraction_of_the_time():
     machine = Machine(1e-4)
     changes, (note,) = autoconfig.choose_preset(25.0, {}, machine)
-    assert len(machine.tried) == 1 and changes["n_embd"] == PRESETS[0].n_embd
+    assert len(machine.tried) == 1 and changes["n_embd"] == PRESETS_OF_CHARACTERS[0].n_embd
     assert "no time was left to try a larger one" in note
 
 
 def test_a_small_corpus_gets_no_model_that_memorizes_it():
     changes, (note,) = autoconfig.choose_preset(600.0, {}, Machine(*[1e-4] * 7, corpus=500_000))
-    assert changes["n_embd"] == PRESETS[2].n_embd
+    assert changes["n_embd"] == PRESETS_OF_CHARACTERS[2].n_embd
     assert "would memorize so small a corpus" in note
 
 
@@ -83,7 +83,7 @@ def test_a_preset_that_fails_ends_the_search_with_a_note():
             return machine(changes)
 
         changes, (note,) = autoconfig.choose_preset(600.0, {}, measure)
-        assert changes["n_embd"] == PRESETS[1].n_embd
+        assert changes["n_embd"] == PRESETS_OF_CHARACTERS[1].n_embd
         assert f"cannot be trained here ({error})" in note
     with pytest.raises(ValueError, match="too short"):  # an error of the smallest preset is the user's to fix
         autoconfig.choose_preset(600.0, {}, lambda changes: (_ for _ in ()).throw(ValueError("too short")))
@@ -91,7 +91,7 @@ def test_a_preset_that_fails_ends_the_search_with_a_note():
 
 @pytest.mark.parametrize("world", [1, 3, 8, 12])
 def test_the_batch_size_is_a_multiple_of_the_processes(world):
-    for preset in PRESETS:
+    for preset in PRESETS_OF_CHARACTERS:
         rows = autoconfig.preset_settings(preset, {}, world)["batch_size"]
         assert rows % world == 0 and preset.batch_size <= rows < preset.batch_size + world
 
@@ -105,7 +105,7 @@ def test_explicit_settings_are_not_changed():
 
 @pytest.mark.parametrize("fixed", [{"n_embd": 36}, {"n_embd": 10}, {"n_head": 5}])
 def test_explicit_width_or_heads_give_an_even_head_dimension(fixed):
-    for preset in PRESETS:
+    for preset in PRESETS_OF_CHARACTERS:
         settings = autoconfig.preset_settings(preset, fixed) | fixed
         assert settings["n_embd"] % (2 * settings["n_head"]) == 0  # heads of equal, even width
 
@@ -124,17 +124,26 @@ def test_the_schedule_fits_the_expected_number_of_steps():
     [
         (7.2e6, 1.55e6, 0.0),  # machado_char in 5 minutes: 1.341, and 1.393 with 0.1
         (11.9e6, 1.55e6, 0.1),  # in 15 minutes: 1.319, and 1.350 without
-        (0.6e6, 0.3e6, 0.0),  # shakespeare in GPT-2's BPE in a minute: 4.903, and 4.955 with 0.1
-        (2.0e6, 0.3e6, 0.1),  # in five: 4.596, and 4.562 with 0.2
         (7.0e6, 1.0e6, 0.1),  # shakespeare_char in 5 minutes: 1.483, and 1.488 without
         (7.2e6, 1e9, 0.0),
     ],
 )
 def test_dropout_depends_on_the_number_of_epochs(tokens, corpus, expected):
-    assert (
-        Throughput(1, int(corpus), int(tokens), 1.0, 0.0).by_epochs(autoconfig.DROPOUT_BY_EPOCHS, 1.0)
-        == expected
-    )
+    throughput = Throughput(10**9, int(corpus), int(tokens), 1.0, 0.0)
+    assert autoconfig.schedule_settings(throughput, 1.0)["dropout"] == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "corpus", "expected"),
+    [
+        (0.6e6, 0.3e6, 0.0),  # shakespeare in GPT-2's BPE in a minute: 4.903, and 4.955 with 0.1
+        (2.0e6, 0.3e6, 0.1),  # in five: 4.596, and 4.562 with 0.2
+        (9.2e6, 0.63e6, 0.2),  # machado in BPE of 1,024 tokens in 15 minutes
+    ],
+)
+def test_dropout_of_bpe_begins_after_fewer_epochs(tokens, corpus, expected):
+    throughput = Throughput(10**9, int(corpus), int(tokens), 1.0, 0.0, bytes_per_token=2.45)
+    assert autoconfig.schedule_settings(throughput, 1.0)["dropout"] == expected
 
 
 @pytest.mark.parametrize(("parameters", "expected"), [(390_000, 0.0), (1_770_000, 0.1)])
@@ -150,12 +159,12 @@ def test_small_layers_get_no_dropout(parameters, expected):
 )
 def test_weight_decay_depends_on_the_number_of_epochs(tokens, expected):
     changes, (note,) = autoconfig.choose_preset(
-        100.0, {}, Machine(100 * 8 * 128 / tokens, 10.0, corpus=302_000)
+        100.0, {}, Machine(100 * 4 * 256 / tokens, 10.0, corpus=302_000)
     )
     assert changes["weight_decay"] == expected
     assert ("weight decay 0.1" in note) == (expected > 0)
     changes, _ = autoconfig.choose_preset(
-        100.0, {"weight_decay": 0.3}, Machine(100 * 8 * 128 / tokens, 10.0, corpus=302_000)
+        100.0, {"weight_decay": 0.3}, Machine(100 * 4 * 256 / tokens, 10.0, corpus=302_000)
     )
     assert "weight_decay" not in changes
 
@@ -165,19 +174,26 @@ def test_explicit_dropout_is_not_changed():
     assert "dropout" not in changes and "dropout 0.3" in note
 
 
-def test_presets_are_sorted_by_size():
-    for smaller, larger in itertools.pairwise(PRESETS):
+@pytest.mark.parametrize("presets", [PRESETS_OF_CHARACTERS, PRESETS_OF_BPE])
+def test_presets_are_sorted_by_size(presets):
+    for smaller, larger in itertools.pairwise(presets):
+        assert smaller.min_text < larger.min_text
         assert smaller.n_layer * smaller.n_embd**2 < larger.n_layer * larger.n_embd**2
 
 
 @pytest.mark.parametrize(
-    ("bytes_per_token", "n_layer"), [(1.0, PRESETS[0].n_layer), (4.0, PRESETS[1].n_layer)]
+    ("bytes_per_token", "step_seconds", "presets", "index"),
+    [
+        (1.0, 0.03, PRESETS_OF_CHARACTERS, 0),  # two million characters
+        (1.4, 0.02, PRESETS_OF_CHARACTERS, 1),  # three million: 4.2 MB
+        (2.4, 0.03, PRESETS_OF_BPE, 1),
+        (2.4, 0.2, PRESETS_OF_BPE, 0),
+    ],
 )
-def test_the_text_that_a_run_sees_decides_not_the_tokens(bytes_per_token, n_layer):
-    """1.5 million tokens of one byte, or of four."""
-    machine = Machine(0.03, 0.04, 10.0)
+def test_the_text_that_a_run_sees_decides(bytes_per_token, step_seconds, presets, index):
+    machine = Machine(step_seconds, step_seconds, 10.0)
     trial = lambda changes: replace(machine(changes), bytes_per_token=bytes_per_token)  # noqa: E731
-    assert autoconfig.choose_preset(62.0, {}, trial)[0]["n_layer"] == n_layer
+    assert autoconfig.choose_preset(62.0, {}, trial)[0]["n_layer"] == presets[index].n_layer
 
 
 @pytest.mark.parametrize("bytes_per_token", [1.0, 3.0])
@@ -220,7 +236,7 @@ def test_a_run_reports_its_choice_and_keeps_it_when_resumed(data_dir, tmp_path):
     arguments = auto_arguments(data_dir, folder)
     result = run_script(CLOCKED_TRAIN, *arguments)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\nauto: 1 layer 16 wide on 8 x 16 tokens: about ") == 1
+    assert result.stdout.count("\nauto: 1 layer 16 wide on 4 x 16 tokens: about ") == 1
     assert "no time was left to try a larger one" in result.stdout
     assert result.stderr == ""  # the trials print nothing
     steps = max(losses(folder))
@@ -228,7 +244,7 @@ def test_a_run_reports_its_choice_and_keeps_it_when_resumed(data_dir, tmp_path):
     saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings = saved["settings"]
     assert settings["n_embd"] == 16 and settings["block_size"] == 16
-    assert settings["n_layer"] == PRESETS[0].n_layer and settings["optimizer"] == "muon"
+    assert settings["n_layer"] == PRESETS_OF_CHARACTERS[0].n_layer and settings["optimizer"] == "muon"
     assert any(note.startswith("auto: ") for note in saved["decided"]["notes"])
     resumed = run_script(CLOCKED_TRAIN, "--init_from=resume", f"--out_dir={folder}", "--time_budget=12s")
     assert resumed.returncode == 0, resumed.stderr
