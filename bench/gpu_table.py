@@ -72,6 +72,7 @@ def train_row(name: str, compile: bool) -> Callable[[Context], Result]:
         if context.quick:
             flags += [*TINY_MODEL, "--gradient_accumulation_steps=1"]
         options = Namespace(
+            kernels=False,
             baseline=compile and not context.nanogpt,
             nanogpt=context.nanogpt if compile else None,
             rounds=1 if context.quick else 3,
