@@ -6,7 +6,7 @@ from typing import Any
 from fradique.io.files import PROJECT_FOLDER
 from fradique.io.terminal import quote, relative_path
 
-AUTO_BLOCK_SIZE = 128  # the smallest that config/auto.py chooses
+AUTO_BLOCK_SIZE = 256  # the smallest that config/auto.py chooses
 DEFAULT_BLOCK_SIZE = 1024  # of train.py
 
 

@@ -14,7 +14,7 @@ from support import ROOT
 
 from fradique.data import train_command
 from fradique.data.prepare import AUTO_COMMAND, main
-from fradique.training.autoconfig import PRESETS
+from fradique.training.autoconfig import PRESETS_OF_BPE, PRESETS_OF_CHARACTERS
 from train import TrainSettings
 
 
@@ -52,7 +52,8 @@ def test_a_short_text_gets_a_smaller_block_size(tmp_path, capsys, command, chara
 
 
 def test_the_block_size_of_auto_is_its_smallest():
-    assert min(preset.block_size for preset in PRESETS) == train_command.AUTO_BLOCK_SIZE
+    presets = PRESETS_OF_CHARACTERS + PRESETS_OF_BPE
+    assert min(preset.block_size for preset in presets) == train_command.AUTO_BLOCK_SIZE
     assert TrainSettings().block_size == train_command.DEFAULT_BLOCK_SIZE
 
 
