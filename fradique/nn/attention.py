@@ -66,7 +66,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: fl
         return F.scaled_dot_product_attention(q, k, v)  # the newest token attends to all keys
     cpu_training = q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and T == S
     compiling, low_precision = torch.compiler.is_compiling(), q.dtype == torch.bfloat16
-    blocked = MIN_BLOCKED_T <= T and mask is None and not compiling  # saves the scores of later keys
+    blocked = MIN_BLOCKED_T <= T and mask is None and not compiling  # leaves out later keys
     if cpu_training and (p or low_precision or blocked):  # otherwise torch's function is fast enough
         if p or T <= MAX_SAVED_T:
             return _cpu_attention(q, k, v, mask, p)

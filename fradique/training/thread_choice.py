@@ -165,6 +165,6 @@ def _timed(count: int, time_pass: Callable[[], float]) -> float:
 
 
 def _describe(choice: ThreadChoice, seconds: dict[int, float]) -> str:
-    """The seconds of a pass with each number of threads, for the log, for the log."""
+    """The seconds of a pass with each number of threads, for the log."""
     others = [f"with {n}: {1000 * s:.0f} ms" for n, s in seconds.items() if n != choice.chosen]
     return f" (a pass takes {1000 * seconds[choice.chosen]:.0f} ms, {', '.join(others)})"
